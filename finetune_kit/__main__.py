@@ -1,0 +1,5 @@
+"""python -m finetune_kit"""
+
+from finetune_kit.cli import main
+
+main()
