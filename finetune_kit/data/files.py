@@ -1,0 +1,176 @@
+"""Files to rows, with the standard library alone: every refusal names file, line and, where there is one, column."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune_kit.errors import DataError
+
+Row = dict[str, Any]
+Numbered = list[tuple[int, Row]]  # (1-based number people find the row by, row)
+
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
+LONGEST_TEXT_RUN = 4096  # characters
+_HELD_OUT_NAME = re.compile(r"(?:^|[^a-z])(?:test|valid|validation|val|eval|evaluation|dev|held_?out)(?:[^a-z]|$)")
+_BESIDES = re.compile(r"^(?:readme|licen[cs]e|requirements|notice)", re.IGNORECASE)
+
+
+def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(training, held-out) data files of a folder, told apart by their names; other files are left alone.
+
+    A name with `train` in it is for training; test, valid, val, eval, dev or held_out as a word of it is held out.
+    """
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in DATA_SUFFIXES
+        and path.is_file()
+        and not _BESIDES.match(path.name)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    held = [path for path in files if "train" not in path.stem.lower() and _HELD_OUT_NAME.search(path.stem.lower())]
+    train = [path for path in files if path not in held]
+    if not train:
+        found = f"only held-out files ({', '.join(path.name for path in held)})" if held else "no data file"
+        raise DataError(f"{folder}: found {found}.", f"Expected files ending in {', '.join(DATA_SUFFIXES)}.")
+    return train, held
+
+
+def read_jsonl(path: Path) -> Numbered:
+    """One object a line; blank lines are passed over. Raises DataError with line and column."""
+    rows = []
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            text = _decode(raw, path, number)
+            if text.strip():
+                rows.append((number, _object(_parse(text.rstrip("\r\n"), path, number), f"{path}:{number}")))
+    return rows
+
+
+def read_json(path: Path) -> Numbered:
+    """A list of objects, or {"data": [...]}; rows are numbered from 1. A file of one object a line is read as JSONL."""
+    raw = path.read_bytes()
+    text = _decode(raw, path, 1)
+    if not text.strip():
+        return []
+    try:
+        content = json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return read_jsonl(path)
+        raise DataError(f"{path}:{error.lineno}:{error.colno}: broken JSON: {error.msg}.", _MEND) from None
+    except _ConstantError as error:
+        line = next((n for n, row in enumerate(text.split("\n"), start=1) if str(error) in row), 1)
+        raise DataError(f"{path}:{line}: {error} is not JSON.", _NUMBER) from None
+    except RecursionError:
+        raise DataError(f"{path}: JSON nested too deeply.") from None
+    if isinstance(content, dict):
+        content = content.get("data", [content])
+    if not isinstance(content, list):
+        raise DataError(
+            f"{path}: expected a list of rows, found {type(content).__name__}.", '[{…}, …] or {"data": [{…}, …]}'
+        )
+    return [(number, _object(row, f"{path}:{number}")) for number, row in enumerate(content, start=1)]
+
+
+def read_csv(path: Path) -> Numbered:
+    """Rows under a header line, numbered by the line they begin on; all values are text."""
+    number = 0
+    with path.open("rb") as lines:
+        decoded = (_decode(raw, path, line) for line, raw in enumerate(lines, start=1))
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.reader(decoded, strict=True)
+        rows: Numbered = []
+        try:
+            header = next(reader, None)
+            if header is None:
+                return []
+            if len(set(header)) != len(header):
+                raise DataError(f"{path}:1: a column name is written twice: {', '.join(header)}.")
+            number = reader.line_num + 1
+            for values in reader:
+                if values and len(values) != len(header):
+                    raise DataError(
+                        f"{path}:{number}: {len(values)} fields; the header has {len(header)} ({', '.join(header)}).",
+                        'Put a field with a comma or a line break into "…".',
+                    )
+                if values:
+                    rows.append((number, dict(zip(header, values, strict=True))))
+                number = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{path}:{max(1, number)}: broken CSV: {error}.", 'Check the quotes: "" inside "…".'
+            ) from None
+    return rows
+
+
+def read_txt(path: Path) -> list[tuple[int, str, bool]]:
+    """(line, text, ends) of runs of whole lines, at most 4,096 characters each; the last one ends the document.
+
+    A short file gives shorter runs, so that about twenty come out and some can be held out.
+    """
+    text = "".join(_decode(raw, path, number) for number, raw in enumerate(path.read_bytes().splitlines(True), start=1))
+    longest = min(LONGEST_TEXT_RUN, max(256, len(text) // 20))
+    runs: list[tuple[int, str, bool]] = []
+    begin, gathered = 1, ""
+    for number, line in enumerate(text.replace("\r\n", "\n").splitlines(keepends=True), start=1):
+        if gathered and len(gathered) + len(line) > longest:
+            runs.append((begin, gathered, False))
+            begin, gathered = number, ""
+        gathered += line
+    return [*runs, (begin, gathered, True)] if gathered else runs
+
+
+READERS: dict[str, Callable[[Path], Numbered]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+}
+
+_MEND = "Mend the line; each row is one JSON object with double quotes."
+_NUMBER = "Write null, or take the value out: JSON has no NaN and no Infinity."
+
+
+class _ConstantError(Exception):
+    pass
+
+
+def _no_constant(name: str) -> Iterator[None]:
+    raise _ConstantError(name)
+
+
+def _decode(raw: bytes, path: Path, line: int) -> str:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += raw[: error.start].count(b"\n")
+        hint = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte 0x{raw[error.start]:02x}"
+        raise DataError(
+            f"{path}:{line}: not UTF-8 ({hint}).", f"iconv -f LATIN1 -t UTF-8 {path.name}  (or -f UTF-16)"
+        ) from None
+    return text.removeprefix("\ufeff") if line == 1 else text
+
+
+def _parse(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{line}:{error.colno}: broken JSON: {error.msg}.", _MEND) from None
+    except _ConstantError as error:
+        raise DataError(f"{path}:{line}: {error} is not JSON.", _NUMBER) from None
+    except RecursionError:
+        raise DataError(f"{path}:{line}: JSON nested too deeply.") from None
+
+
+def _object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where}: a row is {type(row).__name__}; expected an object.", 'Such as {"prompt": "…", "completion": "…"}'
+        )
+    return row

@@ -1,0 +1,290 @@
+"""Rows of any common format to records: found by looking at the columns, never by registration.
+
+Where several formats fit, the first of `FORMATS` whose kind the recipe can use is taken. The order goes from the most
+telling columns to the least: preference pairs, then labelled answers, lists of turns, instructions, pairs of strings,
+plain text, prompts alone. `data.columns` renames before anything is looked at.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_kit.data.messages import describe, is_transcript, messages_of, text_of, tools_of, transcript_of
+from finetune_kit.data.records import (
+    LabelledCompletion,
+    Message,
+    Preference,
+    Prompt,
+    PromptCompletion,
+    Record,
+    Text,
+    last_assistant,
+    prompt_of,
+)
+from finetune_kit.errors import DataError, SettingsError
+
+Row = dict[str, Any]
+TURN_COLUMNS = ("messages", "conversations", "conversation", "chat")
+PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("instruction", "completion"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("question", "response"),
+)
+NAMES_WE_KNOW = sorted(
+    {name for pair in PAIRS for name in pair}
+    | {*TURN_COLUMNS, "chosen", "rejected", "label", "margin", "system", "input", "instances", "tools", "text"}
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A name for people, the kind of record it gives, whether columns and a first row fit, and the conversion."""
+
+    name: str
+    kind: str
+    fits: Callable[[set[str], Row], bool]
+    convert: Callable[[Row, str], list[Record]]
+
+
+def recognise(columns: set[str], first: Row, kind: str, where: str) -> Format:
+    """The format of a source from its column names and a row. Raises DataError where none gives records of `kind`.
+
+    `kind` "prompt_completion" takes plain text too; "prompt" takes conversations and leaves their last answer out.
+    """
+    accepted = {"prompt_completion": ("prompt_completion", "text"), "prompt": ("prompt", "prompt_completion")}
+    fitting = [item for item in FORMATS if item.fits(columns, first)]
+    for item in fitting:
+        if item.kind in accepted.get(kind, (kind,)):
+            return item
+    found = f"columns {', '.join(sorted(columns))}"
+    looks = f", which look like {fitting[0].name} ({fitting[0].kind})" if fitting else ""
+    expected = "; ".join(f"{item.name}" for item in FORMATS if item.kind in accepted.get(kind, (kind,)))
+    some = sorted(columns)[0] if columns else "yours"
+    raise DataError(
+        f"{where}: found {found}{looks}; this recipe needs {kind.replace('_', '-')} rows: {expected}.",
+        f"Say what your columns are, such as data.columns={{{some}: {_EXAMPLE[kind]}}}, or take another recipe.",
+    )
+
+
+_EXAMPLE = {
+    "prompt_completion": "prompt, other: completion",
+    "prompt": "prompt",
+    "preference": "chosen, other: rejected",
+    "labelled_completion": "completion, other: label",
+}
+
+
+def rename(row: Row, columns: dict[str, str]) -> Row:
+    """The row under our names; a column that takes one of our names displaces what had it."""
+    if not columns:
+        return row
+    taken = set(columns.values())
+    return {columns.get(name, name): value for name, value in row.items() if name in columns or name not in taken}
+
+
+def check_columns(columns: dict[str, str], found: set[str], where: str) -> None:
+    """Raises SettingsError where `data.columns` names a column that is not there, or a name that is not ours."""
+    for theirs, ours in columns.items():
+        if theirs not in found:
+            near = difflib.get_close_matches(theirs, found, n=1)
+            raise SettingsError(
+                f"data.columns: {where} has no column {theirs!r}; found {', '.join(sorted(found))}.",
+                f"Did you mean {near[0]}?" if near else "Name a column of the data on the left of each colon.",
+            )
+        if ours not in NAMES_WE_KNOW:
+            near = difflib.get_close_matches(ours, NAMES_WE_KNOW, n=1)
+            raise SettingsError(
+                f"data.columns: {theirs} cannot be {ours!r}." + (f" Did you mean {near[0]}?" if near else ""),
+                f"Names: {', '.join(NAMES_WE_KNOW)}.",
+            )
+
+
+def _conversation(messages: list[Message], row: Row, where: str, as_strings: bool = False) -> list[Record]:
+    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    if last_assistant(messages) < 0:
+        raise DataError(
+            f"{where}: no assistant turn, so nothing to learn; roles: {', '.join(m['role'] for m in messages)}.",
+            "Take the row out, or write the answer.",
+        )
+    return [PromptCompletion(where, messages, tools_of(row.get("tools"), where), as_strings=as_strings)]
+
+
+def _turns(row: Row, where: str) -> list[Record]:
+    name = (
+        next(name for name in TURN_COLUMNS if name in row and row[name] is not None) if _any_turns(row) else "messages"
+    )
+    if is_transcript(row.get(name)):
+        return _conversation(transcript_of(row[name], where), row, where)
+    messages = messages_of(row.get(name), where)
+    if not messages:
+        raise DataError(f"{where}: only empty system turns.", "Take the row out.")
+    return _conversation(messages, row, where)
+
+
+def _any_turns(row: Row) -> bool:
+    return any(row.get(name) is not None for name in TURN_COLUMNS)
+
+
+def _instruction(row: Row, answer: Any, where: str, given: Any = None) -> list[Record]:
+    instruction = text_of(row.get("instruction"), f"{where}: instruction")
+    given = text_of(given, f"{where}: input") if given is not None else ""
+    question = f"{instruction}\n\n{given}" if given.strip() else instruction
+    return _conversation(_two_turns(question, text_of(answer, f"{where}: output"), where), row, where)
+
+
+def _two_turns(question: str, answer: str, where: str) -> list[Message]:
+    if not question.strip():
+        raise DataError(f"{where}: the prompt is empty.", "Take the row out, or write the prompt.")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _instances(row: Row, where: str) -> list[Record]:
+    instances = row.get("instances")
+    if not isinstance(instances, list) or not all(isinstance(item, dict) for item in instances):
+        raise DataError(f"{where}: instances are {describe(instances)}; expected a list of {{input, output}}.")
+    if len(instances) == 1:
+        return _instruction(row, instances[0].get("output"), where, instances[0].get("input"))
+    records: list[Record] = []
+    for number, item in enumerate(instances, start=1):
+        records += _instruction(row, item.get("output"), f"{where}.{number}", item.get("input"))
+    return records
+
+
+def _pair_of(columns: set[str]) -> tuple[str, str] | None:
+    return next((pair for pair in PAIRS if set(pair) <= columns), None)
+
+
+def _pair(row: Row, where: str) -> list[Record]:
+    names = _pair_of(set(row)) or ("prompt", "completion")
+    question, answer = row.get(names[0]), row.get(names[1])
+    if names[0] == "instruction":
+        return _instruction(row, answer, where, row.get("input"))
+    if isinstance(question, list) or isinstance(answer, list):
+        return _conversation([*_side(question, "user", where), *_side(answer, "assistant", where)], row, where)
+    question, answer = text_of(question, f"{where}: {names[0]}"), text_of(answer, f"{where}: {names[1]}")
+    bare = names[0] == "prompt" and not row.get("system") and not row.get("tools")
+    return _conversation(_two_turns(question, answer, where), row, where, as_strings=bare)
+
+
+def _side(value: Any, role: str, where: str) -> list[Message]:
+    """One side of a pair: a list of turns, or text that is one turn."""
+    if isinstance(value, list):
+        return messages_of(value, where)
+    return [{"role": role, "content": text_of(value, where)}]
+
+
+def _preference(row: Row, where: str) -> list[Record]:
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    prompt = _side(row["prompt"], "user", f"{where}: prompt") if row.get("prompt") is not None else []
+    sides = []
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if is_transcript(value) and not prompt:
+            sides.append(transcript_of(value, where))
+        else:
+            sides.append(_side(value, "assistant", f"{where}: {name}"))
+    shared = 0
+    while shared < min(len(side) for side in sides) and sides[0][shared] == sides[1][shared]:
+        shared += 1
+    # Two equal answers are still two answers: the prompt ends before the last turn at the latest.
+    shared = min(shared, *(len(side) - 1 for side in sides))
+    before = sides[0][:shared]
+    if prompt and before[: len(prompt)] != prompt:
+        before = prompt + before
+    if not before:
+        raise DataError(
+            f"{where}: chosen and rejected share no prompt.", "Add a prompt column, or whole conversations."
+        )
+    margin = row.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
+        raise DataError(f"{where}: margin is {describe(margin)}; expected a number.")
+    tools = tools_of(row.get("tools"), where)
+    return [Preference(where, before, sides[0][shared:], sides[1][shared:], tools, margin)]
+
+
+def _labelled(row: Row, where: str) -> list[Record]:
+    label = truth(row.get("label"))
+    if label is None:
+        raise DataError(f"{where}: label is {describe(row.get('label'))}; expected true or false.")
+    prompt = _side(row.get("prompt"), "user", f"{where}: prompt")
+    completion = _side(row.get("completion", row.get("response")), "assistant", f"{where}: completion")
+    return [LabelledCompletion(where, prompt, completion, label, tools_of(row.get("tools"), where))]
+
+
+def truth(value: Any) -> bool | None:
+    """true/false, 1/0, or those words as text (CSV); None if it is neither."""
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    return words.get(str(value).strip().lower())
+
+
+def _text(row: Row, where: str) -> list[Record]:
+    value = text_of(row.get("text"), f"{where}: text")
+    return [Text(where, value)]
+
+
+def _transcript(row: Row, where: str) -> list[Record]:
+    text = text_of(row.get("text"), f"{where}: text")
+    return _conversation(transcript_of(text, where), row, where)
+
+
+def _prompt(row: Row, where: str) -> list[Record]:
+    name = next((name for name in ("prompt", "question", "query", "instruction") if name in row), "prompt")
+    return [Prompt(where, _side(row.get(name), "user", f"{where}: {name}"), tools_of(row.get("tools"), where))]
+
+
+def as_prompt(record: Record) -> Record:
+    """A conversation as the prompt that its last answer answers; any other record unchanged."""
+    if not isinstance(record, PromptCompletion):
+        return record
+    return Prompt(record.where, prompt_of(record), record.tools, record.metadata)
+
+
+FORMATS = (
+    Format(
+        "preference (chosen, rejected; prompt)", "preference", lambda c, r: {"chosen", "rejected"} <= c, _preference
+    ),
+    Format(
+        "labelled completions (prompt, completion, label)",
+        "labelled_completion",
+        lambda c, r: (
+            {"prompt", "label"} <= c and bool({"completion", "response"} & c) and truth(r.get("label")) is not None
+        ),
+        _labelled,
+    ),
+    Format("messages (or conversations)", "prompt_completion", lambda c, r: bool(c & set(TURN_COLUMNS)), _turns),
+    Format(
+        "self-instruct (instruction, instances)",
+        "prompt_completion",
+        lambda c, r: {"instruction", "instances"} <= c,
+        _instances,
+    ),
+    # A truth value beside a pair says whether the answer was liked: training on all of them would teach the bad ones.
+    Format(
+        "prompt and completion (or question and answer, instruction and output, …)",
+        "prompt_completion",
+        lambda c, r: _pair_of(c) is not None and truth(r.get("label")) is None,
+        _pair,
+    ),
+    Format(
+        "transcripts (text with Human: and Assistant:)",
+        "prompt_completion",
+        lambda c, r: "text" in c and is_transcript(r.get("text")),
+        _transcript,
+    ),
+    Format("plain text (text)", "text", lambda c, r: "text" in c, _text),
+    Format(
+        "prompts (prompt)",
+        "prompt",
+        lambda c, r: bool(c & {"prompt", "question", "query", "instruction"}),
+        _prompt,
+    ),
+)

@@ -1,0 +1,140 @@
+"""The account of every input row: trained whole, truncated, or dropped with its reason; the sums equal the input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from finetune_kit.data.records import LabelledCompletion, Message, Preference, PromptCompletion, Record, Text, prompt_of
+from finetune_kit.errors import DataError
+
+
+@dataclass
+class Counts:
+    """Rows and tokens of one split. rows = trained + truncated + dropped; `trained` counts rows kept whole.
+
+    On the held-out split "trained" rows are those scored whole. `tokens`, `supervised_tokens`: of what is kept;
+    `truncated_tokens`: cut off by max_length.
+    """
+
+    rows: int = 0
+    trained: int = 0
+    truncated: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    duplicates: int = 0
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    truncated_tokens: int = 0
+
+    @property
+    def lost(self) -> int:
+        return sum(self.dropped.values())
+
+
+@dataclass
+class Ledger:
+    """Counts per split, every row that was not kept whole, and what was done otherwise than asked, in words.
+
+    `listed`: {split, where, what}. `fingerprint`: sha256 of the content of all rows, in order.
+    """
+
+    splits: dict[str, Counts] = field(default_factory=lambda: {"train": Counts(), "held_out": Counts()})
+    listed: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+
+    @property
+    def train(self) -> Counts:
+        return self.splits["train"]
+
+    @property
+    def held_out(self) -> Counts:
+        return self.splits["held_out"]
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def drop(self, split: str, where: str, reason: str, detail: str = "") -> None:
+        self.splits[split].dropped[reason] += 1
+        self.listed.append({"split": split, "where": where, "what": f"dropped: {reason}{detail}"})
+
+    def truncate(self, split: str, where: str, tokens: int) -> None:
+        self.splits[split].truncated += 1
+        self.splits[split].truncated_tokens += tokens
+        self.listed.append({"split": split, "where": where, "what": f"truncated by {tokens} tokens"})
+
+    def check(self, max_lost: float) -> None:
+        """The sums hold (a bug of ours otherwise); DataError where a split lost more than `max_lost` of its rows."""
+        for name, counts in self.splits.items():
+            if counts.trained + counts.truncated + counts.lost != counts.rows:
+                raise AssertionError(f"ledger of {name}: {counts} does not add up")
+            if counts.rows and counts.lost / counts.rows > max_lost:
+                reasons = "; ".join(f"{count} × {reason}" for reason, count in counts.dropped.most_common())
+                first = next(
+                    item for item in self.listed if item["split"] == name and item["what"].startswith("dropped")
+                )
+                enough = -(-counts.lost * 100 // counts.rows) / 100
+                raise DataError(
+                    f"{counts.lost} of {counts.rows} {name.replace('_', '-')} rows would be lost "
+                    f"({counts.lost / counts.rows:.0%}, allowed {max_lost:.0%}): {reasons}. First: {first['where']}.",
+                    f"Mend the rows, or allow it: data.max_lost={enough:.2f}",
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{name: {**asdict(counts), "dropped": dict(counts.dropped)} for name, counts in self.splits.items()},
+            "notes": self.notes,
+            "fingerprint": self.fingerprint,
+            "rows_not_kept_whole": self.listed,
+        }
+
+
+def content_of(record: Record) -> str:
+    """A record's content as canonical JSON: equal for equal rows, wherever they came from."""
+    content = asdict(record)
+    for name in ("where", "metadata", "as_strings"):
+        content.pop(name, None)
+    return json.dumps([type(record).__name__, content], sort_keys=True, ensure_ascii=False)
+
+
+def fingerprint_of(records: Iterable[Record]) -> str:
+    """sha256 over the content of records in order."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(content_of(record).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _said(messages: list[Message]) -> str:
+    """Who said what, calls included, with white space and case taken out of account."""
+    return "\x1f".join(
+        f"{turn['role']}\x1e{_plain(turn['content'])}\x1e{json.dumps(turn.get('tool_calls'), sort_keys=True)}"
+        for turn in messages
+    )
+
+
+def prompt_key(record: Record) -> str:
+    """Equal for rows with the same prompt: such rows must not sit on both sides of a split."""
+    return _plain(record.text) if isinstance(record, Text) else _said(prompt_of(record))
+
+
+def same_key(record: Record) -> str:
+    """Equal for rows that say the same: what duplicates and overlap are judged by."""
+    if isinstance(record, PromptCompletion):
+        return _said(record.messages)
+    if isinstance(record, Preference):
+        return "\x1d".join(map(_said, (record.prompt, record.chosen, record.rejected)))
+    if isinstance(record, LabelledCompletion):
+        return "\x1d".join(map(_said, (record.prompt, record.completion)))
+    return prompt_key(record)

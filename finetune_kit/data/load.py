@@ -1,0 +1,312 @@
+"""Any source to tokens and labels: find the rows, split them, mask them, and account for each one."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_kit.config import DataConfig
+from finetune_kit.data import tasks
+from finetune_kit.data.chat import end_token_ids
+from finetune_kit.data.files import DATA_SUFFIXES, READERS, Numbered, Row, data_files, read_txt
+from finetune_kit.data.formats import as_prompt, check_columns, recognise, rename
+from finetune_kit.data.ledger import Ledger, fingerprint_of
+from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
+from finetune_kit.data.split import drop_overlap, held_out_count, mix, sample, split_off
+from finetune_kit.data.template import prepare_tokenizer
+from finetune_kit.data.tokenise import prompts, supervised
+from finetune_kit.errors import DataError, ResourceError, SettingsError
+from finetune_kit.network import hub_reachable
+
+if TYPE_CHECKING:
+    import datasets
+
+HELD_OUT_TASK_ROWS = 256
+TASK_ROWS = 1000
+OFFLINE_DEFAULT = "data.path=reasoning_gym/word_sequence_reversal"
+
+
+@dataclass
+class Data:
+    """What a trainer and an evaluation need.
+
+    `kind`: prompt_completion, text, prompt, preference or labelled_completion. `train`, `held_out`: for the first two,
+    columns input_ids, labels (-100 where unsupervised) and row (index into the records, those of which something is
+    kept); for the others row and prompt_ids. `score`: the task's own scorer of (completion, row's metadata), for
+    reasoning_gym. `end_token_ids`: what stops an answer. `packed`: several samples may share a row of the batch.
+    `chat_template_kwargs`: what the prompts of an evaluation have to be rendered with.
+    """
+
+    kind: str
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+    held_out_records: list[Record]
+    train_records: list[Record]
+    ledger: Ledger
+    score: Callable[[str, dict[str, Any]], float] | None
+    end_token_ids: list[int]
+    packed: bool
+    chat_template_kwargs: dict[str, Any]
+
+
+@dataclass
+class Source:
+    """One path's rows; `held_out` is None where they are to be split off."""
+
+    name: str
+    train: list[Record]
+    held_out: list[Record] | None = None
+
+
+def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> Data:
+    """Rows of `config.path` as `kind`, split, tokenised and accounted for.
+
+    "prompt_completion" takes plain text too (`Data.kind` is then "text"). A tokenizer without a chat template gets the
+    fallback one where the data are conversations. Raises DataError (rows), SettingsError, ResourceError (Hub, package).
+    """
+    ledger = Ledger()
+    train, held_out = _split(config, kind, seed, ledger)
+    if not train:
+        raise DataError(f"data.path={_shown(config)}: no training rows.", "Give a file with rows in it.")
+    kind = _one_kind([*train, *held_out])
+    ledger.fingerprint = fingerprint_of([*train, *held_out])
+    _prepare(config, tokenizer, [*train, *held_out], ledger)
+    ledger.train.rows, ledger.held_out.rows = len(train), len(held_out)
+    train = drop_overlap(train, held_out, ledger)
+    build = supervised if kind in ("prompt_completion", "text") else prompts
+    trained = build(train, "train", config, tokenizer, ledger)
+    measured = build(held_out, "held_out", config, tokenizer, ledger)
+    ledger.check(config.max_lost)
+    if not trained.records:
+        raise DataError(
+            f"data.path={_shown(config)}: no training row is left.", "See data.max_lost and the rows themselves."
+        )
+    ends = end_token_ids(tokenizer, config.chat_template_kwargs)
+    return Data(
+        kind=kind,
+        train=_dataset(trained.columns),
+        held_out=_dataset(measured.columns),
+        held_out_records=measured.records,
+        train_records=trained.records,
+        ledger=ledger,
+        score=_scorer(measured.records, config),
+        end_token_ids=list(dict.fromkeys([*ends, *sorted(trained.ends | measured.ends)])),
+        packed=kind == "text" if config.packing is None else config.packing,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+
+
+def load_records(
+    paths: str | list[str], config: DataConfig, kind: str = "prompt_completion", seed: int = 0
+) -> list[Record]:
+    """All rows of one or several paths in order, neither split nor mixed; a task gives its held-out problems."""
+    records: list[Record] = []
+    for path in _listed(paths):
+        source = _read(path, config, kind, seed, held_out_only=True)
+        records += source.train + (source.held_out or [])
+    return records
+
+
+def _shown(config: DataConfig) -> str:
+    return ", ".join(_listed(config.path))
+
+
+def _listed(paths: str | list[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def _split(config: DataConfig, kind: str, seed: int, ledger: Ledger) -> tuple[list[Record], list[Record]]:
+    """(training, held-out) rows of all paths: split first, then mixed by weight, then sampled to `size`."""
+    sources = [_read(path, config, kind, seed) for path in _listed(config.path)]
+    held_out: list[Record] = []
+    if config.held_out_path:
+        held_out = load_records(config.held_out_path, config, kind, seed)
+        if not held_out:
+            raise DataError(f"data.held_out_path={config.held_out_path}: no rows.")
+    else:
+        open_rows = [record for source in sources if source.held_out is None for record in source.train]
+        given = [record for source in sources for record in source.held_out or []]
+        off = split_off(open_rows, config.held_out_size, seed)[1] if open_rows else []
+        chosen = {id(record) for record in off}
+        for source in sources:
+            source.train = [record for record in source.train if id(record) not in chosen]
+        held_out = given + off
+    if config.held_out_path and config.held_out_size is not None:
+        held_out = sample(held_out, held_out_count(config.held_out_size, len(held_out)), seed)
+    train = mix([source.train for source in sources], config.weights, seed, ledger, [source.name for source in sources])
+    if config.size is not None and config.size < len(train):
+        ledger.note(f"data.size: {config.size} of {len(train)} training rows drawn by the seed.")
+        train = sample(train, config.size, seed)
+    return train, held_out
+
+
+def _read(path: str, config: DataConfig, kind: str, seed: int, held_out_only: bool = False) -> Source:
+    if path.startswith(tasks.PREFIX):
+        return _read_task(path.removeprefix(tasks.PREFIX), config, kind, seed, held_out_only)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        train, held = data_files(local)
+        rows = [record for file in train for record in _read_file(file, config, kind)]
+        return Source(
+            path, rows, [record for file in held for record in _read_file(file, config, kind)] if held else None
+        )
+    if local.is_file():
+        return Source(path, _read_file(local, config, kind))
+    if local.suffix.lower() in DATA_SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+        raise DataError(
+            f"data.path={path}: no such file or folder.",
+            f"Expected a file ({', '.join(DATA_SUFFIXES)}), a folder or a Hub id.",
+        )
+    return Source(path, _records(_read_hub(path, config), path, config, kind))
+
+
+def _read_task(task: str, config: DataConfig, kind: str, seed: int, held_out_only: bool) -> Source:
+    """Held-out problems from their fixed seed; training problems that repeat none of them, until there are enough."""
+    wanted = config.size or TASK_ROWS
+    size = config.held_out_size
+    count = HELD_OUT_TASK_ROWS if size is None else held_out_count(size, wanted)
+    held_out = tasks.task_rows(task, count, tasks.HELD_OUT_SEED, config.options)
+    train: list[PromptCompletion] = []
+    known = {record.messages[0]["content"] for record in held_out}
+    first = tasks.train_seed(seed)
+    while not held_out_only and len(train) < wanted and first < tasks.train_seed(seed) + 10 * wanted:
+        missing = wanted - len(train)
+        drawn = tasks.task_rows(task, missing, first, config.options)
+        train += [record for record in drawn if record.messages[0]["content"] not in known]
+        first += missing
+    as_kind = as_prompt if kind == "prompt" else (lambda record: record)
+    if kind not in ("prompt", "prompt_completion"):
+        raise DataError(
+            f"{tasks.PREFIX}{task} gives prompts and answers; this recipe needs {kind.replace('_', '-')} rows."
+        )
+    return Source(tasks.PREFIX + task, [as_kind(row) for row in train], [as_kind(row) for row in held_out])
+
+
+def _read_file(path: Path, config: DataConfig, kind: str) -> list[Record]:
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        if kind != "prompt_completion":
+            raise DataError(f"{path}: plain text; this recipe needs {kind.replace('_', '-')} rows.")
+        return [Text(f"{path.name}:{line}", text, ends) for line, text, ends in read_txt(path)]
+    if suffix == ".parquet":
+        return _records(_read_parquet(path), path.name, config, kind)
+    if suffix not in READERS:
+        raise DataError(f"{path}: cannot read this kind of file.", f"Expected {', '.join(DATA_SUFFIXES)}.")
+    return _records(READERS[suffix](path), path.name, config, kind)
+
+
+def _records(rows: Numbered, name: str, config: DataConfig, kind: str) -> list[Record]:
+    if not rows:
+        raise DataError(f"{name}: no rows.", "Give a file with rows in it.")
+    check_columns(config.columns, {column for _, row in rows for column in row}, name)
+    named = [(number, rename(row, config.columns)) for number, row in rows]
+    columns = {column for _, row in named for column, value in row.items() if value is not None}
+    complete = [(number, {column: row.get(column) for column in columns}) for number, row in named]
+    found = recognise(columns, complete[0][1], kind, name)
+    records = [record for number, row in complete for record in found.convert(row, f"{name}:{number}")]
+    return [as_prompt(record) for record in records] if kind == "prompt" else records
+
+
+def _read_parquet(path: Path) -> Numbered:
+    import datasets
+
+    # The library caches what it reads; a folder of our own keeps a stale copy from ever being read instead.
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            rows = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
+        except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+            raise DataError(f"{path}: not readable as Parquet: {error.__cause__ or error}") from None
+    return _without_nulls(rows)
+
+
+def _read_hub(name: str, config: DataConfig) -> Numbered:
+    fix = f"Download it elsewhere and give the file, or use the offline default: {OFFLINE_DEFAULT}"
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if not offline and not hub_reachable():
+        raise ResourceError(
+            f"data.path={name}: no such file here, and the Hugging Face Hub cannot be reached.",
+            f"{fix}\nWhat is downloaded already is found with HF_HUB_OFFLINE=1.",
+        )
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config.name, split=config.split, revision=config.revision)
+    except ConnectionError:
+        raise ResourceError(
+            f"data.path={name}: no such file here, and the Hub is offline (HF_HUB_OFFLINE).", fix
+        ) from None
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise ResourceError(f"data.path={name}: no such file here, and not on the Hub: {error}", fix) from None
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"data.path={name}: {error}", "See data.name, data.split and data.revision.") from None
+    return _without_nulls(rows.to_list())
+
+
+def _without_nulls(rows: list[Row]) -> Numbered:
+    """Rows of a column store without the nulls that it fills every absent key with."""
+
+    def pruned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: pruned(item) for name, item in value.items() if item is not None}
+        return [pruned(item) for item in value] if isinstance(value, list) else value
+
+    return [(number, pruned(row)) for number, row in enumerate(rows, start=1)]
+
+
+def _one_kind(records: list[Record]) -> str:
+    by_kind = {KINDS[type(record)]: record.where for record in records}
+    if len(by_kind) > 1:
+        found = " and ".join(f"{kind} ({where})" for kind, where in by_kind.items())
+        raise DataError(f"The sources hold different kinds of rows: {found}.", "Train them one after the other.")
+    return next(iter(by_kind))
+
+
+def _prepare(config: DataConfig, tokenizer: Any, records: list[Record], ledger: Ledger) -> None:
+    """System turns added, bare strings marked, and a template set where the tokenizer needs one."""
+    conversations = [record for record in records if not isinstance(record, Text)]
+    if config.system_prompt:
+        for record in conversations:
+            turns = record.messages if isinstance(record, PromptCompletion | Prompt) else record.prompt
+            if turns and turns[0]["role"] != "system":
+                turns.insert(0, {"role": "system", "content": config.system_prompt})
+    bare = [record for record in conversations if isinstance(record, PromptCompletion) and record.as_strings]
+    all_bare = bool(bare) and len(bare) == len(conversations)
+    if not config.apply_chat_template and conversations and not all_bare:
+        raise SettingsError(
+            "data.apply_chat_template=false needs prompt and completion strings; the data are conversations.",
+            "Leave the setting out.",
+        )
+    if all_bare and (not config.apply_chat_template or not tokenizer.chat_template):
+        if config.system_prompt:
+            raise SettingsError(
+                "data.system_prompt has no effect: prompts are trained as bare text, without a chat template."
+            )
+        for record in bare:
+            for message in record.messages:
+                message["plain"] = True
+        ledger.note("Prompts and completions are trained as bare text, without a chat template.")
+        return
+    for note in prepare_tokenizer(tokenizer, bool(conversations)):
+        ledger.note(note)
+
+
+def _scorer(held_out: list[Record], config: DataConfig) -> Callable[[str, dict[str, Any]], float] | None:
+    names = {record.metadata.get("task") for record in held_out if isinstance(record, PromptCompletion | Prompt)}
+    if not names or None in names or len(held_out) == 0:
+        return None
+    scorers = {str(name): tasks.scorer(str(name), config.options) for name in names}
+    return lambda completion, metadata: scorers[metadata["task"]](completion, metadata)
+
+
+def _dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
+    import datasets
+
+    features = {
+        name: datasets.Value("int32") if name == "row" else datasets.List(datasets.Value("int32")) for name in columns
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -1,0 +1,189 @@
+"""Turns as people write them (OpenAI, ShareGPT, transcripts) to checked messages. Every refusal names row and turn."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, TypeGuard
+
+from finetune_kit.data.records import ROLES, Message
+from finetune_kit.errors import DataError
+
+ROLE_NAMES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "function_call",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+}
+_KEPT = ("tool_call_id", "name", "reasoning_content")
+_MARKS = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
+
+
+def messages_of(turns: Any, where: str) -> list[Message]:
+    """A list of turns, `{role, content}` or `{from, value}`, as checked messages.
+
+    Raises DataError naming `where` and the turn: not a list, empty, unknown role, content that is missing, null, empty
+    or no text. An empty system turn is left out; an empty answer is kept (it is dropped and counted later).
+    """
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = parse_json(turns, where)
+    if not isinstance(turns, list):
+        raise DataError(f"{where}: expected a list of messages, found {describe(turns)}.", _FIX)
+    if not turns:
+        raise DataError(f"{where}: the list of messages is empty.", "Give it at least a user and an assistant turn.")
+    messages = [_message(turn, f"{where}: message {number}") for number, turn in enumerate(turns, start=1)]
+    return [message for message in messages if message["role"] != "system" or message["content"].strip()]
+
+
+_FIX = 'Expected: {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(f"{where} is {describe(turn)}; expected an object with role and content.", _FIX)
+    named = turn.get("role", turn.get("from"))
+    role = ROLE_NAMES.get(named) if isinstance(named, str) else None
+    if role is None:
+        known = ", ".join(name for name in ROLE_NAMES if name not in ROLES)
+        found = "has no role" if named is None else f"has the unknown role {named!r}"
+        raise DataError(f"{where} {found}.", f"Roles: {', '.join(ROLES)} (also understood: {known}).")
+    content = next((turn[name] for name in ("content", "value", "text") if turn.get(name) is not None), None)
+    message: Message = {"role": role}
+    if role == "function_call":
+        message = {"role": "assistant", "content": "", "tool_calls": tool_calls_of(content, where)}
+    else:
+        calls = turn.get("tool_calls") or turn.get("function_call")
+        if calls:
+            message["tool_calls"] = tool_calls_of(calls, where)
+        message["content"] = _content(content, role, bool(calls), where)
+    message |= {name: turn[name] for name in _KEPT if turn.get(name) is not None}
+    flag = next((turn[name] for name in ("train", "weight", "loss") if turn.get(name) is not None), None)
+    if flag is not None:
+        if flag not in (0, 1):
+            raise DataError(f"{where}: train is {flag!r}; expected true or false.")
+        message["train"] = bool(flag)
+    return message
+
+
+def _content(content: Any, role: str, calls: bool, where: str) -> str:
+    if isinstance(content, list):
+        for part in content:
+            if (
+                not isinstance(part, dict)
+                or part.get("type", "text") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
+                kind = part.get("type") if isinstance(part, dict) else describe(part)
+                raise DataError(
+                    f"{where} ({role}) has a part that is no text: {kind!r}.", "Only text can be trained here."
+                )
+        content = "".join(part["text"] for part in content)
+    if content is None and calls:
+        return ""
+    if role == "tool" and isinstance(content, dict):
+        return json.dumps(content, ensure_ascii=False)
+    text = text_of(content, f"{where} ({role})")
+    if role == "user" and not text.strip():
+        raise DataError(f"{where} ({role}) has empty content.", "Take the row out, or write the turn.")
+    return text
+
+
+def text_of(value: Any, where: str) -> str:
+    """`value` if it is text; DataError otherwise."""
+    if isinstance(value, str):
+        return value
+    found = "null or missing" if value is None else describe(value)
+    raise DataError(f"{where}: content is {found}; expected text.", "Take the row out, or write it as a string.")
+
+
+def describe(value: Any) -> str:
+    """A value's JSON type in words, with its beginning."""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", bool: "a truth value", int: "a number", float: "a number", str: "text"}
+    return f"{names.get(type(value), type(value).__name__)} ({str(value)[:40]!r})"
+
+
+def tool_calls_of(value: Any, where: str) -> list[dict[str, Any]]:
+    """Calls from a list, one call or JSON, as `[{"type": "function", "function": {"name", "arguments": object}}]`."""
+    if isinstance(value, str):
+        value = parse_json(value, where)
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(f"{where}: a tool call has no name: {describe(call)}.", _CALL)
+        arguments = function.get("arguments", function.get("parameters", {}))
+        if isinstance(arguments, str):
+            arguments = parse_json(arguments, f"{where}: arguments of {function['name']}") if arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            raise DataError(
+                f"{where}: arguments of {function['name']} are {describe(arguments)}; expected an object.", _CALL
+            )
+        identity = {"id": call["id"]} if call.get("id") is not None else {}
+        calls.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+_CALL = 'Expected: {"name": "…", "arguments": {…}}'
+
+
+def tools_of(value: Any, where: str) -> list[dict[str, Any]] | None:
+    """Tools from a list or JSON text, each as `{"type": "function", "function": {…}}`; None if there are none."""
+    if isinstance(value, str):
+        value = parse_json(value, f"{where}: tools") if value.strip() else None
+    if not value:
+        return None
+    definitions = value if isinstance(value, list) else [value]
+    wrapped = []
+    for tool in definitions:
+        function = tool.get("function", tool) if isinstance(tool, dict) else tool
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"{where}: a tool has no name: {describe(tool)}.", 'Expected: {"name": "…", "parameters": {…}}'
+            )
+        wrapped.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return wrapped
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON inside a column; DataError with its place in the text."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: expected JSON, found {text[:40]!r} ({error}).") from None
+
+
+def is_transcript(value: Any) -> TypeGuard[str]:
+    """Text of the hh-rlhf kind: turns after `Human:` and `Assistant:`, each on a new paragraph."""
+    if not isinstance(value, str):
+        return False
+    first = _MARKS.search(value)
+    return first is not None and not value[: first.start()].strip() and "\n\nAssistant:" in value
+
+
+def transcript_of(text: str, where: str) -> list[Message]:
+    """Turns of a transcript; turns in a row by one speaker are joined by a blank line."""
+    pieces = _MARKS.split(text)
+    messages: list[Message] = []
+    for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{said.strip()}".strip()
+        else:
+            messages.append({"role": role, "content": said.strip()})
+    if not messages:
+        raise DataError(f"{where}: no turn found; expected '\\n\\nHuman: …\\n\\nAssistant: …'.")
+    return messages

@@ -1,0 +1,103 @@
+"""Which rows are held out, which are mixed in, and which training rows the held-out ones already contain."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+
+from finetune_kit.data.ledger import Ledger, prompt_key, same_key
+from finetune_kit.data.records import Record
+from finetune_kit.errors import DataError, SettingsError
+
+DEFAULT_SHARE = 0.05
+DEFAULT_MOST = 256  # rows
+
+
+def held_out_count(size: float | None, rows: int) -> int:
+    """How many of `rows` are held out: `size` rows, or a share below 1; unset 5 %, at least 1 and at most 256."""
+    if size is None:
+        return max(1, min(DEFAULT_MOST, round(rows * DEFAULT_SHARE)))
+    if size < 0:
+        raise SettingsError(f"data.held_out_size={size}: expected rows, or a share below 1.")
+    return round(size) if size >= 1 or size == 0 else max(1, round(rows * size))
+
+
+def split_off(records: list[Record], size: float | None, seed: int) -> tuple[list[Record], list[Record]]:
+    """(training, held-out) rows in their old order, drawn by `seed`; rows with the same prompt stay on one side.
+
+    Where all rows share one prompt, equal rows stay on one side instead. Raises DataError where a side would be empty.
+    """
+    wanted = held_out_count(size, len(records))
+    if wanted == 0:
+        return records, []
+    for key in (prompt_key, same_key):
+        held = _draw(records, wanted, seed, key)
+        if held and len(held) < len(records):
+            train = [record for i, record in enumerate(records) if i not in held]
+            return train, [record for i, record in enumerate(records) if i in held]
+    raise DataError(
+        f"{len(records)} rows are too few, or too alike, to hold {wanted} out for evaluation.",
+        "Give the rows to evaluate on: data.held_out_path=FILE, or hold out fewer: data.held_out_size=1",
+    )
+
+
+def _draw(records: list[Record], wanted: int, seed: int, key: Callable[[Record], str]) -> set[int]:
+    """Indices of about `wanted` rows: whole groups of equal key in random order, too large ones passed over."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, record in enumerate(records):
+        groups[key(record)].append(index)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    held: set[int] = set()
+    for group in order:
+        if len(held) + len(group) <= wanted:
+            held.update(group)
+    if not held and len(order) > 1:  # every group is larger than what is wanted: the smallest one, then
+        held.update(sorted(order, key=len)[0])
+    return held
+
+
+def mix(pools: list[list[Record]], weights: list[float], seed: int, ledger: Ledger, names: list[str]) -> list[Record]:
+    """Rows of all sources in the shares `weights` give, drawn without replacement as far as the scarcest one lasts.
+
+    Without weights all rows are taken. What was left out is said in the ledger.
+    """
+    if not weights:
+        return [record for pool in pools for record in pool]
+    if len(weights) != len(pools) or min(weights) < 0 or sum(weights) <= 0:
+        raise SettingsError(
+            f"data.weights={weights}: expected one number for each of {len(pools)} paths, none negative, not all 0.",
+            f"Such as data.weights=[{', '.join(['1'] * len(pools))}]",
+        )
+    shares = [weight / sum(weights) for weight in weights]
+    total = min(len(pool) / share for pool, share in zip(pools, shares, strict=True) if share)
+    mixed: list[Record] = []
+    for pool, share, name in zip(pools, shares, names, strict=True):
+        count = min(len(pool), round(total * share))
+        mixed += sample(pool, count, seed)
+        ledger.note(f"Mixed by data.weights: {count} of the {len(pool)} training rows of {name} ({share:.0%}).")
+    return mixed
+
+
+def sample(records: list[Record], count: int, seed: int) -> list[Record]:
+    """`count` rows drawn by `seed` without replacement, in their old order; all of them if there are no more."""
+    if count >= len(records):
+        return records
+    return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), count))]
+
+
+def drop_overlap(train: list[Record], held_out: list[Record], ledger: Ledger) -> list[Record]:
+    """Training rows that are not held out too; the others are counted as dropped. Duplicates are counted and kept."""
+    held = {same_key(record) for record in held_out}
+    ledger.held_out.duplicates = len(held_out) - len(held)
+    kept, seen = [], set()
+    for record in train:
+        key = same_key(record)
+        if key in held:
+            ledger.drop("train", record.where, "also held out")
+            continue
+        ledger.train.duplicates += key in seen
+        seen.add(key)
+        kept.append(record)
+    return kept

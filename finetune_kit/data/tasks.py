@@ -1,0 +1,93 @@
+"""`reasoning_gym/<task>`: problems made by a generator, with the task's own scorer.
+
+Generators seed item i with (seed + i). Held-out problems always come from seed 7, whatever the training seed, so that
+every recipe and every seed is measured on the same ones; training problems come from (seed + 1) · 1,000,000. Ranges
+of up to 999,000 problems therefore never meet; the same problem drawn twice is found by comparing questions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from finetune_kit.data.records import PromptCompletion
+from finetune_kit.errors import DataError, ResourceError, SettingsError
+
+PREFIX = "reasoning_gym/"
+HELD_OUT_SEED = 7
+SEED_STEP = 1_000_000
+MOST_ROWS = 999_000
+
+
+def train_seed(seed: int) -> int:
+    """The generator's seed for the training problems of a run."""
+    return (seed + 1) * SEED_STEP
+
+
+def task_rows(task: str, size: int, seed: int, options: dict[str, Any] | None = None) -> list[PromptCompletion]:
+    """`size` problems from generator seeds [seed, seed + size), each a question and its right answer.
+
+    `metadata` is the generator's entry (question, answer, metadata) and `task`, which `scorer` needs. Raises
+    ResourceError without the package, SettingsError for an unknown task or option, DataError where it gives no answer.
+    """
+    if size > MOST_ROWS:
+        raise SettingsError(f"data.size: {size:,} problems of {PREFIX}{task}; at most {MOST_ROWS:,}.")
+    dataset = _generator(task, size, seed, options or {})
+    rows = []
+    for number in range(size):
+        entry = dataset[number]
+        where = f"{PREFIX}{task}:{number + 1}"
+        if not isinstance(entry["answer"], str) or not entry["answer"].strip():
+            raise DataError(
+                f"{where}: the task gives no answer to learn from.", f"Take another task than data.path={PREFIX}{task}."
+            )
+        messages = [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": entry["answer"]}]
+        rows.append(PromptCompletion(where, messages, metadata={"task": task, **entry}))
+    return rows
+
+
+def scorer(task: str, options: dict[str, Any] | None = None) -> Callable[[str, dict[str, Any]], float]:
+    """The task's own score in [0, 1] of a completion, given the row's metadata."""
+    dataset = _generator(task, 1, HELD_OUT_SEED, options or {})
+
+    def score(completion: str, metadata: dict[str, Any]) -> float:
+        try:
+            value = float(dataset.score_answer(completion.strip(), metadata))
+        except Exception:  # a task's parser meets a model's nonsense: what it cannot read is not the answer
+            return 0.0
+        return min(1.0, max(0.0, value))
+
+    return score
+
+
+def _generator(task: str, size: int, seed: int, options: dict[str, Any]) -> Any:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        raise ResourceError(
+            f"{PREFIX}{task} needs the package reasoning-gym, which is not installed.", "pip install reasoning-gym"
+        ) from None
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3)
+        raise SettingsError(
+            f"data.path: reasoning_gym has no task {task!r}.",
+            f"Did you mean {' or '.join(PREFIX + name for name in near)}?"
+            if near
+            else f"Tasks: {', '.join(sorted(DATASETS))}.",
+        )
+    known = [item.name for item in dataclasses.fields(DATASETS[task][1]) if item.name not in ("seed", "size")]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise SettingsError(
+                f"data.options.{name}: {PREFIX}{task} has no such option."
+                + (f" Did you mean {near[0]}?" if near else ""),
+                f"Options: {', '.join(known)}.",
+            )
+    try:
+        return reasoning_gym.create_dataset(task, seed=seed, size=size, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise SettingsError(f"data.options: {PREFIX}{task} refuses {options}: {error}") from None

@@ -1,0 +1,288 @@
+"""What a chat template can do, found by looking at what it renders, and conversations written so that it loses nothing.
+
+A probe conversation is rendered once per template. From it follows how an answer ends, and whether system turns, tools,
+tool calls and tool results come out at all; what would vanish is written as text instead, and said in the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from finetune_kit.data.records import Message
+from finetune_kit.errors import DataError
+
+Note = Callable[[str], None]
+
+# Set on a tokenizer that has none. The end token after each answer is what generation stops at.
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User:\\n' + message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How one template writes a conversation.
+
+    `parts`: contents must be `[{"type": "text", "text": …}]`. `system`, `tools`: rendered at all. `calls`: arguments of
+    a tool call as "object" or as JSON "string"; "text" where calls or results are not rendered.
+    `reasoning`: reasoning_content is rendered. `tail`: what follows an
+    answer that is the last turn; `end`: its beginning up to and with the end token, "" where there is none.
+    """
+
+    parts: bool
+    system: bool
+    tools: bool
+    calls: str
+    reasoning: bool
+    tail: str
+    end: str
+
+
+def silent(text: str) -> None:
+    """A `Note` that nobody wants to hear."""
+
+
+def render(
+    tokenizer: Any,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    generation: bool = False,
+) -> str:
+    """The template's text of a conversation as it stands; raises whatever the template raises."""
+    plain = [{name: value for name, value in message.items() if name not in ("train", "plain")} for message in messages]
+    return str(
+        tokenizer.apply_chat_template(
+            plain, tools=tools or None, tokenize=False, add_generation_prompt=generation, **(kwargs or {})
+        )
+    )
+
+
+def added_tokens(tokenizer: Any) -> dict[str, int]:
+    """Text -> id of the tokens that are matched whole in any text (special and other added ones)."""
+    return {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+
+
+def dialect_of(tokenizer: Any, kwargs: dict[str, Any] | None = None) -> Dialect:
+    """The tokenizer's dialect. Raises DataError where its template cannot render a question and an answer."""
+    return _probe(
+        tokenizer, str(tokenizer.chat_template), str(tokenizer.eos_token), json.dumps(kwargs or {}, sort_keys=True)
+    )
+
+
+@lru_cache(maxsize=16)
+def _probe(tokenizer: Any, template: str, eos: str, kwargs_json: str) -> Dialect:
+    kwargs = json.loads(kwargs_json)
+
+    def shown(messages: list[Message], words: list[str], tools: list[dict[str, Any]] | None = None) -> str:
+        """The rendering if all `words` come out in it, else ""."""
+        try:
+            text = render(tokenizer, messages, tools, kwargs)
+        except Exception:  # a template is somebody else's program and may raise anything; it means "cannot"
+            return ""
+        return text if all(word in text for word in words) else ""
+
+    question: Message = {"role": "user", "content": "ProbeQuestion"}
+    answer: Message = {"role": "assistant", "content": "ProbeAnswer"}
+    words, parts = ["ProbeQuestion", "ProbeAnswer"], False
+    text = shown([question, answer], words)
+    if not text:
+        parts = True
+        text = shown(_as_parts([question, answer]), words)
+    if not text:
+        raise DataError(
+            "The model's chat template does not render a user turn and an answer: " + _complaint(tokenizer, kwargs),
+            "Give the tokenizer a working chat_template, or take another model: model.name_or_path=…",
+        )
+    write = _as_parts if parts else list
+    system: Message = {"role": "system", "content": "ProbeSystem"}
+    thinking: Message = {**answer, "reasoning_content": "ProbeThought"}
+    tail = text[text.rindex("ProbeAnswer") + len("ProbeAnswer") :]
+    return Dialect(
+        parts=parts,
+        system=bool(shown(write([system, question, answer]), [*words, "ProbeSystem"])),
+        tools=bool(shown(write([question, answer]), [*words, "probe_tool"], [_PROBE_TOOL])),
+        calls=_probe_calls(shown, write, question, answer),
+        reasoning=bool(shown(write([question, thinking]), [*words, "ProbeThought"])),
+        tail=tail,
+        end=_leading_end(tail, list(added_tokens(tokenizer))),
+    )
+
+
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "ProbeDescription",
+        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string", "description": "ProbeKey"}}},
+    },
+}
+
+
+def _probe_calls(shown: Callable[..., str], write: Callable[..., Any], question: Message, answer: Message) -> str:
+    call = {"type": "function", "function": {"name": "probe_call", "arguments": {"probe_key": "ProbeValue"}}}
+    messages = [
+        question,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "ProbeResult"},
+        answer,
+    ]
+    wanted = ["probe_call", "probe_key", "ProbeValue", "ProbeResult", "ProbeAnswer"]
+    for form in ("object", "string"):
+        if shown(write(_with_ids(messages, as_string=form == "string")), wanted):
+            return form
+    return "text"
+
+
+def _complaint(tokenizer: Any, kwargs: dict[str, Any]) -> str:
+    probe = [{"role": "user", "content": "ProbeQuestion"}, {"role": "assistant", "content": "ProbeAnswer"}]
+    try:
+        render(tokenizer, probe, None, kwargs)
+    except Exception as error:  # as above: the template's own words, whatever they are
+        return str(error)
+    return "the words do not come out."
+
+
+def _leading_end(tail: str, tokens: list[str]) -> str:
+    """`tail` up to and with the first run of adjacent added tokens, `<|end|>` of `<|end|>\\n<eos>`; "" if none."""
+    starts = [(tail.index(token), -len(token), token) for token in tokens if token and token in tail]
+    if not starts:
+        return ""
+    position, _, token = min(starts)
+    stop = position + len(token)
+    while following := [token for token in tokens if token and tail.startswith(token, stop)]:
+        stop += len(max(following, key=len))
+    return tail[:stop]
+
+
+def adapt(
+    messages: list[Message], tools: list[dict[str, Any]] | None, dialect: Dialect, note: Note = silent
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """The conversation as this dialect can write it: what it has no words for becomes text, and `note` is told.
+
+    A prefix of the conversation that stops before an assistant turn is adapted to a prefix of the result, so that
+    serving sees what training saw.
+    """
+    calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    if dialect.reasoning:
+        messages = [_thought_apart(message) for message in messages]
+    if tools and not dialect.tools:
+        messages, tools = _tools_in_system(messages, tools), None
+        note("The chat template ignores tools: they are listed in the system turn.")
+    if calls and dialect.calls == "text":
+        messages = _calls_as_text(messages)
+        note("The chat template ignores tool calls or results: they are written as <tool_call> and <tool_response>.")
+    elif calls:
+        messages = _with_ids(messages, as_string=dialect.calls == "string")
+    if not dialect.system and messages and messages[0]["role"] == "system":
+        messages = _system_in_user(messages)
+        note("The chat template has no system turn: its text is put at the head of the first user turn.")
+    return (_as_parts(messages) if dialect.parts else messages), tools
+
+
+def _thought_apart(message: Message) -> Message:
+    """A thought written into the answer as `<think>…</think>`, moved to where the template reads thoughts."""
+    before, closed, after = message["content"].partition("</think>")
+    if message["role"] != "assistant" or not closed or message.get("reasoning_content"):
+        return message
+    return {**message, "content": after.lstrip(), "reasoning_content": before.strip().removeprefix("<think>").strip()}
+
+
+def _as_parts(messages: list[Message]) -> list[Message]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _with_ids(messages: list[Message], as_string: bool) -> list[Message]:
+    """Calls numbered in order where the data have no ids (some templates demand nine characters), results to match."""
+    written: list[Message] = []
+    count, waiting = 0, []
+    for message in messages:
+        if message.get("tool_calls"):
+            numbered = []
+            for call in message["tool_calls"]:
+                count += 1
+                function = dict(call["function"])
+                if as_string:
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+                numbered.append({"id": f"call{count:05d}", **call, "function": function})
+            waiting = [call["id"] for call in numbered]
+            message = {**message, "tool_calls": numbered}
+        elif message["role"] == "tool" and "tool_call_id" not in message and waiting:
+            message = {**message, "tool_call_id": waiting.pop(0)}
+        written.append(message)
+    return written
+
+
+def _calls_as_text(messages: list[Message]) -> list[Message]:
+    """Calls as text of the assistant's turn, results as a user turn; results in a row share one turn."""
+    written: list[Message] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            result = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if index and messages[index - 1]["role"] == "tool":
+                written[-1]["content"] += "\n" + result
+            else:
+                written.append({"role": "user", "content": result})
+            continue
+        if message.get("tool_calls"):
+            blocks = [message["content"]] if message["content"] else []
+            for call in message["tool_calls"]:
+                function = {name: call["function"][name] for name in ("name", "arguments")}
+                blocks.append(f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>")
+            message = {name: value for name, value in message.items() if name != "tool_calls"}
+            message["content"] = "\n".join(blocks)
+        written.append(message)
+    return written
+
+
+def _tools_in_system(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    text = (
+        f"You may call these tools:\n<tools>\n{listed}\n</tools>\n"
+        'To call one, answer with\n<tool_call>\n{"name": its name, "arguments": {…}}\n</tool_call>'
+    )
+    if messages and messages[0]["role"] == "system":
+        return [{**messages[0], "content": messages[0]["content"] + "\n\n" + text}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _system_in_user(messages: list[Message]) -> list[Message]:
+    system, rest = messages[0]["content"], messages[1:]
+    if rest and rest[0]["role"] == "user":
+        return [{**rest[0], "content": f"{system}\n\n{rest[0]['content']}"}, *rest[1:]]
+    return [{"role": "user", "content": system}, *rest]
+
+
+def prepare_tokenizer(tokenizer: Any, conversations: bool) -> list[str]:
+    """Give a tokenizer without a chat template the fallback one, where the data are conversations; says so in words.
+
+    It is set on the tokenizer, so it is saved and served with the model. Raises DataError without an end token.
+    """
+    if tokenizer.chat_template or not conversations:
+        return []
+    if not tokenizer.eos_token:
+        raise DataError(
+            "The tokenizer has neither a chat template nor an end token: no answer would ever end.",
+            "Set tokenizer.eos_token in the model's folder, or take another model: model.name_or_path=…",
+        )
+    bos = "{{ bos_token }}" if bos_prefix(tokenizer) else ""
+    tokenizer.chat_template = bos + FALLBACK_TEMPLATE
+    return [
+        "The tokenizer has no chat template. It was given a plain one (User: / Assistant: turns between blank lines, "
+        f"{tokenizer.eos_token} after each answer), which is saved with the model."
+    ]
+
+
+def bos_prefix(tokenizer: Any) -> list[int]:
+    """[bos id] where the tokenizer itself begins a plain text with it, else []."""
+    ids = tokenizer("a")["input_ids"]
+    return [ids[0]] if tokenizer.bos_token_id is not None and ids and ids[0] == tokenizer.bos_token_id else []
