@@ -1,0 +1,106 @@
+"""Token-weighted loss: the negative log-likelihood of every row and the number of tokens it is summed over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune_kit.errors import NumericsError
+from finetune_kit.generation import evaluation_mode, in_batches
+
+IGNORED = -100  # label of a token that is not trained
+LOGITS = 2**26  # most logits of one forward pass: 256 MiB in float32
+GENERAL_TEXT = Path(__file__).with_name("general_text.txt")
+
+Row = tuple[Sequence[int], Sequence[int]]  # input_ids, labels
+
+
+def row_losses(
+    model: Any,
+    rows: Sequence[Row],
+    where: Sequence[str],
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[float], list[int]]:
+    """For each row its summed negative log-likelihood (nats) and its number of supervised tokens.
+
+    Supervised: label not -100, first position aside, which nothing predicts. The loss of the rows together is
+    sum(nll) / sum(tokens); it does not depend on batch_size, unlike a mean of batch means. Rows are padded on the
+    right. Raises NumericsError naming the row (by `where`) whose loss is not finite.
+    """
+    nll = [0.0] * len(rows)
+    positions = [[at - 1 for at in range(1, len(labels)) if labels[at] != IGNORED] for _, labels in rows]
+    done = 0
+
+    def score(batch: list[int]) -> None:
+        nonlocal done
+        for index, value in zip(batch, _batch_nll(model, rows, positions, batch), strict=True):
+            if not math.isfinite(value):
+                raise NumericsError(
+                    f"{where[index]}: the model's loss is {value}.",
+                    "The weights or the arithmetic broke: try model.dtype=float32 or a smaller train.learning_rate.",
+                )
+            nll[index] = value
+        done += len(batch)
+        if progress is not None:
+            progress(done)
+
+    with evaluation_mode(model):
+        in_batches(_plan(model, rows, positions, batch_size), score, "scoring held-out rows")
+    return nll, [len(row) for row in positions]
+
+
+def _plan(model: Any, rows: Sequence[Row], positions: list[list[int]], batch_size: int) -> list[list[int]]:
+    """Batches of row indices, longest rows first, within batch_size rows and LOGITS logits. Rows to score only."""
+    vocabulary = model.config.get_text_config().vocab_size
+    batches: list[list[int]] = []
+    kept: set[int] = set()
+    for index in sorted((i for i in range(len(rows)) if positions[i]), key=lambda i: -len(rows[i][0])):
+        together = kept | set(positions[index])
+        last = batches[-1] if batches else []
+        if last and len(last) < batch_size and (len(last) + 1) * len(together) * vocabulary <= LOGITS:
+            last.append(index)
+            kept = together
+        else:
+            batches.append([index])
+            kept = set(positions[index])
+    return batches
+
+
+def _batch_nll(model: Any, rows: Sequence[Row], positions: list[list[int]], batch: list[int]) -> list[float]:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    width = max(len(rows[index][0]) for index in batch)
+    input_ids = torch.zeros(len(batch), width, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for line, index in enumerate(batch):
+        ids = rows[index][0]
+        input_ids[line, : len(ids)] = torch.as_tensor(ids)
+        attention_mask[line, : len(ids)] = 1
+    # The head runs only where some row of the batch has a label: on prompts it would be most of the work.
+    kept = torch.tensor(sorted({at for index in batch for at in positions[index]}))
+    logits = model(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        logits_to_keep=kept.to(model.device),
+        use_cache=False,
+    ).logits
+    if logits.shape[1] != len(kept):  # a model that knows no logits_to_keep gives them all
+        logits = logits[:, kept.to(logits.device)]
+    nll = []
+    for line, index in enumerate(batch):
+        columns = torch.searchsorted(kept, torch.tensor(positions[index])).to(logits.device)
+        targets = torch.tensor([rows[index][1][at + 1] for at in positions[index]], device=logits.device)
+        losses = cross_entropy(logits[line, columns].float(), targets, reduction="none")
+        nll.append(float(losses.sum(dtype=torch.float64 if losses.device.type != "mps" else None)))
+    return nll
+
+
+def general_rows(tokenizer: Any) -> list[Row]:
+    """The paragraphs of the fixed general text, every token supervised. All models see the same words."""
+    paragraphs = GENERAL_TEXT.read_text(encoding="utf-8").strip().split("\n\n")
+    rows = [tokenizer(paragraph)["input_ids"] for paragraph in paragraphs]
+    return [(ids, ids) for ids in rows]

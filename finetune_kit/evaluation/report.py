@@ -1,0 +1,275 @@
+"""The report for people: a table on the terminal, and one HTML file that needs no network and no script."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetune_kit.evaluation.compare import Report
+
+LABELS: dict[str, str] = {
+    "task_score": "task score",
+    "exact_match": "exact match",
+    "final_number": "final number right",
+    "rouge": "ROUGE-L",
+    "bleu": "BLEU (sentence)",
+    "held_out_loss": "held-out loss, nats/token",
+    "held_out_perplexity": "held-out perplexity",
+    "general_text_loss": "general-text loss, nats/token",
+    "answers_ended": "answers that end by themselves",
+}
+PRINTED_SAMPLES = 3
+COLOURS = {"better": "green", "worse": "red"}
+LISTED = 20  # entries shown of a list in the ledger
+WIDTH, HEIGHT = 480, 230  # of the loss curves, in SVG units
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30  # room for their labels
+
+
+def label_of(entry: dict[str, Any]) -> str:
+    """A metric's name in words, with the direction that is good."""
+    return f"{LABELS.get(entry['name'], entry['name'])} {'↑' if entry['higher_is_better'] else '↓'}"
+
+
+def numbers_of(entry: dict[str, Any]) -> list[str]:
+    """before, after, difference with its interval, verdict: as text, shares with 3 decimals."""
+    interval = entry["interval"]
+    span = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
+    return [f"{entry['before']:.3f}", f"{entry['after']:.3f}", f"{entry['difference']:+.3f}{span}", entry["verdict"]]
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The table of metrics, the verdict, and three answers side by side."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Before and after, on the same held-out rows", title_justify="left")
+    table.add_column("↑ more is better, ↓ less")
+    for head in ("before", "after"):
+        table.add_column(head, justify="right")
+    table.add_column("difference [95 % interval]")
+    table.add_column("verdict")
+    for entry in report.metrics:
+        *numbers, verdict = numbers_of(entry)
+        table.add_row(label_of(entry), *numbers, Text(verdict, style=COLOURS.get(verdict, "")))
+    console.print(table)
+    console.print(Text(report.verdict, style="bold"))
+    if report.samples:
+        console.print(_sample_table(report.samples[:PRINTED_SAMPLES]))
+
+
+def _sample_table(samples: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="The first answers side by side", title_justify="left", show_lines=True)
+    for head in ("prompt", "expected", "before", "after"):
+        table.add_column(head, ratio=1, overflow="fold")
+    for sample in samples:
+        # what sets one prompt apart from the next stands at its end
+        cells = ["…" + _on_one_line(sample["prompt"])[-120:]]
+        cells += [_on_one_line(sample[side])[:160] for side in ("reference", "before", "after")]
+        table.add_row(*map(Text, cells))  # Text: square brackets in an answer are not markup
+    return table
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def write_html(report: Report, history: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
+    """report.html: verdict, table, loss curves, samples, then everything in `run`.
+
+    `history`: the lines of metrics.jsonl (step, loss, eval_loss, …). `run`: `recipe` (its name), and whatever else is
+    to be told: a dict (ledger, versions) becomes a folding table of dotted names and values, a text (settings as YAML)
+    a folding block. All text is escaped.
+    """
+    title = f"{run['recipe']}: before and after"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="verdict {escape(report.metrics[0]["verdict"].split()[0])}">{escape(report.verdict)}</p>',
+        _metric_table(report),
+        "<h2>Loss while training</h2>",
+        loss_curves(history),
+        _samples_html(report),
+        *(_facts(name, value) for name, value in run.items() if name != "recipe"),
+    ]
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(body)
+        + "\n</main></body></html>\n"
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _metric_table(report: Report) -> str:
+    lines = []
+    for entry in report.metrics:
+        before, after, difference, verdict = map(escape, numbers_of(entry))
+        lines.append(
+            f'<tr><th scope="row">{escape(label_of(entry))}</th><td data-label="before">{before}</td>'
+            f'<td data-label="after">{after}</td><td data-label="difference">{difference}</td>'
+            f'<td data-label="verdict" class="{verdict.split()[0]}">{verdict}</td>'
+            f'<td data-label="rows">{entry["n"]}</td></tr>'
+        )
+    heads = "".join(f"<th>{head}</th>" for head in ("", "before", "after", "difference [95 %]", "verdict", "rows"))
+    note = f"↑ more is better, ↓ less. Main metric: {escape(report.main)}. "
+    note += f"Row by row: {report.wins} won, {report.ties} tied, {report.losses} lost."
+    body = "".join(lines)
+    return (
+        "<h2>Before and after, on the same held-out rows</h2>"
+        f'<table class="metrics"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table><p class="note">{note}</p>'
+    )
+
+
+def _samples_html(report: Report) -> str:
+    if not report.samples:
+        return ""
+    blocks = []
+    for sample in report.samples:
+        sides = []
+        for position, side in enumerate(("before", "after")):
+            scores = [f"{name} {values[position]:.2f}" for name, values in sample["scores"].items()]
+            scores += [] if sample["ended"][position] else ["cut off"]
+            facts = escape(" · ".join(scores))
+            sides.append(f"<div><h4>{side} <small>{facts}</small></h4><pre>{escape(sample[side])}</pre></div>")
+        blocks.append(
+            f'<section class="sample"><h3>{escape(sample["where"])}</h3><pre>{escape(sample["prompt"])}</pre>'
+            f"<h4>expected</h4><pre>{escape(sample['reference'])}</pre>"
+            f'<div class="sides">{"".join(sides)}</div></section>'
+        )
+    return f"<h2>The first {len(blocks)} answers side by side</h2>" + "".join(blocks)
+
+
+def _facts(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        pairs = [(escape(key), escape(item)) for key, item in _flat(value, "")]
+        rows = "".join(f'<tr><th scope="row">{key}</th><td>{item}</td></tr>' for key, item in pairs)
+        inside = f'<table class="facts">{rows}</table>'
+    else:
+        inside = f"<pre>{escape(str(value))}</pre>"
+    return f"<details{' open' if name == 'ledger' else ''}><summary>{escape(name)}</summary>{inside}</details>"
+
+
+def _flat(values: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
+    """Nested dicts as (dotted name, text); of a long list the first entries and the count of the rest."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            pairs += _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            rest = [f"… and {len(value) - LISTED} more"] if len(value) > LISTED else []
+            pairs.append((f"{prefix}{key}", "\n".join([*map(_one_line, value[:LISTED]), *rest]) or "none"))
+        else:
+            pairs.append((f"{prefix}{key}", str(value)))
+    return pairs
+
+
+def _one_line(item: Any) -> str:
+    return " · ".join(map(str, item.values())) if isinstance(item, dict) else str(item)
+
+
+def loss_curves(history: list[dict[str, Any]]) -> str:
+    """Training and held-out loss over the optimizer steps as inline SVG; lines without a finite loss are left out."""
+    curves = {name: _points(history, key) for name, key in (("training", "loss"), ("held-out", "eval_loss"))}
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return '<p class="note">No loss was logged.</p>'
+    steps, losses = zip(*points, strict=True)
+    scale = _Scale(min(steps), max(steps), min(losses), max(losses))
+    drawn = "".join(_curve(name, curve, scale) for name, curve in curves.items() if curve)
+    legend = " ".join(f'<span class="key {name}">{name}</span>' for name, curve in curves.items() if curve)
+    description = f"Loss in nats a token over {max(steps):g} optimizer steps"
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{description}">{_axes(scale)}{drawn}</svg>'
+        f"<figcaption>{legend} nats a token, by optimizer step</figcaption></figure>"
+    )
+
+
+class _Scale:
+    """Steps and losses to SVG units; a flat curve gets some height of its own."""
+
+    def __init__(self, first: float, last: float, low: float, high: float) -> None:
+        pad = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
+        self.first, self.last, self.low, self.high = first, last, low - pad, high + pad
+
+    def x(self, step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (step - self.first) / ((self.last - self.first) or 1)
+
+    def y(self, loss: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (self.high - loss) / (self.high - self.low)
+
+
+def _points(history: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the lines that have a finite number under `key`."""
+    pairs = [(line.get("step"), line.get(key)) for line in history]
+    return [(s, v) for s, v in pairs if isinstance(s, int | float) and isinstance(v, int | float) and math.isfinite(v)]
+
+
+def _curve(name: str, curve: list[tuple[float, float]], scale: _Scale) -> str:
+    corners = [(scale.x(step), scale.y(loss)) for step, loss in curve]
+    line = f'<polyline class="{name}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in corners)}"/>'
+    few = corners if name == "held-out" or len(corners) == 1 else []
+    return line + "".join(f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in few)
+
+
+def _axes(scale: _Scale) -> str:
+    parts = []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        loss = scale.low + share * (scale.high - scale.low)
+        y = scale.y(loss)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{loss:.3g}</text>')
+    ends = ((scale.first, "start"), (scale.last, "end"))
+    for step, anchor in ends if scale.last > scale.first else ends[:1]:
+        parts.append(f'<text x="{scale.x(step):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{step:g}</text>')
+    return "".join(parts)
+
+
+STYLE = """
+:root { color-scheme: light dark; --fg: #1b1b1f; --bg: #fff; --soft: #f3f3f6; --line: #d4d4dc; --dim: #5d5d68;
+  --good: #17703a; --bad: #b3261e; --train: #2f6fd6; --held: #c2570c; }
+@media (prefers-color-scheme: dark) { :root { --fg: #e8e8ec; --bg: #16161a; --soft: #212127; --line: #3a3a44;
+  --dim: #a3a3b0; --good: #63cf8b; --bad: #ff8a80; --train: #7db0ff; --held: #ffab70; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+h3, h4 { font-size: 1rem; margin: .5rem 0 .25rem; } h4 { color: var(--dim); font-weight: 600; }
+small, .note, figcaption { color: var(--dim); font-size: .875rem; font-weight: 400; }
+.verdict { background: var(--soft); border-left: .3rem solid var(--dim); padding: .75rem 1rem; }
+.verdict.better { border-color: var(--good); } .verdict.worse { border-color: var(--bad); }
+td.better { color: var(--good); font-weight: 600; } td.worse { color: var(--bad); font-weight: 600; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+.metrics td { font-variant-numeric: tabular-nums; }
+.facts th { font-weight: 400; width: 40%; } .facts td { white-space: pre-line; }
+.facts th, .facts td { overflow-wrap: anywhere; font-size: .875rem; }
+pre { background: var(--soft); padding: .6rem; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: .875rem; border-radius: .3rem; min-height: 2.4rem; }
+.sample { border-top: 1px solid var(--line); padding: .5rem 0 1rem; }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; }
+details { margin-top: 1.5rem; } summary { cursor: pointer; font-weight: 600; }
+figure { margin: 0; } svg { width: 100%; max-width: 40rem; height: auto; display: block; }
+svg text { fill: var(--dim); font-size: 11px; } .grid { stroke: var(--line); stroke-width: 1; }
+polyline { fill: none; stroke-width: 2; } polyline.training { stroke: var(--train); }
+polyline.held-out { stroke: var(--held); }
+circle.held-out { fill: var(--held); } circle.training { fill: var(--train); }
+.key { margin-right: .75rem; } .key::before { content: ""; display: inline-block; width: 1rem; height: .2rem;
+  margin-right: .35rem; vertical-align: middle; }
+.key.training::before { background: var(--train); } .key.held-out::before { background: var(--held); }
+@media (max-width: 40rem) {
+  .sides { grid-template-columns: 1fr; } svg text { font-size: 15px; }
+  .metrics thead { display: none; } .metrics, .metrics tbody, .metrics tr, .metrics th, .metrics td { display: block; }
+  .metrics tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
+  .metrics th, .metrics td { border: 0; padding: .1rem 0; }
+  .metrics td { display: flex; justify-content: space-between; gap: 1rem; }
+  .metrics td::before { content: attr(data-label); color: var(--dim); font-weight: 400; }
+}
+"""
