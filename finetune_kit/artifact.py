@@ -1,0 +1,182 @@
+"""What a run leaves behind: weights that load anywhere, the report, and a card made only from facts.
+
+The weights are proven: a fresh process loads them with plain transformers and PEFT and must reproduce the logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_kit.config import RecipeConfig, to_yaml
+from finetune_kit.data.load import Data
+from finetune_kit.errors import NumericsError
+from finetune_kit.evaluation.compare import Report
+from finetune_kit.evaluation.report import write_html
+from finetune_kit.model.adapters import is_adapter
+from finetune_kit.model.load import base_license, public_name, resolve_name
+from finetune_kit.run_folder import versions
+
+TOLERANCE = 1e-4  # largest difference of a float32 logit after saving and loading
+
+# Run as `python -c` in a fresh process, so that nothing of this package can help the weights along.
+RELOAD = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, base, dtype, device, probe = sys.argv[1:]
+AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), use_safetensors=True)
+if base != folder:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, folder)
+model = model.to(device).eval()
+ids = load_file(probe)["ids"].to(device)
+with torch.inference_mode():
+    logits = model(input_ids=ids).logits.float().cpu()
+save_file({"logits": logits.contiguous()}, probe + ".out")
+"""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished run: its folder and its report."""
+
+    folder: Path
+    report: Report
+
+
+def save(
+    model: Any, tokenizer: Any, config: RecipeConfig, data: Data, report: Report, history: list[dict[str, float]]
+) -> Artifact:
+    """Write the run's folder and prove that it can be read back. Raises NumericsError where it cannot."""
+    folder = Path(config.train.output_dir or "")
+    save_weights(model, tokenizer, config, data.end_token_ids, folder)
+    difference = reload_difference(model, config, folder, data.train[0]["input_ids"][:64])
+    if not difference <= TOLERANCE:
+        raise NumericsError(
+            f"What was saved in {folder} is not what was trained: its logits differ by {difference:.3g} after loading.",
+            "The folder is kept for inspection. Please report this with its run.yaml.",
+        )
+    results = {**report.to_json(), "reload_max_logit_difference": difference}
+    (folder / "report.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    run = {"recipe": config.recipe, "settings": to_yaml(config, versions()), "ledger": data.ledger.to_json()}
+    write_html(report, history, run, folder / "report.html")
+    (folder / "README.md").write_text(card(config, data, results), encoding="utf-8")
+    return Artifact(folder, report)
+
+
+def save_weights(model: Any, tokenizer: Any, config: RecipeConfig, end_token_ids: list[int], folder: Path) -> None:
+    """Adapter or model as safetensors, tokenizer with its template, generation config that knows where to stop."""
+    generation = model.generation_config
+    generation.eos_token_id, generation.pad_token_id = end_token_ids, tokenizer.pad_token_id
+    if is_adapter(model):
+        adapter = model.peft_config[model.active_adapter]
+        adapter.base_model_name_or_path = public_name(config.model.name_or_path)
+        adapter.revision = config.model.revision
+        # embeddings are saved where modules_to_save names them; to find out more, PEFT would ask the Hub
+        model.save_pretrained(folder, save_embedding_layers=False)
+        generation.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, max_shard_size="5GB")
+    tokenizer.save_pretrained(folder)
+
+
+def reload_difference(model: Any, config: RecipeConfig, folder: Path, probe: list[int]) -> float:
+    """Largest difference of a logit of `probe` between the model in memory and the saved one in a new process."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    ids = torch.tensor([probe], device=model.device)
+    model.eval()
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits.float().cpu()
+    base = resolve_name(config.model.name_or_path) if is_adapter(model) else str(folder)
+    dtype = str(model.dtype).removeprefix("torch.")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "probe.safetensors"
+        save_file({"ids": ids.cpu()}, path)
+        command = [sys.executable, "-I", "-c", RELOAD, str(folder), base, dtype, str(model.device), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NumericsError(
+                f"What was saved in {folder} cannot be loaded by transformers and PEFT:",
+                (done.stderr.strip().splitlines() or ["no message"])[-1],
+            )
+        got = load_file(f"{path}.out")["logits"]
+    return float((got - expected).abs().max())
+
+
+def without_paths(config: RecipeConfig) -> RecipeConfig:
+    """The same settings as a stranger may see them: local files and folders by their names alone."""
+    shown = copy.deepcopy(config)
+    shown.model.name_or_path = public_name(config.model.name_or_path)
+    paths = config.data.path
+    shown.data.path = _file_name(paths) if isinstance(paths, str) else [_file_name(path) for path in paths]
+    shown.data.held_out_path = config.data.held_out_path and _file_name(config.data.held_out_path)
+    shown.train.output_dir = None
+    shown.origins = {key: origin.rsplit("/", 1)[-1] for key, origin in config.origins.items()}
+    return shown
+
+
+def _file_name(path: str) -> str:
+    return Path(path).name if Path(path).exists() else path
+
+
+def card(config: RecipeConfig, data: Data, results: dict[str, Any]) -> str:
+    """The model card: metadata, the before/after table, data and settings; facts of this run only."""
+    import yaml
+
+    shown = without_paths(config)
+    base, sources = shown.model.name_or_path, shown.data.path
+    metadata: dict[str, Any] = {
+        "license": base_license(config.model) or "other",
+        "library_name": "peft" if hasattr(config, "lora") else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["finetune_kit", config.recipe],
+    }
+    if "/" in base:
+        metadata["base_model"] = base
+    rows = [
+        "| metric | before | after | difference | 95 % interval | rows | |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for metric in results["metrics"]:
+        interval = metric["interval"]
+        spread = f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "too few rows"
+        values = f"{metric['before']:.4f} | {metric['after']:.4f} | {metric['difference']:+.4f}"
+        rows.append(f"| {metric['name']} | {values} | {spread} | {metric['n']} | {metric['verdict']} |")
+    settings = to_yaml(shown, versions())
+    ledger = data.ledger.to_json()
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(metadata, sort_keys=False).strip(),
+            "---",
+            f"# {config.recipe} of {base}",
+            "",
+            results["verdict"],
+            "",
+            *rows,
+            "",
+            f"Base: {base}, revision {config.model.revision or 'not pinned'}. "
+            f"Data: {', '.join([sources] if isinstance(sources, str) else sources)}, "
+            f"fingerprint {ledger['fingerprint'][:16]}. Before and after were measured on the same held-out rows with "
+            "the same decoding; intervals are paired bootstraps over rows. After saving, a fresh process loaded this "
+            f"folder and reproduced the logits to {results['reload_max_logit_difference']:.1e}.",
+            "",
+            "## Settings",
+            "",
+            "```yaml",
+            settings.strip(),
+            "```",
+            "",
+        ]
+    )

@@ -1,0 +1,108 @@
+"""What a run says while it trains: a progress bar for people, metrics.jsonl for programs."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)  # what a run says on the way
+
+KEPT = ("epoch", "loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy")
+
+
+def peak_memory_gib() -> float:
+    """Highest memory so far: of the GPU where there is one, else of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return kilobytes / 2**20
+
+
+def telling(when: str) -> Callable[[str, int, int], None]:
+    """A function of (what, rows done, rows in all) that shows how far a measurement is: "before: answers 32 of 128"."""
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
+    tasks: dict[str, Any] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        if not console.is_terminal:
+            if what not in tasks:
+                console.print(f"{when}: {what}, {total} rows")
+            tasks[what] = None
+            return
+        if what not in tasks:
+            bar.start()
+            tasks[what] = bar.add_task(f"{when}: {what}", total=total)
+        bar.update(tasks[what], completed=done)
+        if bar.finished:
+            bar.stop()
+
+    return tell
+
+
+class Record:
+    """Appends one line a logged step to metrics.jsonl and shows it; `history` holds the same lines.
+
+    tokens counts the real (not padding) tokens that went through the model since the start of training.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.history: list[dict[str, float]] = []
+        self.bar: Progress | None = None
+        self.started = self.last_time = time.perf_counter()
+        self.last_tokens = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = self.last_time = time.perf_counter()
+        if not console.is_terminal:
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
+        self.bar = Progress(TextColumn("training"), *columns, console=console)
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=state.max_steps, said="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" not in logs:  # the trainer's summary at the end
+            return
+        now, tokens = time.perf_counter(), logs.get("num_tokens", 0.0)
+        rate = (tokens - self.last_tokens) / max(now - self.last_time, 1e-9)
+        self.last_time, self.last_tokens = now, tokens
+        line = {"step": state.global_step, **{name: logs[name] for name in KEPT if name in logs}}
+        line |= {"tokens": tokens, "tokens_per_second": round(rate, 1), "seconds": round(now - self.started, 2)}
+        line["peak_memory_gib"] = round(peak_memory_gib(), 3)
+        self.write(line)
+        self._advance(f"loss {logs['loss']:.4f}  {rate:,.0f} tokens/s", state)
+
+    def write(self, line: dict[str, float]) -> None:
+        self.history.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def say(self, text: str) -> None:
+        console.print(text)
+
+    def _advance(self, text: str, state: Any) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step, said=text)
+            return
+        left = (time.perf_counter() - self.started) / max(state.global_step, 1) * (state.max_steps - state.global_step)
+        self.say(f"step {state.global_step}/{state.max_steps}  {text}  {left:,.0f} s left")
