@@ -1,0 +1,58 @@
+"""Full supervised fine-tuning: every weight learns the answers in your data.
+
+What it does
+    Continues training all weights of a causal language model on prompts with their completions, on conversations, or on
+    plain text. Only the assistant's words and the token that ends its turn are learned; plain text is learned whole.
+
+Objective
+    minimise  - (1 / N) * sum over supervised tokens t of log p(token_t | tokens before t)
+    N counts the supervised tokens of the whole global batch, however it is cut into micro-batches.
+
+Data in
+    kind prompt_completion or text: messages, ShareGPT, alpaca, question/answer, prompt/completion, tool calls, .txt.
+
+Artifact out
+    model.safetensors, config.json, generation_config.json, tokenizer, chat template, report, card.
+
+What to watch
+    loss falls quickly, then slowly; a loss that bounces or rises means too high a learning_rate. Held-out loss that
+    turns up while training loss falls means too many epochs. A general-text loss that rises by more than a few percent
+    means the model forgets: lower the learning_rate, or use lora_sft. Few answers that end by themselves mean that the
+    end token was not learned.
+
+Paper
+    Instruction tuning: Wei et al. 2021 (arXiv 2109.01652); Ouyang et al. 2022 (arXiv 2203.02155).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+from finetune_kit.artifact import Artifact, save
+from finetune_kit.config import RecipeConfig, TrainConfig, section
+from finetune_kit.data.load import load_data
+from finetune_kit.evaluation.compare import compare, held_out_scores, measure
+from finetune_kit.model.load import load_policy, load_tokenizer
+from finetune_kit.training.arguments import build
+from finetune_kit.training.fit import fit
+from finetune_kit.training.progress import telling
+
+
+@dataclass
+class Config(RecipeConfig):
+    # a tenth of the rate that suits an adapter: every weight moves, so each needs to move less
+    train: TrainConfig = section(TrainConfig, learning_rate=2e-5, warmup_steps=0.05, gradient_checkpointing=False)
+
+
+def run(config: Config) -> Artifact:
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, "prompt_completion", tokenizer, seed=config.train.seed)
+    policy = load_policy(config.model, trained_in_full=True)
+    trainer = build(SFTTrainer, SFTConfig, config, policy, tokenizer, data)
+    before = measure(policy, tokenizer, data, config.evaluate, telling("before"))
+    history = fit(
+        trainer, config.train, partial(held_out_scores, tokenizer=tokenizer, data=data, config=config.evaluate)
+    )
+    after = measure(trainer.model, tokenizer, data, config.evaluate, telling("after"))
+    return save(trainer.model, tokenizer, config, data, compare(before, after, config.evaluate), history)
