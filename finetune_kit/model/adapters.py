@@ -14,27 +14,27 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def linear_names(model: Any) -> dict[str, int]:
-    """How often each linear layer's own name (q_proj, …) occurs in the model, the language-model head left out."""
+def linear_layers(model: Any) -> list[str]:
+    """Full names of the linear layers, the language-model head left out."""
     import torch
 
     head = model.get_output_embeddings()
-    names: dict[str, int] = {}
-    for name, module in model.named_modules():
+    return [
+        name
+        for name, module in model.named_modules()
         # GPT-2 keeps its linear layers as Conv1D
-        if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head:
-            leaf = name.rsplit(".", 1)[-1]
-            names[leaf] = names.get(leaf, 0) + 1
-    return names
+        if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
+    ]
 
 
 def check_targets(model: Any, lora: LoraConfig) -> dict[str, int]:
     """{module name: layers it matches}. Raises SettingsError for a name that matches none, naming near ones."""
-    linear = linear_names(model)
-    if lora.target_modules == "all-linear":
+    layers = linear_layers(model)
+    linear = dict(Counter(name.rsplit(".", 1)[-1] for name in layers))
+    _check_saved({name for name, _ in model.named_modules() if name}, lora.modules_to_save)
+    wanted = _wanted(lora)
+    if wanted == "all-linear":
         return linear
-    wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
-    everything = {name for name, _ in model.named_modules() if name}
     matched: dict[str, int] = {}
     for name in wanted:
         if name == "lm_head":
@@ -42,20 +42,31 @@ def check_targets(model: Any, lora: LoraConfig) -> dict[str, int]:
                 "lora.target_modules: TRL does not train an adapter on lm_head, and it merges wrong if tied.",
                 "Train the whole head instead: lora.modules_to_save=[lm_head]",
             )
-        count = sum(full == name or full.endswith("." + name) for full in everything)
+        count = sum(full == name or full.endswith("." + name) for full in layers)
         if not count:
             near = difflib.get_close_matches(name, linear, n=3, cutoff=0.5)
             hint = f"Did you mean {', '.join(near)}? " if near else ""
             found = ", ".join(f"{leaf} ({times})" for leaf, times in linear.items())
-            raise SettingsError(f"lora.target_modules: '{name}' is no module of this model.", f"{hint}It has: {found}")
-        matched[name] = count
-    for name in lora.modules_to_save:
-        if not any(full == name or full.endswith("." + name) for full in everything):
-            near = difflib.get_close_matches(name, {full.rsplit(".", 1)[-1] for full in everything}, n=3, cutoff=0.4)
             raise SettingsError(
-                f"lora.modules_to_save: '{name}' is no module of this model.", f"Near: {', '.join(near)}"
+                f"lora.target_modules: '{name}' is no linear layer of this model.", f"{hint}It has: {found}"
             )
+        matched[name] = count
     return matched
+
+
+def _wanted(lora: LoraConfig) -> str | list[str]:
+    """A list of names, or all-linear. To PEFT a bare name is a pattern for the full one, and matches nothing."""
+    names = lora.target_modules
+    return [names] if isinstance(names, str) and names != "all-linear" else names
+
+
+def _check_saved(everything: set[str], wanted: list[str]) -> None:
+    leaves = {full.rsplit(".", 1)[-1] for full in everything}
+    for name in wanted:
+        if not any(full == name or full.endswith("." + name) for full in everything):
+            near = difflib.get_close_matches(name, leaves, n=3, cutoff=0.4)
+            hint = f"Did you mean {', '.join(near)}?" if near else f"It has: {', '.join(sorted(leaves))}"
+            raise SettingsError(f"lora.modules_to_save: '{name}' is no module of this model.", hint)
 
 
 def matched_modules(model: PeftModel) -> dict[str, int]:
@@ -63,12 +74,19 @@ def matched_modules(model: PeftModel) -> dict[str, int]:
     return dict(Counter(name.rsplit(".", 1)[-1] for name in model.targeted_module_names))
 
 
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """(trained parameters, all parameters); a weight in 4 bits counts as one, though two share a byte."""
+    if is_adapter(model):
+        trained, total = model.get_nb_trainable_parameters()
+        return int(trained), int(total)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    return sum(sizes), sum(sizes)
+
+
 def attach(model: Any, lora: LoraConfig) -> PeftModel:
     """The model with a fresh float32 adapter: B is zero, so it still computes what it did."""
     import peft
 
-    if lora.r < 1:
-        raise SettingsError(f"lora.r: expected 1 or more, found {lora.r}.")
     check_targets(model, lora)
     if model.get_input_embeddings().weight.device.type == "meta":
         return peft.get_peft_model(model, peft_config(lora), low_cpu_mem_usage=True)
@@ -83,7 +101,7 @@ def peft_config(lora: LoraConfig) -> Any:
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
+        target_modules=_wanted(lora),
         modules_to_save=lora.modules_to_save or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
@@ -95,6 +113,12 @@ def load_adapter(model: Any, folder: str) -> PeftModel:
     import peft
 
     return peft.PeftModel.from_pretrained(model, folder)
+
+
+def detach(model: PeftModel) -> Any:
+    """The base model as it was before `load_adapter`; the adapter is gone."""
+    prompt_learning = model.active_peft_config.is_prompt_learning  # such an adapter lies beside the base, not in it
+    return model.get_base_model() if prompt_learning else model.unload()
 
 
 def is_adapter(model: Any) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import ResourceError, SecurityError, SettingsError
-from finetune_kit.model import adapters
+from finetune_kit.model import adapters, fourbit
 from finetune_kit.model.embedded import LICENSE as EMBEDDED_LICENSE
 from finetune_kit.model.embedded import NAME as EMBEDDED
 from finetune_kit.model.embedded import embedded_folder
@@ -17,8 +20,12 @@ from finetune_kit.network import hub_reachable
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
+BASE_RECORD = "base.json"  # beside an adapter: which base it belongs to
 OFFLINE_DEFAULT = f"Without a network, the embedded default works: model.name_or_path={EMBEDDED}"
 
 
@@ -106,19 +113,72 @@ def device() -> torch.device:
 
 
 def load_base(model: ModelConfig, trained_in_full: bool = False) -> PreTrainedModel:
-    """The causal language model on its device, in evaluation mode."""
+    """The causal language model on its device, in evaluation mode; with model.load_in_4bit quantised while it loads."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    quantised = {}
+    if model.load_in_4bit:
+        if trained_in_full:
+            raise SettingsError("model.load_in_4bit: quantised weights cannot be trained.", "Run qlora_sft")
+        for note in fourbit.check_device(device()):
+            log.warning(note)
+        fourbit.check_base(load_model_config(model), model.name_or_path)
+        quantised = {"quantization_config": fourbit.quantization_config(model, device())}
+    disable_progress_bar()
     with _said_plainly(model):
         base = AutoModelForCausalLM.from_pretrained(
             **_from(model),
+            **quantised,
             dtype=weight_dtype(model, trained_in_full),
             attn_implementation=model.attn_implementation,
+            device_map={"": device()},  # each tensor goes straight to its device: no second copy of the model
             use_safetensors=True,
         )
-    return base.to(device()).eval()
+    return base.eval()
+
+
+def load_dequantised(model: ModelConfig) -> PreTrainedModel:
+    """The 4-bit model with its weights written out again in the type it was loaded in, a layer at a time."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+    from transformers.utils import logging
+
+    base = load_base(model)
+    swapped = [name for name, module in base.named_modules() if vars(module).get("source_cls") is Conv1D]
+    logging.get_logger("transformers.integrations.bitsandbytes").setLevel("ERROR")  # says that it does as it is told
+    base.dequantize()
+    for name in swapped:  # GPT-2's layers keep their weight the other way round, and dequantize() leaves them turned
+        linear = base.get_submodule(name)
+        with torch.device("meta"):
+            layer = Conv1D(*linear.weight.shape)
+        layer.weight, layer.bias = torch.nn.Parameter(linear.weight.T.contiguous()), linear.bias
+        base.set_submodule(name, layer)
+    return base.eval()
+
+
+def load_adapted(model: ModelConfig, folder: Path, base: PreTrainedModel | None = None) -> PeftModel:
+    """The base of a saved adapter with that adapter, frozen; `base` where it is loaded already.
+
+    A vocabulary that the run made longer is made as long again. Raises SettingsError for an adapter of another base.
+    """
+    base = load_base(model) if base is None else base
+    check_base(model, folder)  # now that its files are here
+    rows = _saved_vocabulary(base, folder)
+    if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    return adapters.load_adapter(base, str(folder)).eval()
+
+
+def _saved_vocabulary(base: PreTrainedModel, folder: Path) -> int | None:
+    """Rows of the embeddings or of the head that an adapter carries in full; None where it carries neither."""
+    from safetensors import safe_open
+
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    names = {f"base_model.model.{name}.weight" for name, module in base.named_modules() if module in ends}
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        found = names.intersection(file.keys())
+        return int(file.get_slice(found.pop()).get_shape()[0]) if found else None
 
 
 def load_policy(
@@ -130,6 +190,8 @@ def load_policy(
     base = load_base(model, trained_in_full)
     if lora is None:
         return base
+    if model.load_in_4bit:
+        base = fourbit.prepare(base)
     set_seed(seed)  # the adapter's A starts at random
     return adapters.attach(base, lora)
 
@@ -142,6 +204,76 @@ def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: b
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(load_model_config(model), dtype=weight_dtype(model, trained_in_full))
         return base if lora is None else adapters.attach(base, lora)
+
+
+def base_record(model: ModelConfig) -> dict[str, Any]:
+    """What an adapter remembers of its base: name, revision, the settings of its architecture, and its weights' hash.
+
+    To be taken while the base is at hand: the weights are those of the local folder or cache.
+    """
+    config = load_model_config(model)
+    return {
+        "name": public_name(model.name_or_path),
+        "revision": config._commit_hash or model.revision,
+        "config": _architecture(config),
+        "weights": _weights_hash(model),
+    }
+
+
+def check_base(model: ModelConfig, folder: Path) -> None:
+    """Raises SettingsError where the adapter in `folder` was trained on another base. Without base.json nothing is known."""
+    from transformers import AutoConfig
+
+    if not (folder / BASE_RECORD).is_file():
+        return
+    then, now = json.loads((folder / BASE_RECORD).read_text(encoding="utf-8")), base_record(model)
+    # through this transformers' own class, so that a default which a release adds is on both sides
+    known = _architecture(AutoConfig.for_model(**then["config"]))
+    keys = [key for key in sorted(known.keys() | now["config"]) if known.get(key) != now["config"].get(key)]
+    differing = [f"{key} {known.get(key)} → {now['config'].get(key)}" for key in keys[:3]]
+    if not keys and None not in (then["weights"], now["weights"]) and then["weights"] != now["weights"]:
+        differing = ["the same shapes, other weights"]
+    if differing:
+        was, found = (f"{side['name']} (revision {side['revision'] or 'not known'})" for side in (then, now))
+        raise SettingsError(
+            f"{folder} is an adapter of {was}; {found} is another model: {', '.join(differing)}.",
+            "Name the base that it was trained on, in its run.yaml: model.name_or_path and model.revision.",
+        )
+
+
+def _architecture(config: PretrainedConfig) -> dict[str, Any]:
+    """The model's settings without those that leave its outputs as they are."""
+    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    idle = {"transformers_version", "_name_or_path", "dtype", "use_cache", "architectures", "quantization_config"}
+    return {key: value for key, value in settings.items() if key not in idle and not key.endswith("_token_id")}
+
+
+def _weights_hash(model: ModelConfig) -> str | None:
+    """SHA-256 of every tensor's name, shape and first row: files of many gigabytes in a moment. None without files."""
+    from huggingface_hub import try_to_load_from_cache
+    from safetensors import safe_open
+
+    name = resolve_name(model.name_or_path)
+    cached = try_to_load_from_cache(name, "config.json", revision=model.revision) if not Path(name).is_dir() else None
+    folder = Path(cached).parent if isinstance(cached, str) else Path(name)
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if not files[0].is_file():
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+        files = [folder / file for file in sorted(set(listed))]
+    rows = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - the file is no dict
+                part = file.get_slice(key)
+                shape = part.get_shape()
+                first = part[:1] if shape else file.get_tensor(key)
+                rows[key] = (str(shape), first.float().numpy().tobytes())
+    if not rows:
+        return None
+    digest = hashlib.sha256()
+    for key, (shape, content) in sorted(rows.items()):
+        digest.update(f"{key} {shape}".encode() + content)
+    return digest.hexdigest()
 
 
 def public_name(name_or_path: str) -> str:

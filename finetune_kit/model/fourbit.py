@@ -1,0 +1,71 @@
+"""4-bit weights by bitsandbytes: on which devices, with which arithmetic, and without what (arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from finetune_kit.config import ModelConfig
+from finetune_kit.errors import ResourceError, SettingsError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+
+def quantization_config(model: ModelConfig, device: torch.device) -> BitsAndBytesConfig:
+    """How transformers is to quantise the linear layers while it loads them, tensor by tensor."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=compute_dtype(device),
+    )
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What 4-bit weights are unpacked to for a product: bfloat16 where the device computes in it, else float16, else
+    float32. On a CPU without bfloat16 units that type is 20 to 160 times slower."""
+    import torch
+
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def check_device(device: torch.device) -> list[str]:
+    """What 4-bit training has to do without on this device, in words. Raises where it is impossible altogether."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ResourceError("model.load_in_4bit needs bitsandbytes.", "Run: pip install 'bitsandbytes>=0.50,<1'")
+    if device.type not in ("cuda", "cpu", "xpu"):
+        raise SettingsError(
+            f"model.load_in_4bit: bitsandbytes cannot train on {device.type}.",
+            "Train an adapter on unquantised weights: run lora_sft",
+        )
+    if device.type != "cpu":
+        return []
+    return [
+        "4-bit on a CPU: the arithmetic is float32 and each product unpacks its weights first, so a step takes longer "
+        "than lora_sft's; paged optimizers act as plain ones, and 8-bit optimizers are slower than fused AdamW"
+    ]
+
+
+def check_base(config: Any, name: str) -> None:
+    """Raises SettingsError for a base that is quantised already."""
+    present = getattr(config, "quantization_config", None)
+    if present:
+        method = present.get("quant_method") if isinstance(present, dict) else present.quant_method
+        raise SettingsError(
+            f"model.load_in_4bit: {name} is quantised already ({method}).",
+            "Name the unquantised model, or leave model.load_in_4bit out.",
+        )
+
+
+def prepare(base: Any) -> Any:
+    """Freeze the base and put what is not quantised (embeddings, norms, head) into float32."""
+    from peft import prepare_model_for_kbit_training
+
+    # the trainer turns gradient checkpointing on where it is asked for
+    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)

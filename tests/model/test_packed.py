@@ -1,0 +1,195 @@
+"""The packed forward gives the padded model's numbers, for every family it accepts, and says why where it does not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from finetune_kit.config import LoraConfig
+from finetune_kit.model import adapters, packed
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, Any] = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=64),
+    "gemma": GemmaConfig(**SHAPE),
+}
+
+
+def make(config: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+
+
+def batch(shared: int = 12, side: str = "right") -> dict[str, torch.Tensor]:
+    """Five rows of 30 to 3 tokens; the first three begin with the same `shared` tokens, the last two are equal."""
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, 97, (length,), generator=generator) for length in (30, 25, 18, 3)]
+    for text in texts[1:3]:
+        text[:shared] = texts[0][: min(shared, len(text))]
+    texts.append(texts[3].clone())
+    ids, mask, labels = (torch.full((5, 30), value) for value in (0, 0, -100))
+    for row, text in enumerate(texts):
+        place = slice(0, len(text)) if side == "right" else slice(30 - len(text), 30)
+        ids[row, place], mask[row, place] = text, 1
+        labels[row, place] = torch.where(torch.arange(len(text)) >= len(text) // 2, text, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def log_probs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    return logits.log_softmax(-1)[inputs["attention_mask"].bool()]
+
+
+def loss_and_gradient(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
+    model.zero_grad()
+    loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def assert_equal_training(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    padded_loss, padded = loss_and_gradient(model, inputs)
+    assert packed.enable(model) == ""
+    loss, gradient = loss_and_gradient(model, inputs)
+    assert abs(loss - padded_loss) < 1e-5
+    assert float((gradient - padded).norm() / padded.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_equal_the_padded_models_to_1e_4_on_either_padding_side(family: str, side: str) -> None:
+    model, inputs = make(FAMILIES[family]), batch(side=side)
+    expected = log_probs(model, inputs)
+    assert packed.enable(model) == ""
+    assert float((log_probs(model, inputs) - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_the_padded_models_to_1e_5(family: str) -> None:
+    assert_equal_training(make(FAMILIES[family]).train(), batch())
+
+
+@pytest.mark.parametrize("shared", [0, 1, 7, 8, 9, 17, 18])
+def test_beginnings_of_every_length_from_0_to_a_whole_row_are_exact(shared: int) -> None:
+    assert_equal_training(make(FAMILIES["llama"]).train(), batch(shared))
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(r=4), LoraConfig(r=4, use_dora=True), LoraConfig(r=4, use_rslora=True)])
+def test_adapters_get_the_padded_models_gradients(lora: LoraConfig) -> None:
+    model = adapters.attach(make(FAMILIES["llama"]), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert_equal_training(model.train(), batch())
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = make(FAMILIES["llama"]).train()
+    model.gradient_checkpointing_enable()
+    assert_equal_training(model, batch())
+
+
+def test_one_row_alone_and_a_batch_without_padding_are_exact() -> None:
+    inputs = {name: rows[:1] for name, rows in batch().items()}
+    assert_equal_training(make(FAMILIES["llama"]).train(), inputs)
+
+
+def test_five_rows_of_79_tokens_go_through_the_layers_as_52_with_one_head_row_a_label() -> None:
+    model, inputs = make(FAMILIES["llama"]), batch()
+    assert packed.enable(model) == ""
+    seen: dict[str, int] = {}
+    model.model.layers[0].mlp.register_forward_hook(lambda m, i, o: seen.update(layers=o.shape[1]))
+    model.lm_head.register_forward_hook(lambda m, i, o: seen.update(head=o.shape[0] * o.shape[1]))
+    model(**inputs)
+    assert int(inputs["attention_mask"].sum()) == 79
+    labels = int((inputs["labels"][:, 1:] != -100).sum())
+    # 79 less the 12 shared tokens of two rows, less the 3 of the repeated row
+    assert seen == {"layers": 79 - 24 - 3, "head": labels + 1}
+
+
+def test_with_dropout_on_beginnings_are_not_shared() -> None:
+    model = adapters.attach(make(FAMILIES["llama"]), LoraConfig(r=4, lora_dropout=0.1))
+    assert packed.enable(model) == ""
+    seen: dict[str, int] = {}
+    model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda m, i, o: seen.update(layers=o.shape[1]))
+    model.train()(**batch())
+    assert seen["layers"] == 79
+    model.eval()(**batch())
+    assert seen["layers"] == 52
+
+
+def test_generation_is_as_before_with_the_packed_forward_on() -> None:
+    model, inputs = make(FAMILIES["llama"]), batch(side="left")
+    prompts = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    expected = model.generate(**prompts, max_new_tokens=6, do_sample=False)
+    assert packed.enable(model) == ""
+    assert torch.equal(model.generate(**prompts, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_rows_longer_than_the_sliding_window_take_the_padded_path_and_are_exact() -> None:
+    config = MistralConfig(**SHAPE, sliding_window=26)
+    model, inputs = make(config), batch()  # the longest row has 30 tokens
+    expected = log_probs(model, inputs)
+    assert packed.enable(model) == ""
+    assert torch.equal(log_probs(model, inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "config", [Gemma2Config(**SHAPE), GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)]
+)
+def test_a_model_it_cannot_pack_keeps_its_own_numbers_and_gets_a_reason(config: Any) -> None:
+    model, inputs = make(config), batch()
+    expected = log_probs(model, inputs)
+    reason = packed.enable(model)
+    assert float((log_probs(model, inputs) - expected).abs().max()) < 1e-4
+    if reason:
+        assert model.config._attn_implementation != packed.ATTENTION
+
+
+def test_the_attention_of_the_packed_forward_is_not_written_into_a_saved_config(tmp_path: Any) -> None:
+    model = make(FAMILIES["llama"])
+    assert packed.enable(model) == ""
+    model.save_pretrained(tmp_path)
+    assert packed.ATTENTION not in (tmp_path / "config.json").read_text()
+
+
+def test_a_row_that_moves_another_is_noticed_and_the_padded_forward_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = packed.attend
+
+    def leaking(module: Any, query: Any, key: Any, value: Any, mask: Any, packed: Any = None, **kwargs: Any) -> Any:
+        leak = 0.01 * value.mean(dim=2, keepdim=True) if packed is not None else 0
+        return attend(module, query, key, value + leak, mask, packed=packed, **kwargs)
+
+    monkeypatch.setattr(packed, "attend", leaking)
+    model = make(FAMILIES["llama"])
+    assert "differ" in packed.enable(model)
+    assert model.config._attn_implementation == "sdpa"

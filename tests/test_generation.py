@@ -1,0 +1,171 @@
+"""generation.py: batched completions equal those made one by one, and only the given settings act."""
+
+import logging
+
+import pytest
+import torch
+
+from finetune_kit.errors import DataError, ResourceError
+from finetune_kit.generation import evaluation_mode, generate, in_batches
+from tests.fixtures_evaluation import byte_tokenizer, tiny_gpt2, tiny_llama
+
+TOKENIZER = byte_tokenizer()
+PROMPTS = [
+    TOKENIZER(text)["input_ids"] for text in ("a", "what is 2 + 2?", "hello there", "x" * 40, "", "Zebra", "q r")
+]
+PROMPTS[4] = [TOKENIZER.eos_token_id] * 3  # a prompt made of the token that is also the padding
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_greedy_in_batches_of_3_equals_one_by_one_in_the_order_of_the_prompts(make):
+    model = make()
+    batched = generate(model, TOKENIZER, PROMPTS, max_new_tokens=12, end_token_ids=[7, 30], batch_size=3)
+    alone = [generate(model, TOKENIZER, [p], max_new_tokens=12, end_token_ids=[7, 30])[0] for p in PROMPTS]
+    assert batched == alone
+    assert any(not completion.ended for completion in batched)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_left_padding_does_not_change_a_completion(make):
+    model = make()
+    short = TOKENIZER("hi")["input_ids"]
+    alone = generate(model, TOKENIZER, [short], max_new_tokens=10, end_token_ids=[])[0]
+    for length in (3, 17, 60):
+        beside = generate(model, TOKENIZER, [short, [65] * length], max_new_tokens=10, end_token_ids=[])[0]
+        assert beside == alone
+
+
+def test_ended_is_told_by_the_end_token_even_when_it_is_also_the_padding():
+    model = tiny_llama()
+    free = generate(model, TOKENIZER, PROMPTS, max_new_tokens=10, end_token_ids=[])
+    end = free[0].ids[4]
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
+    assert tokenizer.pad_token_id == end
+    stopped = generate(model, tokenizer, PROMPTS, max_new_tokens=10, end_token_ids=[end])
+    for before, after in zip(free, stopped, strict=True):
+        expected = before.ids[: before.ids.index(end)] if end in before.ids else before.ids
+        assert after.ids == expected
+        assert after.ended == (end in before.ids)
+    assert stopped[0].ended
+    assert not all(completion.ended for completion in stopped)
+
+
+def test_without_end_tokens_every_completion_has_max_new_tokens_tokens_whatever_the_checkpoint_says():
+    model = tiny_llama()
+    first = generate(model, TOKENIZER, PROMPTS[:1], max_new_tokens=6, end_token_ids=[])[0].ids
+    model.generation_config.eos_token_id = first[0]
+    again = generate(model, TOKENIZER, PROMPTS[:1], max_new_tokens=6, end_token_ids=[])[0]
+    assert again.ids == first
+    assert len(first) == 6
+    assert not again.ended
+
+
+def test_the_checkpoints_own_sampling_settings_do_not_act_and_are_still_there_afterwards():
+    model = tiny_llama()
+    clean = generate(model, TOKENIZER, PROMPTS, max_new_tokens=12, end_token_ids=[])
+    stored = model.generation_config
+    stored.do_sample, stored.temperature, stored.repetition_penalty, stored.top_k = True, 3.0, 9.0, 5
+    assert generate(model, TOKENIZER, PROMPTS, max_new_tokens=12, end_token_ids=[]) == clean
+    assert model.generation_config is stored
+    assert stored.repetition_penalty == 9.0
+
+
+def test_an_adapters_base_keeps_its_generation_settings():
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_llama()
+    stored = base.generation_config
+    stored.repetition_penalty = 9.0
+    plain = generate(base, TOKENIZER, PROMPTS, max_new_tokens=8, end_token_ids=[])
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, end_token_ids=[]) == plain
+    assert model.get_base_model().generation_config is stored
+
+
+def test_the_same_seed_gives_the_same_samples_and_leaves_the_random_state_alone():
+    model, settings = tiny_llama(), {"max_new_tokens": 12, "end_token_ids": [], "do_sample": True, "temperature": 1.5}
+    torch.manual_seed(5)
+    expected_draw = torch.rand(3)
+    torch.manual_seed(5)
+    one = generate(model, TOKENIZER, PROMPTS, seed=1, **settings)
+    assert torch.equal(torch.rand(3), expected_draw)
+    assert generate(model, TOKENIZER, PROMPTS, seed=1, **settings) == one
+    assert generate(model, TOKENIZER, PROMPTS, seed=2, **settings) != one
+
+
+def test_top_k_1_samples_are_the_greedy_ones():
+    model = tiny_llama()
+    greedy = generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, end_token_ids=[])
+    assert generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, end_token_ids=[], do_sample=True, top_k=1) == greedy
+
+
+def test_a_model_in_training_mode_answers_without_dropout_and_goes_back_to_each_modules_mode():
+    model = tiny_gpt2()
+    expected = generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, end_token_ids=[])
+    model.train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, end_token_ids=[]) == expected
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_evaluation_mode_is_left_even_after_an_error():
+    def broken(model):
+        with evaluation_mode(model):
+            assert not model.training
+            assert not torch.is_grad_enabled()
+            raise RuntimeError("broken")
+
+    model = tiny_gpt2().train()
+    with pytest.raises(RuntimeError, match="broken"):
+        broken(model)
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_text_is_the_decoded_ids_and_progress_counts_to_the_number_of_prompts():
+    told = []
+    completions = generate(
+        tiny_llama(), TOKENIZER, PROMPTS, max_new_tokens=5, end_token_ids=[], batch_size=3, progress=told.append
+    )
+    assert told == [3, 6, 7]
+    assert [c.text for c in completions] == [TOKENIZER.decode(c.ids, skip_special_tokens=True) for c in completions]
+
+
+def test_no_prompts_give_no_completions_and_an_empty_prompt_is_an_error_with_its_number():
+    assert generate(tiny_llama(), TOKENIZER, [], max_new_tokens=4, end_token_ids=[]) == []
+    with pytest.raises(DataError, match="Prompt 2 of 2 has no token"):
+        generate(tiny_llama(), TOKENIZER, [[1], []], max_new_tokens=4, end_token_ids=[])
+
+
+def test_out_of_memory_halves_this_batch_and_the_following_ones_and_says_so(caplog):
+    sizes, rows = [], []
+
+    def run(batch):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        rows.extend(batch)
+
+    with caplog.at_level(logging.WARNING):
+        in_batches([list(range(8)), list(range(8, 16)), [16]], run, "generation")
+    assert rows == list(range(17))
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 1]
+    assert [record.message for record in caplog.records] == [
+        "Out of memory in generation with 8 rows in a batch: going on with 4.",
+        "Out of memory in generation with 4 rows in a batch: going on with 2.",
+    ]
+
+
+def test_one_row_that_does_not_fit_is_a_resource_error_and_any_other_error_passes_through():
+    def cpu_allocator(batch):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    def bug(batch):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(ResourceError, match="one row in the batch"):
+        in_batches([[0, 1]], cpu_allocator, "generation")
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        in_batches([[0, 1]], bug, "generation")
