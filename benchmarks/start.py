@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def write_inputs(folder: Path) -> str:
-    """rows.jsonl for finetune_kit, tokens/train.jsonl with the very same tokens and labels for TRL; the model's folder."""
+    """rows.jsonl for finetune_kit, tokens/train.jsonl with the same tokens and labels for TRL. Returns the model."""
     from finetune_kit.config import DataConfig, ModelConfig
     from finetune_kit.data.load import load_data
     from finetune_kit.model.embedded import embedded_folder

@@ -7,37 +7,50 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune_kit.config import RecipeConfig, to_yaml
+from finetune_kit.config import ModelConfig, RecipeConfig, to_yaml
 from finetune_kit.data.load import Data
 from finetune_kit.errors import NumericsError
 from finetune_kit.evaluation.compare import Report
 from finetune_kit.evaluation.report import write_html
 from finetune_kit.model.adapters import is_adapter
-from finetune_kit.model.load import base_license, public_name, resolve_name
+from finetune_kit.model.load import BASE_RECORD, base_license, base_record, public_name, resolve_name
 from finetune_kit.run_folder import versions
+
+if TYPE_CHECKING:
+    import torch
 
 TOLERANCE = 1e-4  # largest difference of a float32 logit after saving and loading
 
 # Run as `python -c` in a fresh process, so that nothing of this package can help the weights along.
 RELOAD = """
+import json
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, base, dtype, device, probe = sys.argv[1:]
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+folder, base, revision, attention, quantised, dtype, device, probe = sys.argv[1:]
 AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), use_safetensors=True)
+model = AutoModelForCausalLM.from_pretrained(
+    base,
+    revision=revision or None,
+    attn_implementation=attention or None,
+    quantization_config=BitsAndBytesConfig.from_dict(json.loads(quantised)) if quantised else None,
+    dtype=getattr(torch, dtype),
+    device_map={"": device},
+    use_safetensors=True,
+)
 if base != folder:
     from peft import PeftModel
     model = PeftModel.from_pretrained(model, folder)
-model = model.to(device).eval()
+model = model.eval()
 ids = load_file(probe)["ids"].to(device)
 with torch.inference_mode():
     logits = model(input_ids=ids).logits.float().cpu()
@@ -67,7 +80,11 @@ def save(
         )
     results = {**report.to_json(), "reload_max_logit_difference": difference}
     (folder / "report.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
-    run = {"recipe": config.recipe, "settings": to_yaml(config, versions()), "ledger": data.ledger.to_json()}
+    run = {
+        "recipe": config.recipe,
+        "settings": to_yaml(without_paths(config), versions()),
+        "ledger": data.ledger.to_json(),
+    }
     write_html(report, history, run, folder / "report.html")
     (folder / "README.md").write_text(card(config, data, results), encoding="utf-8")
     return Artifact(folder, report)
@@ -83,7 +100,10 @@ def save_weights(model: Any, tokenizer: Any, config: RecipeConfig, end_token_ids
         adapter.revision = config.model.revision
         # embeddings are saved where modules_to_save names them; to find out more, PEFT would ask the Hub
         model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, of placeholders and a local path
         generation.save_pretrained(folder)
+        record = json.dumps(base_record(config.model), indent=1, ensure_ascii=False)
+        (folder / BASE_RECORD).write_text(record, encoding="utf-8")
     else:
         model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
@@ -91,27 +111,55 @@ def save_weights(model: Any, tokenizer: Any, config: RecipeConfig, end_token_ids
 
 def reload_difference(model: Any, config: RecipeConfig, folder: Path, probe: list[int]) -> float:
     """Largest difference of a logit of `probe` between the model in memory and the saved one in a new process."""
+    expected = probe_logits(model, probe)
+    base = resolve_name(config.model.name_or_path) if is_adapter(model) else ""
+    quantised = model.config.quantization_config.to_json_string(use_diff=False) if config.model.load_in_4bit else ""
+    got = reload_logits(config.model, folder, probe, model.dtype, model.device, base=base, quantised=quantised)
+    return float((got - expected).abs().max())
+
+
+def probe_logits(model: Any, probe: list[int]) -> torch.Tensor:
+    """Logits (1, tokens, vocabulary) of token ids, float32 on the CPU. The model is left in evaluation mode."""
+    import torch
+
+    with torch.inference_mode():
+        logits: torch.Tensor = model.eval()(input_ids=torch.tensor([probe], device=model.device)).logits.float().cpu()
+    return logits
+
+
+def reload_logits(
+    model: ModelConfig,
+    folder: Path,
+    probe: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    base: str = "",
+    quantised: str = "",
+) -> torch.Tensor:
+    """The same of what `folder` holds, in a fresh process: an adapter on `base`, or a whole model where it is "".
+
+    Raises NumericsError where transformers or PEFT cannot load it.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
-    ids = torch.tensor([probe], device=model.device)
-    model.eval()
-    with torch.inference_mode():
-        expected = model(input_ids=ids).logits.float().cpu()
-    base = resolve_name(config.model.name_or_path) if is_adapter(model) else str(folder)
-    dtype = str(model.dtype).removeprefix("torch.")
+    kind = str(dtype).removeprefix("torch.")
+    same = (model.revision or "", model.attn_implementation or "", quantised, kind, str(device))
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "probe.safetensors"
-        save_file({"ids": ids.cpu()}, path)
-        command = [sys.executable, "-I", "-c", RELOAD, str(folder), base, dtype, str(model.device), str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        save_file({"ids": torch.tensor([probe])}, path)
+        command = [sys.executable, "-I", "-c", RELOAD, str(folder), base or str(folder), *same, str(path)]
+        # the base was loaded a moment ago, so that the cache has it
+        offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=offline)
         if done.returncode:
             raise NumericsError(
                 f"What was saved in {folder} cannot be loaded by transformers and PEFT:",
                 (done.stderr.strip().splitlines() or ["no message"])[-1],
             )
-        got = load_file(f"{path}.out")["logits"]
-    return float((got - expected).abs().max())
+        logits: torch.Tensor = load_file(f"{path}.out")["logits"]
+    return logits
 
 
 def without_paths(config: RecipeConfig) -> RecipeConfig:
@@ -121,29 +169,23 @@ def without_paths(config: RecipeConfig) -> RecipeConfig:
     paths = config.data.path
     shown.data.path = _file_name(paths) if isinstance(paths, str) else [_file_name(path) for path in paths]
     shown.data.held_out_path = config.data.held_out_path and _file_name(config.data.held_out_path)
-    shown.train.output_dir = None
+    lora = getattr(shown, "lora", None)
+    if lora is not None and lora.init_from:
+        lora.init_from = public_name(lora.init_from)
+    shown.train.output_dir, shown.recipe_word = None, config.recipe
     shown.origins = {key: origin.rsplit("/", 1)[-1] for key, origin in config.origins.items()}
     return shown
 
 
 def _file_name(path: str) -> str:
-    return Path(path).name if Path(path).exists() else path
+    local = Path(path).expanduser()
+    return local.name if local.exists() else path
 
 
 def card(config: RecipeConfig, data: Data, results: dict[str, Any]) -> str:
     """The model card: metadata, the before/after table, data and settings; facts of this run only."""
-    import yaml
-
     shown = without_paths(config)
     base, sources = shown.model.name_or_path, shown.data.path
-    metadata: dict[str, Any] = {
-        "license": base_license(config.model) or "other",
-        "library_name": "peft" if hasattr(config, "lora") else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["finetune_kit", config.recipe],
-    }
-    if "/" in base:
-        metadata["base_model"] = base
     rows = [
         "| metric | before | after | difference | 95 % interval | rows | |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -157,9 +199,7 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any]) -> str:
     ledger = data.ledger.to_json()
     return "\n".join(
         [
-            "---",
-            yaml.safe_dump(metadata, sort_keys=False).strip(),
-            "---",
+            card_metadata(config, "peft" if hasattr(config, "lora") else "transformers", [config.recipe]),
             f"# {config.recipe} of {base}",
             "",
             results["verdict"],
@@ -180,3 +220,19 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def card_metadata(config: RecipeConfig, library: str, tags: list[str]) -> str:
+    """The YAML at the top of a card, as the Hub reads it: licence of the base, library, tags, base model."""
+    import yaml
+
+    metadata: dict[str, Any] = {
+        "license": base_license(config.model) or "other",
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": ["finetune_kit", *tags],
+    }
+    base = public_name(config.model.name_or_path)
+    if "/" in base:
+        metadata["base_model"] = base
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False).strip()}\n---"

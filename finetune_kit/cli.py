@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
@@ -11,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from finetune_kit import recipe as recipes
 from finetune_kit.config import RecipeConfig, leaves, resolve
@@ -19,14 +20,16 @@ from finetune_kit.errors import FinetuneKitError, NumericsError, SettingsError
 
 app = typer.Typer(
     help="From a base model to an aligned one, with proof that it got better.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich's own takes a tenth of a second to import
 )
 out = Console(highlight=False, soft_wrap=True)
 
-RecipeWord = Annotated[str, typer.Argument(help="A built-in's name, or a path to a .py or .yaml file.")]
-Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, such as learning_rate=1e-4.")]
+RecipeWord = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A built-in's name, or a path to a .py or .yaml file.")
+]
+Words = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as learning_rate=1e-4.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file with settings.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a user's mistake, too.")]
 
@@ -36,63 +39,85 @@ def main() -> NoReturn:
     # names that transformers and TRL will rename one day, used by themselves: nothing that a user could mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
     try:
-        app(standalone_mode=False)
+        # without standalone mode a typer.Exit comes back as its code, and a command's end as None
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except FinetuneKitError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        said = Console(stderr=True, highlight=False, soft_wrap=True)
-        said.print("error: ", style="bold red", end="")
-        said.print(error.message, markup=False)
-        if error.fix:
-            said.print(error.fix, markup=False)
+        _say_error(error.message, error.fix)
         sys.exit(error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except Exception as error:  # click's own usage errors carry their message and code
+    except Exception as error:  # typer's own usage errors carry their message and code
         if not hasattr(error, "format_message"):
             raise
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error.format_message()}", markup=False)
+        _say_error(error.format_message(), "Settings are written key=value. See: python -m finetune_kit --help")
         sys.exit(getattr(error, "exit_code", 2))
-    sys.exit(0)
+
+
+def _say_error(message: str, fix: str) -> None:
+    said = Console(stderr=True, highlight=False, soft_wrap=True)
+    said.print("error: ", style="bold red", end="")
+    said.print(message, markup=False)
+    if fix:
+        said.print(fix, markup=False)
 
 
 def _read(word: str, config_file: Path | None, words: list[str] | None) -> tuple[recipes.Recipe, RecipeConfig]:
     recipe = recipes.load(word)
     if recipe.settings and config_file:
         raise SettingsError(f"{word} and --config {config_file} are both settings files.", "Give one of them.")
-    return recipe, resolve(recipe.config_class, recipe.name, config_file or recipe.settings, words or [])
+    return recipe, resolve(recipe.config_class, recipe.word, config_file or recipe.settings, words or [])
 
 
 @app.command("list")
 def list_recipes() -> None:
     """The built-in recipes, in reading order."""
-    table = Table.grid(padding=(0, 3))
+    width = max(map(len, recipes.BUILTIN)) + 3
     for name in recipes.BUILTIN:
-        table.add_row(f"[bold]{name}[/]", recipes.summary(name))
-    out.print(table)
-    out.print("\nRead one: finetune_kit show RECIPE    try one: finetune_kit run lora_sft", style="dim")
+        out.print(f"[bold]{name:<{width}}[/]{recipes.summary(name)}")
+    command = "python -m finetune_kit"
+    out.print(f"\nRead one: {command} show RECIPE    try one: {command} run lora_sft", style="dim")
 
 
 @app.command()
 def show(word: RecipeWord, words: Words = None, config: ConfigFile = None, debug: Debug = False) -> None:
-    """What a recipe does, and every setting with its value, origin, unit and meaning."""
+    """What a recipe does, and all its settings.
+
+    Each with its value, unit, origin (the recipe, a file's line or the command line) and meaning.
+    """
     recipe, settings = _read(word, config, words)
     out.print((recipe.module.__doc__ or "").strip(), markup=False)
-    out.print(f"\nThe code: {recipe.path}\n", style="dim")
+    out.print(f"\nThe code: {recipe.path}\n", style="dim", markup=False)
+    _print_settings(settings)
+
+
+def _print_settings(settings: RecipeConfig) -> None:
+    """One line a setting, or two where the terminal is too narrow for that."""
+    from rich.table import Table
+
     table = Table("setting", "value", "unit", "from", "meaning", box=None, pad_edge=False, header_style="bold")
     for leaf in leaves(settings):
         origin = settings.origins.get(leaf.key, "recipe")
         value = "unset" if leaf.value is None else json.dumps(leaf.value, ensure_ascii=False).strip('"')
-        table.add_row(leaf.key, value, leaf.unit, origin, leaf.help, style=None if origin == "recipe" else "bold")
-    Console(highlight=False, width=None if out.is_terminal else 200).print(table)
+        style = "" if origin == "recipe" else "bold"
+        if out.is_terminal and out.width < 160:
+            unit = f" {leaf.unit}" if leaf.unit else ""
+            out.print(f"{leaf.key} = {value}{unit}  ({origin})", style=style, markup=False)
+            out.print(f"    {leaf.help}", style="dim", markup=False)
+        else:
+            table.add_row(leaf.key, value, leaf.unit, origin, leaf.help, style=style)
+    if table.row_count:
+        Console(highlight=False, markup=False, width=None if out.is_terminal else 200).print(table)
 
 
 @app.command("copy")
 def copy_recipe(word: RecipeWord, target: Path) -> None:
-    """Copy a recipe to a file of yours, which runs unchanged."""
+    """Copy a recipe to a file of yours.
+
+    It runs unchanged.
+    """
     path = recipes.copy(word, target)
     name = path if "/" in str(path) else f"./{path}"
-    out.print(f"{word} is now yours in {path}. Run it: python -m finetune_kit run {name}")
+    out.print(f"{word} is now yours in {path}. Run it: python -m finetune_kit run {name}", markup=False)
 
 
 @app.command()
@@ -104,7 +129,10 @@ def check(
     measure: Annotated[bool, typer.Option("--measure", help="Train two steps to measure the time of one.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Read the data and plan the run: counts, trained tokens, memory, steps. Nothing is trained."""
+    """Plan a run: data, masks, memory, steps.
+
+    Reads the data, shows what is trained in them, and counts. Nothing is trained.
+    """
     recipe, settings = _read(word, config, words)
     from finetune_kit.data.load import load_data
     from finetune_kit.data.preview import preview_json, print_preview
@@ -126,9 +154,11 @@ def check(
 
 
 def _print_plan(settings: RecipeConfig, planned: dict[str, Any]) -> None:
+    from rich.table import Table
+
     out.print("\n[bold]The run[/]")
     table = Table.grid(padding=(0, 2))
-    table.add_row("model", settings.model.name_or_path)
+    table.add_row("model", escape(settings.model.name_or_path))
     share = planned["trainable_parameters"] / planned["parameters"]
     table.add_row(
         "trained", f"{planned['trainable_parameters']:,} of {planned['parameters']:,} parameters ({share:.1%})"
@@ -142,7 +172,7 @@ def _print_plan(settings: RecipeConfig, planned: dict[str, Any]) -> None:
     if "measured" in planned:
         measured = planned["measured"]
         seconds = measured["seconds_a_step"]
-        table.add_row("measured", f"{seconds:.2f} s a step, so {seconds * planned['steps'] / 60:.1f} min of training; ")
+        table.add_row("measured", f"{seconds:.2f} s a step, so {seconds * planned['steps'] / 60:.1f} min of training;")
         table.add_row("", f"peak memory {measured['peak_memory_gib']:.2f} GiB")
     out.print(table)
 
@@ -161,20 +191,25 @@ def run(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Train, and report what it changed on held-out rows."""
+    """Train, and report what it changed.
+
+    The same held-out rows are measured before and after.
+    """
     if require not in (None, "improved"):
         raise SettingsError(f"--require {require}: expected improved.")
     recipe, settings = _read(word, config, words)
     from finetune_kit.run_folder import claim
 
     folder = claim(settings)
-    out.print(f"{recipe.name} of {settings.model.name_or_path} on {settings.data.path}, into {folder}", style="bold")
+    what = f"{recipe.name} of {settings.model.name_or_path} on {settings.data.path}, into {folder}"
+    out.print(what, style="bold", markup=False)
     artifact = recipe.run(settings)
     from finetune_kit.evaluation.report import print_report
 
     print_report(artifact.report, out)
-    out.print(f"\nThe run is in {folder}: report.html has the curves and all samples.")
-    out.print(f'Next: python -m finetune_kit generate {folder} "…"    python -m finetune_kit evaluate {folder}')
+    out.print(f"\nThe run is in {folder}: report.html has the curves and all samples.", markup=False)
+    command = "python -m finetune_kit"
+    out.print(f'Next: {command} generate {folder} "…"    {command} evaluate {folder}', markup=False)
     if require == "improved" and not artifact.report.improved:
         raise NumericsError(f"--require improved: {artifact.report.verdict}", f"The run is kept in {folder}.")
 
@@ -183,40 +218,152 @@ def run(
 def evaluate(
     folder: Path,
     words: Words = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", help="Another adapter of the same base, beside the run's; repeat.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as data.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a finished run again, on its own held-out rows or on other data: data.path=…, evaluate.size=…"""
-    from finetune_kit.finished import compare_run, open_run
+    """Measure a finished run again.
 
-    report = compare_run(open_run(folder, words or []))
+    On its own held-out rows, or on other data: data.path=…, evaluate.size=…
+    """
+    from finetune_kit.evaluation.report import print_adapters, print_report
+    from finetune_kit.finished import compare_adapters, compare_run, open_run
+
+    run = open_run(folder, words or [])
+    if adapter:
+        compared = compare_adapters(run, adapter).to_json()
+        if as_json:
+            print(json.dumps(compared, ensure_ascii=False, indent=1))
+        else:
+            print_adapters(compared, out)
+        return
+    report = compare_run(run)
     if as_json:
         print(json.dumps(report.to_json(), ensure_ascii=False, indent=1))
-        return
-    from finetune_kit.evaluation.report import print_report
-
-    print_report(report, out)
+    else:
+        print_report(report, out)
 
 
 @app.command()
 def generate(
     folder: Path,
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; left out: a conversation, or stdin.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help='JSONL with a "prompt" or "messages" a line.')
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSONL for their answers; what it has is not asked again.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer, too.")] = False,
+    system: Annotated[str | None, typer.Option(help="System turn, in place of the run's own.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 256,
+    temperature: Annotated[float | None, typer.Option(help="0: greedy, the default; above: samples.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens with this share.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Sample tokens of this share of the likeliest one's.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that were there get rarer.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the samples; unset: 0.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeat.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Of --prompts, answered together; unset: 32.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Answer a prompt with the model of a finished run, greedily."""
-    from finetune_kit.finished import answer, open_run
+    """Ask the model of a finished run.
 
-    completion = answer(open_run(folder, []), prompt, max_new_tokens)
-    out.print(completion.text, markup=False)
+    One PROMPT, a file of them (--prompts, --output), or a conversation. Greedy (the likeliest token at each step)
+    unless a temperature above 0, top-p, top-k or min-p is given.
+    """
+    if (prompts is None) != (output is None):
+        raise SettingsError("--prompts and --output belong together.", "Such as: --prompts in.jsonl --output out.jsonl")
+    if prompts and prompt is not None:
+        raise SettingsError("A prompt and --prompts are both given.", "Give one of them.")
+    if batch_size is not None and not prompts:
+        raise SettingsError("--batch-size has no effect without --prompts.", "Leave it out.")
+    from finetune_kit import answering
+    from finetune_kit.finished import open_run
+
+    decoding = answering.Decoding(
+        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ())
+    )
+    asked = answering.prepare(open_run(folder, []), decoding, system)
+    if prompts and output:
+        from finetune_kit.training.progress import telling
+
+        settings: dict[str, Any] = {"with_base": compare, "progress": telling("answering")}
+        total, there = answering.answer_prompt_file(asked, prompts, output, batch_size=batch_size or 32, **settings)
+        kept = f", {there} of them from before" if there else ""
+        out.print(f"{total} answers in {output}{kept}.", markup=False)
+    elif prompt is None and sys.stdin.isatty():
+        answering.converse(answering.load(asked, compare), _user_turn, _tell)
+    else:
+        _answer(asked, sys.stdin.read().rstrip("\n") if prompt is None else prompt, compare)
+
+
+def _answer(asked: Any, prompt: str, compare: bool) -> None:
+    """Print the answer to one prompt as it comes, and whether it was cut off."""
+    from finetune_kit import answering
+
+    if not prompt.strip():
+        raise SettingsError("The prompt is empty.", 'Such as: python -m finetune_kit generate DIR "…"')
+    messages = [{"role": "user", "content": prompt}]
+    answering.prompt_ids(asked, messages)  # refused before the weights are loaded
+    completion = answering.answer_one(answering.load(asked, compare), messages, _tell)
+    _tell("\n")
     if not completion.ended:
-        Console(stderr=True).print(f"(cut off after {max_new_tokens} tokens: --max-new-tokens)", style="dim")
+        count = asked.decoding.max_new_tokens
+        Console(stderr=True).print(f"(cut off after {count} tokens: --max-new-tokens)", style="dim")
+
+
+def _user_turn() -> str:
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  # gives input() its line editing
+    return input("> ")
+
+
+def _tell(text: str) -> None:
+    # on a terminal an escape character of the model's could do anything
+    sys.stdout.write(text.replace("\x1b", "␛") if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+@app.command()
+def merge(
+    folder: Path,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The model's folder: a new or an empty one.")],
+    candidate: Annotated[
+        str, typer.Option(help="After 4-bit training, merge into the base, the dequantised base, or the better (auto).")
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB or 500MB.")] = "5GB",
+    size: Annotated[int | None, typer.Option(help="Held-out rows to measure candidates on; unset: all.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Make a plain model of a run's adapter.
+
+    It loads without this package and without PEFT. What merging changed is measured, and written into its card.
+    """
+    from rich.table import Table
+
+    from finetune_kit.merge import merge as merge_run
+    from finetune_kit.merge import table_of, verdict_of
+
+    results = merge_run(folder, target, candidate, max_shard_size, size).results
+    heads, *lines = table_of(results)
+    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    for line in lines:
+        table.add_row(*line)
+    out.print(table)
+    for said in (verdict_of(results), *results["notes"]):
+        out.print(said, markup=False)
+    out.print(f"The model is in {target}; train it further with model.name_or_path={target}", markup=False)
 
 
 @app.command()
 def doctor(debug: Debug = False) -> None:
-    """Versions, known-bad combinations, devices, and one tiny run from end to end."""
+    """Is this installation fit to train?
+
+    Versions, known-bad combinations, devices, and one tiny run from end to end. Exit code 5 where something is wrong.
+    """
     from finetune_kit.doctor import examine
 
     if not examine(out):

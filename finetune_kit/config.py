@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from finetune_kit import values
+from finetune_kit.errors import SettingsError
+from finetune_kit.names import SHOW, find_name
 
-from finetune_kit.errors import SecurityError, SettingsError
 
+def setting(default: Any, help: str, unit: str = "", within: str = "") -> Any:
+    """A dataclass field with its one line of help, its unit, and the interval its numbers must lie in, such as [0, 1).
 
-def setting(default: Any, help: str, unit: str = "") -> Any:
-    """A dataclass field with its one line of help and its unit; mutable defaults are copied."""
-    metadata = {"help": help, "unit": unit}
+    Mutable defaults are copied.
+    """
+    metadata = {"help": help, "unit": unit, "within": within}
     if isinstance(default, list | dict):
         return field(default_factory=partial(type(default), default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -42,19 +44,25 @@ class ModelConfig:
         "auto", "weights' type; auto: bfloat16 on a GPU that has it, float32 elsewhere"
     )
     attn_implementation: str | None = setting(None, "attention kernel by transformers' name; unset: its own choice")
+    load_in_4bit: bool = setting(False, "keep the linear layers' weights in 4 bits (bitsandbytes); for adapters only")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "the 16 values of a 4-bit weight")
+    bnb_4bit_use_double_quant: bool = setting(True, "quantise the blocks' scales, too: 0.37 bit a weight less")
 
 
 @dataclass
 class LoraConfig:
-    r: int = setting(16, "rank of the adapter")
-    lora_alpha: int = setting(32, "the update is scaled by lora_alpha / r (or / sqrt(r) with use_rslora)")
-    lora_dropout: float = setting(0.0, "dropout on the adapter's input", "share")
+    r: int = setting(16, "rank of the adapter", within="[1, inf)")
+    lora_alpha: int = setting(
+        32, "the update is scaled by lora_alpha / r (/ sqrt(r) with use_rslora)", within="[1, inf)"
+    )
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", "share", within="[0, 1)")
     target_modules: str | list[str] = setting(
         "all-linear", "module names to adapt, or all-linear (every linear layer but the head)"
     )
     modules_to_save: list[str] = setting([], "modules trained and saved in full, such as lm_head")
     use_rslora: bool = setting(False, "rank-stabilised scaling (arXiv 2312.03732)")
     use_dora: bool = setting(False, "weight-decomposed LoRA (arXiv 2402.09353)")
+    init_from: str | None = setting(None, "folder of an adapter to go on from; its rank and modules are kept")
 
 
 @dataclass
@@ -62,68 +70,79 @@ class DataConfig:
     path: str | list[str] = setting(
         "reasoning_gym/word_sequence_reversal", "file, folder, Hub id or reasoning_gym/<task>; a list mixes them"
     )
-    weights: list[float] = setting([], "with several paths: their shares of the training rows; unset: as they are")
+    weights: list[float] = setting(
+        [], "with several paths: their shares of the training rows; unset: as they are", within="[0, inf)"
+    )
     name: str | None = setting(None, "configuration of the Hub data set")
     split: str = setting("train", "split of the Hub data set to train on")
     revision: str | None = setting(None, "commit, tag or branch of the Hub data set")
     columns: dict[str, str] = setting({}, "what your columns are: {your_column: question, other: answer}")
     options: dict[str, Any] = setting({}, "settings of a reasoning_gym task, such as {min_words: 3}")
-    size: int | None = setting(None, "rows to train on; unset: all of a file, 1000 of a reasoning_gym task", "rows")
+    size: int | None = setting(None, "rows to train on; unset: all of a file, 256 of a task", "rows", within="[1, inf)")
     held_out_path: str | None = setting(None, "rows to evaluate on; unset: split off before anything else")
     held_out_size: float | None = setting(
-        None, "held-out rows, or a share below 1; unset: 5 %, at most 256 rows", "rows or share"
+        None, "held-out rows, or a share below 1; unset: 5 %, at most 256 rows", "rows or share", within="[0, inf)"
     )
-    max_length: int = setting(1024, "longest sample; longer conversations are cut at the end and counted", "tokens")
+    max_length: int = setting(
+        1024, "longest sample; longer ones are cut at the end and counted", "tokens", within="[1, inf)"
+    )
     packing: bool | None = setting(None, "several samples in one row, unable to see each other; unset: plain text only")
     train_on: Literal["all", "last"] = setting(
-        "all", "which assistant turns are trained; `train` on a message overrides"
+        "all", "assistant turns that are trained; `train` on a message overrides"
     )
     system_prompt: str | None = setting(None, "system turn for conversations that have none")
     apply_chat_template: bool = setting(True, "put prompt and completion strings into the model's chat template")
     chat_template_kwargs: dict[str, Any] = setting({}, "passed to the chat template, such as {enable_thinking: false}")
-    max_lost: float = setting(0.05, "largest share of rows that may be dropped before the run refuses", "share")
+    max_lost: float = setting(0.05, "largest share of rows dropped before the run refuses", "share", within="[0, 1]")
 
 
 @dataclass
 class TrainConfig:
     output_dir: str | None = setting(None, "the run's folder; unset: runs/<recipe>, or the next free -2, -3, …")
-    learning_rate: float = setting(2e-5, "peak learning rate")
-    per_device_train_batch_size: int = setting(8, "samples in one forward pass on one device", "rows")
-    gradient_accumulation_steps: int = setting(1, "forward passes in one optimizer step")
-    num_train_epochs: float = setting(1.0, "passes over the training rows", "epochs")
-    max_steps: int = setting(-1, "optimizer steps; above 0 it overrides num_train_epochs", "steps")
-    warmup_steps: float = setting(0.0, "steps of linear warm-up; below 1: a share of all steps", "steps or share")
+    learning_rate: float = setting(2e-5, "peak learning rate", within="[0, 1]")
+    per_device_train_batch_size: int = setting(8, "in one forward pass on one device", "rows", within="[1, inf)")
+    gradient_accumulation_steps: int = setting(1, "forward passes in one optimizer step", within="[1, inf)")
+    num_train_epochs: float = setting(1.0, "passes over the training rows", "epochs", within="(0, inf)")
+    max_steps: int = setting(-1, "optimizer steps; above 0 it overrides num_train_epochs", "steps", within="[-1, inf)")
+    warmup_steps: float = setting(
+        0.0, "linear warm-up; below 1: a share of all steps", "steps or share", within="[0, inf)"
+    )
     lr_scheduler_type: str = setting("linear", "schedule by transformers' name: linear, cosine, constant, …")
     optim: str = setting("auto", "optimizer by transformers' name; auto: fused AdamW")
-    weight_decay: float = setting(0.0, "decoupled weight decay of the optimizer")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm")
-    neftune_noise_alpha: float | None = setting(None, "noise on the embeddings while training (arXiv 2310.05914)")
+    weight_decay: float = setting(0.0, "decoupled weight decay of the optimizer", within="[0, inf)")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm", within="[0, inf)")
+    neftune_noise_alpha: float | None = setting(None, "noise on embeddings (arXiv 2310.05914)", within="[0, inf)")
+    padding_free: bool = setting(
+        True, "no padding through the layers, shared beginnings once, the head only at labels: the same numbers, sooner"
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, about 1.3x the time")
-    logging_steps: int = setting(5, "optimizer steps between two lines of metrics.jsonl", "steps")
-    eval_steps: int | None = setting(None, "optimizer steps between two held-out losses; unset: start and end", "steps")
-    save_steps: int | None = setting(None, "optimizer steps between two checkpoints; unset: only the end", "steps")
-    save_total_limit: int = setting(2, "checkpoints kept, the best one included")
+    logging_steps: int = setting(5, "between two lines of metrics.jsonl", "steps", within="[1, inf)")
+    eval_steps: int | None = setting(
+        None, "between two held-out losses; unset: start and end", "steps", within="[1, inf)"
+    )
+    save_steps: int | None = setting(None, "between two checkpoints; unset: only the end", "steps", within="[1, inf)")
+    save_total_limit: int = setting(2, "checkpoints kept, the best one included", within="[1, inf)")
     early_stopping_patience: int | None = setting(
-        None, "held-out losses without improvement before the run stops; needs eval_steps", "evaluations"
+        None, "held-out losses without improvement before the run stops", "evaluations", within="[1, inf)"
     )
-    metric_for_best_model: str = setting(
-        "loss", "held-out loss, or a metric of the report; what best and stopping mean"
-    )
-    seed: int = setting(0, "of the adapter's start, the order of rows and dropout")
+    metric_for_best_model: str = setting("loss", "what best and stopping go by: loss, or a metric of the report")
+    seed: int = setting(0, "of the adapter's start, the order of rows and dropout", within="[0, 4294967295]")
     report_to: list[str] = setting([], "trackers by transformers' name: tensorboard, trackio, wandb, …")
     extra: dict[str, Any] = setting({}, "any other argument of the trainer, checked against its own dataclass")
 
 
 @dataclass
 class EvaluateConfig:
-    size: int = setting(128, "held-out prompts answered before and after; 0: none", "rows")
+    size: int = setting(128, "held-out prompts answered before and after; 0: none", "rows", within="[0, inf)")
     metrics: list[str] = setting(
         [], "scores of the answers: task_score, exact_match, final_number, rouge, bleu; unset: what the data allow"
     )
-    max_new_tokens: int | None = setting(None, "longest answer; unset: the longest held-out answer + 8", "tokens")
-    batch_size: int = setting(32, "prompts answered together, and rows scored together", "rows")
+    max_new_tokens: int | None = setting(
+        None, "longest answer; unset: the longest held-out answer + 8", "tokens", within="[1, inf)"
+    )
+    batch_size: int = setting(32, "prompts answered together, and rows scored together", "rows", within="[1, inf)")
     general_text: bool = setting(True, "also measure the loss on a fixed general text, to see forgetting")
-    bootstrap_samples: int = setting(2000, "resamples behind each 95 % interval")
+    bootstrap_samples: int = setting(2000, "resamples behind each 95 % interval", within="[1, inf)")
     hub_metrics: list[str] = setting([], "metric scripts to fetch and RUN from the Hub; none by default")
 
 
@@ -135,54 +154,14 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateConfig,
 }
 
-# Names that people know from other toolkits, older releases or other sections -> ours.
-KNOWN_ELSEWHERE: dict[str, str] = {
-    **dict.fromkeys(["lora_r", "lora_rank", "rank", "adapter_rank"], "lora.r"),
-    **dict.fromkeys(["alpha"], "lora.lora_alpha"),
-    **dict.fromkeys(["dropout"], "lora.lora_dropout"),
-    **dict.fromkeys(["lora_target", "lora_target_modules", "lora_modules"], "lora.target_modules"),
-    **dict.fromkeys(["lora_modules_to_save", "additional_target"], "lora.modules_to_save"),
-    **dict.fromkeys(
-        ["model_name_or_path", "base_model", "model_name", "model_id", "checkpoint_dir"], "model.name_or_path"
-    ),
-    **dict.fromkeys(["model_revision"], "model.revision"),
-    **dict.fromkeys(["torch_dtype", "bf16", "fp16", "precision"], "model.dtype"),
-    **dict.fromkeys(["flash_attention", "flash_attn"], "model.attn_implementation"),
-    **dict.fromkeys(["dataset", "datasets", "dataset_name", "dataset_path", "data_files", "train_file"], "data.path"),
-    **dict.fromkeys(["dataset_config", "dataset_config_name"], "data.name"),
-    **dict.fromkeys(["dataset_train_split"], "data.split"),
-    **dict.fromkeys(["max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "block_size"], "data.max_length"),
-    **dict.fromkeys(["sample_packing", "packed"], "data.packing"),
-    **dict.fromkeys(["val_set_size", "test_size", "test_split_size", "val_size"], "data.held_out_size"),
-    **dict.fromkeys(["eval_dataset", "validation_file", "test_file", "eval_file"], "data.held_out_path"),
-    **dict.fromkeys(["max_samples", "max_train_samples", "num_samples", "limit"], "data.size"),
-    **dict.fromkeys(["mask_history", "roles_to_train", "train_on_inputs", "assistant_only_loss"], "data.train_on"),
-    **dict.fromkeys(["system", "default_system"], "data.system_prompt"),
-    **dict.fromkeys(["lr"], "train.learning_rate"),
-    **dict.fromkeys(["micro_batch_size", "batch_size", "train_batch_size"], "train.per_device_train_batch_size"),
-    **dict.fromkeys(["grad_accum", "gradient_accumulation"], "train.gradient_accumulation_steps"),
-    **dict.fromkeys(["num_epochs", "epochs", "max_epochs", "n_epochs"], "train.num_train_epochs"),
-    **dict.fromkeys(["steps", "total_steps", "num_steps"], "train.max_steps"),
-    **dict.fromkeys(["warmup_ratio", "warmup", "num_warmup_steps"], "train.warmup_steps"),
-    **dict.fromkeys(["lr_scheduler", "scheduler"], "train.lr_scheduler_type"),
-    **dict.fromkeys(["optimizer"], "train.optim"),
-    **dict.fromkeys(["max_norm", "clip_grad_norm", "gradient_clipping"], "train.max_grad_norm"),
-    **dict.fromkeys(["neftune", "noise_alpha"], "train.neftune_noise_alpha"),
-    **dict.fromkeys(["activation_checkpointing", "enable_activation_checkpointing"], "train.gradient_checkpointing"),
-    **dict.fromkeys(["out", "out_dir", "output", "save_dir"], "train.output_dir"),
-    **dict.fromkeys(["log_every_n_steps", "log_every"], "train.logging_steps"),
-    **dict.fromkeys(["eval_interval", "evals_per_epoch", "eval_every"], "train.eval_steps"),
-    **dict.fromkeys(["save_interval", "saves_per_epoch", "save_every"], "train.save_steps"),
-    **dict.fromkeys(["early_stopping_steps", "patience"], "train.early_stopping_patience"),
-    **dict.fromkeys(["group_by_length"], "train.extra.train_sampling_strategy"),
-    **dict.fromkeys(["val_max_samples", "max_eval_samples"], "evaluate.size"),
-    **dict.fromkeys(["per_device_eval_batch_size", "eval_batch_size"], "evaluate.batch_size"),
-}
-
 
 @dataclass
 class RecipeConfig:
-    """What every recipe's Config has. `origins` maps a dotted key to where its value came from; absent: the recipe."""
+    """What every recipe's Config has.
+
+    `recipe` names it for people, `recipe_word` finds it again: a built-in's name, or a path. `origins` maps a dotted
+    key to where its value came from; absent: the recipe.
+    """
 
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
@@ -191,18 +170,20 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         self.recipe: str = ""
+        self.recipe_word: str = ""
         self.origins: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One setting: dotted key, type, value, help, unit."""
+    """One setting: dotted key, type, value, help, unit, and the interval that its number must lie in."""
 
     key: str
     annotation: Any
     value: Any
     help: str
     unit: str
+    within: str
 
 
 def leaves(config: RecipeConfig) -> Iterator[Leaf]:
@@ -219,205 +200,124 @@ def leaves(config: RecipeConfig) -> Iterator[Leaf]:
 
 
 def _leaf(key: str, item: dataclasses.Field[Any], annotation: Any, value: Any) -> Leaf:
-    return Leaf(key, annotation, value, item.metadata.get("help", ""), item.metadata.get("unit", ""))
+    return Leaf(key, annotation, value, **{name: item.metadata.get(name, "") for name in ("help", "unit", "within")})
 
 
 def resolve(
     config_class: type[RecipeConfig], recipe: str, yaml_path: Path | None = None, overrides: Sequence[str] = ()
 ) -> RecipeConfig:
-    """The recipe's Config with a YAML file and `key=value` words laid over its defaults.
+    """The Config of `recipe` (its name or path) with a YAML file and `key=value` words laid over its defaults.
 
-    Raises SettingsError (unknown key, wrong type, unreadable file), SecurityError (a YAML tag that builds objects).
+    Raises SettingsError (unknown key, wrong type, out of range, without effect, unreadable file), SecurityError (a YAML
+    tag that builds objects).
     """
     config = config_class()
-    config.recipe = recipe
+    config.recipe, config.recipe_word = Path(recipe).stem, recipe
     known = {leaf.key: leaf for leaf in leaves(config)}
-    given: list[tuple[str, Any, str]] = []
-    if yaml_path is not None:
-        given += [(key, value, f"{yaml_path}:{line}") for key, value, line in read_yaml(yaml_path, known)]
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise SettingsError(f"'{word}' is not a setting: expected key=value.", f"See: finetune_kit show {recipe}")
-        given.append((key.strip().lstrip("-"), _parse_word(text), "command line"))
-    for written, value, origin in given:
-        key = _full_key(written, known, recipe, origin)
-        if "." in key and key.split(".")[0] in known:  # one entry of a dict setting, such as a recipe's own {…}
-            raise SettingsError(f"{written}: no such setting ({origin}).")
-        head, _, entry = _split_dict_entry(key, known)
-        leaf = known[head]
+    given = list(_read_yaml(yaml_path, known)) if yaml_path else []
+    for written, node, origin in [*given, *(_read_word(word, recipe) for word in overrides)]:
+        leaf, entry = _find(written, known, recipe, origin)
+        section, _, name = leaf.key.rpartition(".")
+        target = getattr(config, section) if section else config
         if entry:
-            value = {**_get(config, head), entry: value}
-        _set(config, head, coerce(value, leaf.annotation, f"{head} ({origin})"))
-        config.origins[key] = origin
+            value = values.coerce(node, typing.get_args(leaf.annotation)[1], f"{leaf.key}.{entry} ({origin})")
+            setattr(target, name, {**getattr(target, name), entry: value})
+            origin = ", ".join(dict.fromkeys([config.origins.get(leaf.key, origin), origin]))
+        else:
+            setattr(target, name, values.coerce(node, leaf.annotation, f"{leaf.key} ({origin})"))
+        config.origins[leaf.key] = origin
+    check(config)
     return config
 
 
-def _parse_word(text: str) -> Any:
-    try:
-        return yaml.safe_load(text) if text.strip() else text
-    except yaml.YAMLError:
-        return text
+def check(config: RecipeConfig) -> None:
+    """Raises SettingsError for a number out of range, a name unknown to transformers, a setting that cannot act."""
+    for leaf in leaves(config):
+        for number in leaf.value if isinstance(leaf.value, list) else [leaf.value]:
+            if leaf.within and number is not None and not _inside(number, leaf.within):
+                raise SettingsError(
+                    f"{_named(config, leaf.key)}: expected a number in {leaf.within}, found {number:g}."
+                )
+    train = config.train
+    if train.max_steps == 0:
+        raise SettingsError(f"{_named(config, 'train.max_steps')}: 0 trains nothing.", "Use check instead of run.")
+    for name, unset in (("early_stopping_patience", None), ("metric_for_best_model", "loss")):
+        if getattr(train, name) != unset and train.eval_steps is None:
+            raise SettingsError(
+                f"{_named(config, 'train.' + name)} has no effect without held-out losses on the way.",
+                "Add train.eval_steps=20, or leave it out.",
+            )
+    for name in ("lr_scheduler_type", "optim"):
+        _check_name(name, getattr(train, name), _named(config, f"train.{name}"))
 
 
-def read_yaml(path: Path, known: dict[str, Leaf]) -> Iterator[tuple[str, Any, int]]:
-    """(dotted key, value, line) of every setting in a file; `recipe`, `versions` and `origins` are not settings."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        # compose keeps tags as they are; constructing is what refuses a tag that would build an object
-        yaml.safe_load(text)
-    except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file.", "Write one, or give settings as key=value.") from None
-    except yaml.constructor.ConstructorError as error:
-        raise SecurityError(f"{path}: {error.problem}.", "Use plain values only.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if root is None:
+def _named(config: RecipeConfig, key: str) -> str:
+    return f"{key} ({config.origins[key]})" if key in config.origins else key
+
+
+def _inside(number: float, interval: str) -> bool:
+    """Whether a number lies in an interval such as [0, 1) or (0, inf)."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    return low <= number <= high and (interval[0], number) != ("(", low) and (interval[-1], number) != (")", high)
+
+
+def _check_name(setting: str, value: str, where: str) -> None:
+    """That transformers knows a scheduler or an optimizer; its import is spared where the value is our default."""
+    if value == getattr(TrainConfig, setting):
         return
-    yield from _walk(root, "", path, known)
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
 
-
-def _walk(node: yaml.Node, prefix: str, path: Path, known: dict[str, Leaf]) -> Iterator[tuple[str, Any, int]]:
-    if not isinstance(node, yaml.MappingNode):
-        line = node.start_mark.line + 1
-        raise SettingsError(f"{path}:{line}: expected 'key: value' lines, found {node.tag.rsplit(':', 1)[-1]}.")
-    seen: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        name = str(key_node.value)
-        if name in seen:
-            raise SettingsError(f"{path}:{line}: '{prefix}{name}' is written twice (first on line {seen[name]}).")
-        seen[name] = line
-        key = prefix + name
-        if not prefix and name in ("recipe", "versions", "origins"):
-            continue
-        is_section = key in SECTIONS and key not in known
-        if is_section and isinstance(value_node, yaml.MappingNode):
-            yield from _walk(value_node, key + ".", path, known)
-        else:
-            yield key, yaml.safe_load(yaml.serialize(value_node)), line
+    choices = [str(item.value) for item in (OptimizerNames if setting == "optim" else SchedulerType)]
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=3, cutoff=0.4)
+        hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(choices)}"
+        raise SettingsError(f"{where}: '{value}' is not known to transformers.", hint)
 
 
 def recipe_of_yaml(path: Path) -> str:
     """The recipe a YAML file names in `recipe: …`."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file.", "See the recipes: finetune_kit list") from None
-    except yaml.constructor.ConstructorError as error:
-        raise SecurityError(f"{path}: {error.problem}.", "Use plain values only.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    name = content.get("recipe") if isinstance(content, dict) else None
-    if not isinstance(name, str):
+    root = values.read_file(path)
+    named = {name: node for name, node, _ in values.pairs(root, str(path))} if root else {}
+    recipe = named["recipe"].value if "recipe" in named else None
+    if not isinstance(recipe, str):
         raise SettingsError(
             f"{path} does not say which recipe it is for.",
-            f"Begin it with 'recipe: lora_sft', or: run RECIPE --config {path}",
+            f"Begin it with 'recipe: lora_sft', or: python -m finetune_kit run RECIPE --config {path}",
         )
-    return name
+    return recipe
 
 
-def _full_key(written: str, known: dict[str, Leaf], recipe: str, origin: str) -> str:
-    """The dotted key that `written` means, or a SettingsError that names the nearest right one."""
-    key = written.replace("-", "_")
-    if key in known or _split_dict_entry(key, known)[0]:
-        return key
-    bare = [name for name in known if name.rsplit(".", 1)[-1] == key]
-    if len(bare) == 1:
-        return bare[0]
-    where = f" ({origin})"
-    if len(bare) > 1:
-        raise SettingsError(f"{written}: say which one{where}: {' or '.join(bare)}.")
-    leaf = key.rsplit(".", 1)[-1]
-    elsewhere = KNOWN_ELSEWHERE.get(key) or KNOWN_ELSEWHERE.get(leaf)
+def _read_yaml(path: Path, known: dict[str, Leaf]) -> Iterator[tuple[str, values.Node, str]]:
+    """(key, value, file:line) of every setting; `recipe`, `versions` and `origins` are not settings."""
+    root = values.read_file(path)
+    for name, node, line in values.pairs(root, str(path)) if root else ():
+        if name in ("recipe", "versions", "origins"):
+            continue
+        if name in SECTIONS or any(key.startswith(f"{name}.") for key in known):
+            for leaf, value, leaf_line in values.pairs(node, str(path)):
+                yield f"{name}.{leaf}", value, f"{path}:{leaf_line}"
+        else:
+            yield name, node, f"{path}:{line}"
+
+
+def _read_word(word: str, recipe: str) -> tuple[str, values.Node, str]:
+    key, equals, text = word.partition("=")
+    if not equals:
+        raise SettingsError(f"'{word}' is not a setting: expected key=value.", f"See: {SHOW} {recipe}")
+    return key.strip(), values.read_word(text, "command line"), "command line"
+
+
+def _find(written: str, known: dict[str, Leaf], recipe: str, origin: str) -> tuple[Leaf, str]:
+    """The setting that `written` means, and which entry of it where it is a dict and one is named, else ""."""
+    for leaf in known.values():  # an entry's name is the user's own and stays as it is written
+        if typing.get_origin(leaf.annotation) is dict and written.startswith(f"{leaf.key}."):
+            return leaf, written.removeprefix(f"{leaf.key}.")
     everywhere = [f"{name}.{item.name}" for name, cls in SECTIONS.items() for item in dataclasses.fields(cls)]
-    home = elsewhere or next((name for name in everywhere if key in (name, name.split(".")[1])), None)
-    if home is not None and home not in known and not _split_dict_entry(home, known)[0]:
-        raise SettingsError(
-            f"{written} has no effect in {recipe}: the recipe has no section '{home.split('.')[0]}'{where}.",
-            f"Leave it out, or take another recipe: finetune_kit list. ({home} is the setting's name.)",
-        )
-    if elsewhere is None:
-        names = list(known) + [name.rsplit(".", 1)[-1] for name in known]
-        near = difflib.get_close_matches(key, names, n=1) or difflib.get_close_matches(leaf, names, n=1)
-        elsewhere = next((name for name in known if near and near[0] in (name, name.rsplit(".", 1)[-1])), None)
-    fix = f"Did you mean {elsewhere}? " if elsewhere else ""
-    raise SettingsError(f"{written}: unknown setting{where}.", f"{fix}See all: finetune_kit show {recipe}")
-
-
-def _split_dict_entry(key: str, known: dict[str, Leaf]) -> tuple[str, str, str]:
-    """('train.extra', '.', 'adam_beta2') for train.extra.adam_beta2; (key, '', '') for a plain setting."""
-    if key in known:
-        return key, "", ""
-    for head in known:
-        if key.startswith(head + ".") and typing.get_origin(known[head].annotation) is dict:
-            return head, ".", key[len(head) + 1 :]
-    return "", "", ""
-
-
-def coerce(value: Any, annotation: Any, where: str) -> Any:
-    """`value` as `annotation`, or a SettingsError. YAML 1.1 reads 1e-4 as text; here it is the number it looks like."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any:
-        return value
-    if origin in (types.UnionType, typing.Union):
-        return _coerce_union(value, arguments, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise SettingsError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}.")
-    if origin is list:
-        items = value if isinstance(value, list) else [value]
-        return [coerce(item, arguments[0], where) for item in items]
-    if origin is dict:
-        if isinstance(value, dict):
-            return {str(name): coerce(item, arguments[1], where) for name, item in value.items()}
-        raise SettingsError(f"{where}: expected {{key: value}}, found {value!r}.")
-    return _coerce_scalar(value, annotation, where)
-
-
-def _coerce_union(value: Any, arguments: tuple[Any, ...], where: str) -> Any:
-    if value is None and type(None) in arguments:
-        return None
-    options = [option for option in arguments if option is not type(None)]
-    fitting = [option for option in options if isinstance(value, typing.get_origin(option) or option)]
-    return coerce(value, (fitting or options)[0], where)
-
-
-def _coerce_scalar(value: Any, annotation: type, where: str) -> Any:
-    if annotation is bool and isinstance(value, bool):
-        return value
-    if annotation in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if annotation is float:
-                return number
-            if number == int(number):
-                return int(number)
-        except (ValueError, OverflowError):
-            pass
-    if annotation is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[annotation]
-    raise SettingsError(f"{where}: expected {expected}, found {value!r}.")
-
-
-def _get(config: RecipeConfig, key: str) -> Any:
-    target: Any = config
-    for part in key.split("."):
-        target = getattr(target, part)
-    return target
-
-
-def _set(config: RecipeConfig, key: str, value: Any) -> None:
-    *parents, name = key.split(".")
-    setattr(_get(config, parents[0]) if parents else config, name, value)
+    return known[find_name(written, list(known), everywhere, recipe, origin)], ""
 
 
 def to_yaml(config: RecipeConfig, versions: dict[str, str]) -> str:
     """run.yaml: every setting resolved, where the changed ones came from, and the versions; can be run again."""
-    content: dict[str, Any] = {"recipe": config.recipe, **dataclasses.asdict(config)}
-    content["origins"] = dict(config.origins)
-    content["versions"] = versions
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    content = {"recipe": config.recipe_word, **dataclasses.asdict(config)}
+    return values.dump({**content, "origins": dict(config.origins), "versions": versions})

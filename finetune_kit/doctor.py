@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -13,81 +17,98 @@ from rich.table import Table
 from finetune_kit import recipe as recipes
 from finetune_kit.config import resolve
 from finetune_kit.errors import FinetuneKitError
-from finetune_kit.run_folder import versions
 
-# Lowest version that is safe to use, and why.
-FLOORS = {
-    "torch": ("2.10", "CVE-2026-24747: reading a checkpoint corrupts memory"),
-    "transformers": ("5.3.0", "CVE-2026-4372: a model's config.json runs code"),
-    "datasets": ("5.2.0", "CVE-2026-57845: a data set runs code"),
-    "accelerate": ("1.15.0", "CVE-2026-69112: a model's index reads outside its folder"),
-    "jinja2": ("3.1.6", "CVE-2025-27516: a chat template leaves its sandbox"),
-    "trl": ("1.16.0", "the trainers' arguments that the recipes are written for"),
-    "peft": ("0.21.0", "the adapters' format that the recipes are written for"),
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+# Why a version below the lowest one in pyproject.toml is not safe to use, or not enough.
+REASONS = {
+    "torch": "below 2.10 reading a checkpoint corrupts memory, CVE-2026-24747",
+    "transformers": "below 5.3 a model's config.json runs code, CVE-2026-4372",
+    "datasets": "below 5.2 a data set runs code, CVE-2026-57845",
+    "accelerate": "below 1.15 a model's index reads outside its folder, CVE-2026-69112",
+    "jinja2": "below 3.1.6 a chat template leaves its sandbox, CVE-2025-27516",
+    "trl": "the recipes are written for its trainers' arguments",
+    "peft": "the recipes are written for its adapters' format",
 }
 
 
 def examine(out: Console) -> bool:
     """Print what was found; True when all is well."""
-    problems = _versions(out)
-    _devices(out)
+    problems = [*_versions(out), *_devices(out)]
     out.print("\n[bold]A tiny run[/] (lora_sft, random model of two layers, 2 steps)")
     started = time.perf_counter()
     try:
-        folder_holds = tiny_run()
+        difference = tiny_run()
     except FinetuneKitError as error:
         problems.append(f"the tiny run failed: {error}")
     else:
-        out.print(
-            f"  trained, saved, loaded in a fresh process, equal: {folder_holds} ({time.perf_counter() - started:.0f} s)"
-        )
+        seconds = time.perf_counter() - started
+        out.print(f"  trained, saved, and loaded in a fresh process: logits within {difference:.0e} ({seconds:.0f} s)")
     for problem in problems:
-        out.print(f"problem: {problem}", style="bold red")
+        out.print(f"problem: {problem}", style="bold red", markup=False)
     if not problems:
         out.print("\nAll well.", style="bold green")
     return not problems
 
 
 def _versions(out: Console) -> list[str]:
-    from importlib.metadata import version
-
-    from packaging.version import Version
-
+    """Prints what is installed; the problems: what is missing, or is not a version that pyproject.toml allows."""
     problems = []
     table = Table.grid(padding=(0, 2))
-    found = {**versions(), "jinja2": version("jinja2")}
-    for name, number in found.items():
-        floor, reason = FLOORS.get(name, (None, ""))
-        if number == "not installed":
-            problems.append(f"{name} is not installed. Run: pip install finetune-kit")
-        elif floor and Version(number) < Version(floor):
-            problems.append(f"{name} {number} is older than {floor} ({reason}). Run: pip install '{name}>={floor}'")
-        table.add_row(f"  {name}", number, f"at least {floor}" if floor else "")
-    out.print("[bold]Versions[/]")
+    for requirement in _requirements():
+        name = requirement.name
+        try:
+            number = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            number = "not installed"
+            problems.append(f"{name} is not installed. Run: pip install '{requirement}'")
+        else:
+            if not requirement.specifier.contains(number, prereleases=True):
+                reason = f" ({REASONS[name]})" if name in REASONS else ""
+                problems.append(
+                    f"{name} {number} is not {requirement.specifier}{reason}. Run: pip install '{requirement}'"
+                )
+        table.add_row(f"  {name}", number, str(requirement.specifier))
+    out.print(f"[bold]Versions[/] on Python {platform.python_version()}")
     out.print(table)
     return problems
 
 
-def _devices(out: Console) -> None:
-    import os
+def _requirements() -> list[Requirement]:
+    """What pyproject.toml demands, the extras left out."""
+    from packaging.requirements import Requirement
 
+    found = [Requirement(text) for text in metadata.requires("finetune-kit") or []]
+    return [requirement for requirement in found if requirement.marker is None]
+
+
+def _devices(out: Console) -> list[str]:
+    """Prints what can compute; the problem: a GPU that this build of torch cannot use."""
     import torch
 
     out.print("\n[bold]Devices[/]")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        out.print(
-            f"  GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, bfloat16 {torch.cuda.is_bf16_supported()}"
-        )
+        size, bf16 = gpu.total_memory / 2**30, torch.cuda.is_bf16_supported(including_emulation=False)
+        out.print(f"  GPU {index}: {gpu.name}, {size:.0f} GiB, {'' if bf16 else 'no '}bfloat16")
     if torch.backends.mps.is_available():
         out.print("  Apple GPU (MPS)")
-    out.print(
-        f"  CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    out.print(f"  CPU: {os.cpu_count()} cores, {threads} threads, {capability}")
+    if NVIDIA_DRIVER.exists() and not torch.cuda.is_available():
+        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs"
+        return [f"an NVIDIA GPU is here, but torch {torch.__version__} (built {build}) cannot use it. See: pytorch.org"]
+    return []
 
 
-def tiny_run() -> bool:
-    """lora_sft on a random model and 24 rows, with the recipe's own code; True when the saved adapter held."""
+def tiny_run() -> float:
+    """lora_sft on a random model and 24 rows; the largest difference of a logit after saving and loading.
+
+    Raises what the recipe raises, such as NumericsError where the saved adapter does not hold.
+    """
     from finetune_kit.model.tiny import write_tiny_model
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,5 +126,5 @@ def tiny_run() -> bool:
             "evaluate.size=4",
             "evaluate.general_text=false",
         ]
-        recipe.run(resolve(recipe.config_class, recipe.name, None, words))
-        return bool(json.loads((folder / "run" / "report.json").read_text())["reload_max_logit_difference"] <= 1e-4)
+        recipe.run(resolve(recipe.config_class, recipe.word, None, words))
+        return float(json.loads((folder / "run" / "report.json").read_text())["reload_max_logit_difference"])

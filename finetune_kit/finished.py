@@ -1,23 +1,22 @@
-"""Work with a finished run's folder: measure it again, or ask it something."""
+"""A finished run's folder: open it, load what it holds, measure it again beside its base and other adapters."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune_kit import recipe as recipes
-from finetune_kit.config import RecipeConfig, resolve
-from finetune_kit.data.chat import end_token_ids, render_prompt
+from finetune_kit.config import ModelConfig, RecipeConfig, leaves, resolve
 from finetune_kit.data.load import load_data
-from finetune_kit.errors import SettingsError
+from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.evaluation.compare import Report, compare
 from finetune_kit.evaluation.compare import measure as measure_model
-from finetune_kit.model.adapters import load_adapter
-from finetune_kit.model.load import load_base, load_tokenizer
+from finetune_kit.model.adapters import detach
+from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
+from finetune_kit.training.progress import telling
 
-if TYPE_CHECKING:
-    from finetune_kit.generation import Completion
+BASE = "base"  # its column among the adapters
 
 
 @dataclass(frozen=True)
@@ -46,47 +45,144 @@ def open_run(folder: Path, words: list[str]) -> FinishedRun:
                 f"{word} has no effect on a finished run.", "Only data.… and evaluate.… settings act here."
             )
     recipe = recipes.load(str(folder / "run.yaml"))
-    config = resolve(recipe.config_class, recipe.name, recipe.settings, words)
+    config = resolve(recipe.config_class, recipe.word, recipe.settings, words)
     if config.origins.get("data.path") == "command line":
         # the rows to measure on; the rows trained on stay known, so that an overlap is found
-        trained = resolve(recipe.config_class, recipe.name, recipe.settings)
-        config.data.held_out_path, config.data.path = str(config.data.path), trained.data.path
+        trained = resolve(recipe.config_class, recipe.word, recipe.settings)
+        if not isinstance(config.data.path, str):
+            raise SettingsError("data.path: expected one path to measure on, found a list.")
+        if config.origins.get("data.held_out_path") == "command line":
+            raise SettingsError("data.path and data.held_out_path are both rows to measure on.", "Give one of them.")
+        config.data.held_out_path, config.data.path = config.data.path, trained.data.path
+        if config.origins.get("data.held_out_size") != "command line":
+            config.data.held_out_size = None  # it was the size of the run's own held-out rows
     return FinishedRun(folder, config)
+
+
+def tokenizer_of(run: FinishedRun) -> Any:
+    """The tokenizer that the run saved, with the chat template it was trained with."""
+    return load_tokenizer(run.config.model, saved=run.folder)
+
+
+def own_model(run: FinishedRun) -> ModelConfig:
+    """What to load before any adapter: the run's base, or the run's own weights where all of them were trained."""
+    return (
+        run.config.model if run.is_adapter else replace(run.config.model, name_or_path=str(run.folder), revision=None)
+    )
+
+
+def model_of(run: FinishedRun) -> Any:
+    """The run's model; an adapter is on its base and can be switched off."""
+    return load_adapted(run.config.model, run.folder) if run.is_adapter else load_base(own_model(run))
 
 
 def compare_run(run: FinishedRun) -> Report:
     """The run's model against its base on the held-out rows."""
     config = run.config
-    tokenizer = _tokenizer(run)
+    tokenizer = tokenizer_of(run)
     data = load_data(config.data, "prompt_completion", tokenizer, seed=config.train.seed)
     if run.is_adapter:
-        model: Any = load_adapter(load_base(config.model), str(run.folder))
+        model = model_of(run)
         with model.disable_adapter():
             before = measure_model(model, tokenizer, data, config.evaluate)
     else:
         before = measure_model(load_base(config.model), tokenizer, data, config.evaluate)
-        model = _model(run)
+        model = model_of(run)
     return compare(before, measure_model(model, tokenizer, data, config.evaluate), config.evaluate)
 
 
-def answer(run: FinishedRun, prompt: str, max_new_tokens: int) -> Completion:
-    """The run's greedy answer to one prompt, from the same tokens as in training."""
-    from finetune_kit.generation import generate
+@dataclass
+class Adapters:
+    """Several adapters against the one base they share, on the same rows; each name leads to its report."""
 
-    tokenizer, kwargs = _tokenizer(run), run.config.data.chat_template_kwargs
-    messages = [{"role": "user", "content": prompt}]
-    if run.config.data.system_prompt:
-        messages.insert(0, {"role": "system", "content": run.config.data.system_prompt})
-    ids = render_prompt(tokenizer, messages, None, kwargs)
-    ends = end_token_ids(tokenizer, kwargs)
-    return generate(_model(run), tokenizer, [ids], max_new_tokens=max_new_tokens, end_token_ids=ends)[0]
+    base: str
+    reports: dict[str, Report] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-
-def _tokenizer(run: FinishedRun) -> Any:
-    return load_tokenizer(replace(run.config.model, name_or_path=str(run.folder), revision=None))
+    def to_json(self) -> dict[str, Any]:
+        """Numbers, texts, lists and dicts only."""
+        adapters = {name: report.to_json() for name, report in self.reports.items()}
+        return {"base": self.base, "notes": self.notes, "adapters": adapters}
 
 
-def _model(run: FinishedRun) -> Any:
-    if run.is_adapter:
-        return load_adapter(load_base(run.config.model), str(run.folder))
-    return load_base(replace(run.config.model, name_or_path=str(run.folder), revision=None))
+def compare_adapters(run: FinishedRun, folders: list[Path]) -> Adapters:
+    """The run's adapter and those in `folders` (runs, or plain PEFT adapters) against their base, which is measured
+    once. A run that trained all weights is itself the base.
+
+    Everything is measured on the run's held-out rows, with its tokenizer and template. Raises SettingsError for an
+    adapter that is none, or that was made for another base.
+    """
+    columns = _columns(run, folders)
+    for folder in columns.values():
+        check_adapter(folder)
+    config, tokenizer, base = run.config, tokenizer_of(run), own_model(run)
+    data = load_data(config.data, "prompt_completion", tokenizer, seed=config.train.seed)
+    model = load_base(base)
+    for folder in columns.values():
+        check_base(base, folder)  # before the long part
+    rows = model.get_input_embeddings().weight.shape[0]
+    before = measure_model(model, tokenizer, data, config.evaluate, telling(BASE))
+    compared = Adapters(public_name(base.name_or_path), notes=_other_data(run, folders))
+    for name, folder in columns.items():
+        adapted = load_adapted(base, folder, model)
+        after = measure_model(adapted, tokenizer, data, config.evaluate, telling(name))
+        compared.reports[name] = compare(before, after, config.evaluate)
+        model = detach(adapted)
+        if model.get_input_embeddings().weight.shape[0] != rows:  # this adapter's run had made the vocabulary longer
+            model = load_base(base)
+    return compared
+
+
+def _columns(run: FinishedRun, folders: list[Path]) -> dict[str, Path]:
+    """{name for people: adapter folder}: the folder's own name, or its path where another one has that name, too."""
+    every = [*([run.folder] if run.is_adapter else []), *folders]
+    resolved = [folder.resolve() for folder in every]
+    twice = next((folder for folder in resolved if resolved.count(folder) > 1), None)
+    if twice is not None:
+        own = " The run's own adapter is measured anyway." if run.is_adapter and twice == run.folder.resolve() else ""
+        raise SettingsError(f"--adapter: {twice} is given twice.{own}", "Give each adapter once.")
+    names = [folder.name for folder in resolved]
+    return {
+        str(folder) if names.count(name) > 1 or name == BASE else name: folder
+        for folder, name in zip(every, names, strict=True)
+    }
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises SettingsError for a folder without an adapter in it, SecurityError for one whose weights are a pickle."""
+    if not (folder / "adapter_config.json").is_file():
+        raise SettingsError(f"{folder} is no adapter: it has no adapter_config.json.", "Give the folder of an adapter.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise SecurityError(
+                f"{folder} has its weights as a pickle (adapter_model.bin), which can run code when it is read.",
+                "Get the adapter as safetensors.",
+            )
+        raise SettingsError(f"{folder} holds no adapter_model.safetensors.", "Was its run finished?")
+
+
+def _other_data(run: FinishedRun, folders: list[Path]) -> list[str]:
+    """Which adapters were trained on other rows, or on other tokens, than this run: where a comparison is not fair."""
+    notes = []
+    mine = _data_settings(run)
+    for folder in folders:
+        if (folder / "run.yaml").is_file():
+            theirs = _data_settings(open_run(folder, []))
+            differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+            if differing:
+                notes.append(
+                    f"{folder} was trained with another {', '.join(differing)}: it may have seen rows that "
+                    "are measured here, or have learned them written otherwise."
+                )
+    return notes
+
+
+def _data_settings(run: FinishedRun) -> dict[str, Any]:
+    """What decides which rows a run was trained on, and as which tokens."""
+    trained = open_run(run.folder, []).config  # without the settings of this measurement
+    kept = {
+        leaf.key: leaf.value for leaf in leaves(trained) if leaf.key.startswith("data.") or leaf.key == "train.seed"
+    }
+    for harmless in ("data.size", "data.weights", "data.max_length", "data.packing", "data.train_on", "data.max_lost"):
+        del kept[harmless]
+    return kept

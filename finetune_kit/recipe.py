@@ -16,17 +16,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from finetune_kit.config import RecipeConfig, recipe_of_yaml
-from finetune_kit.errors import SettingsError
+from finetune_kit.config import RecipeConfig, check, recipe_of_yaml
+from finetune_kit.errors import ResourceError, SettingsError
 
-BUILTIN = ("full_sft", "lora_sft")  # in reading order; each is recipes/<name>.py
+LIST = "python -m finetune_kit list"
+BUILTIN = ("full_sft", "lora_sft", "qlora_sft")  # in reading order; each is recipes/<name>.py
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A loaded recipe module: `name` for messages and the run's folder, `settings` the YAML it was named by, if any."""
+    """A loaded recipe module.
+
+    `name` is for people and the run's folder, `word` finds it again from anywhere: a built-in's name, or an absolute
+    path. `settings` is the YAML it was named by, if any.
+    """
 
     name: str
+    word: str
     path: Path
     module: ModuleType
     settings: Path | None = None
@@ -36,6 +42,8 @@ class Recipe:
         return self.module.Config  # type: ignore[no-any-return]  # checked by load
 
     def run(self, config: RecipeConfig) -> Any:
+        """The recipe's artifact. Settings that cannot be are refused before anything is read."""
+        check(config)
         return self.module.run(config)
 
 
@@ -51,13 +59,16 @@ def find(word: str) -> tuple[Path, Path | None]:
     if word.endswith((".yaml", ".yml")):
         settings = Path(word)
         named = recipe_of_yaml(settings)
+        if named.endswith((".yaml", ".yml")):
+            raise SettingsError(f"{word}: 'recipe: {named}' is a settings file; expected a recipe.", f"See: {LIST}")
         # a path in a YAML file is relative to that file
         return find(str(settings.parent / named) if "/" in named or named.endswith(".py") else named)[0], settings
     if "/" in word or word.endswith(".py"):
         path = Path(word)
         if not path.is_file():
+            target = word if word.endswith(".py") else "mine.py"
             raise SettingsError(
-                f"{word}: no such recipe file.", "Start from a built-in: finetune_kit copy lora_sft " + word
+                f"{word}: no such recipe file.", f"Start from a built-in: python -m finetune_kit copy lora_sft {target}"
             )
         return path, None
     if word in BUILTIN:
@@ -65,7 +76,7 @@ def find(word: str) -> tuple[Path, Path | None]:
     near = difflib.get_close_matches(word, BUILTIN, n=1, cutoff=0.4)
     hint = f"Did you mean {near[0]}? " if near else ""
     own = f" A file of your own is written with its folder: ./{word}.py" if Path(f"{word}.py").is_file() else ""
-    raise SettingsError(f"'{word}' is not a recipe: {', '.join(BUILTIN)}.", f"{hint}See: finetune_kit list.{own}")
+    raise SettingsError(f"'{word}' is not a recipe: {', '.join(BUILTIN)}.", f"{hint}See: {LIST}.{own}")
 
 
 def load(word: str) -> Recipe:
@@ -79,14 +90,21 @@ def load(word: str) -> Recipe:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise SettingsError(f"{path}:{error.lineno}: {error.msg}.") from None
-    missing = [name for name in ("Config", "run") if not hasattr(module, name)] + (
-        [] if module.__doc__ else ["docstring"]
-    )
-    if missing or not issubclass(module.Config, RecipeConfig):
-        what = ", ".join(missing) or "a Config derived from finetune_kit.config.RecipeConfig"
-        raise SettingsError(f"{path}: a recipe needs {what}.", "See docs/add_a_method.md")
-    return Recipe(path.stem, path, module, settings)
+        raise SettingsError(f"{error.filename or path}:{error.lineno}: {error.msg}.") from None
+    needed = {
+        "a docstring": bool(module.__doc__),
+        "a Config derived from finetune_kit.config.RecipeConfig": _is_config(getattr(module, "Config", None)),
+        "a function run(config)": callable(getattr(module, "run", None)),
+    }
+    missing = [what for what, found in needed.items() if not found]
+    if missing:
+        raise SettingsError(f"{path}: a recipe needs {' and '.join(missing)}.", "See docs/add_a_method.md")
+    word = path.stem if path.resolve().parent == folder() else str(path.resolve())
+    return Recipe(path.stem, word, path, module, settings)
+
+
+def _is_config(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, RecipeConfig)
 
 
 def copy(word: str, target: Path) -> Path:
@@ -96,9 +114,14 @@ def copy(word: str, target: Path) -> Path:
     if target.exists():
         raise SettingsError(f"{target} exists already.", "Choose another name.")
     if target.suffix != ".py":
-        raise SettingsError(f"{target}: a recipe is a Python file.", f"finetune_kit copy {word} {target}.py")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+        raise SettingsError(
+            f"{target}: a recipe is a Python file.", f"python -m finetune_kit copy {word} {target.with_suffix('.py')}"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise ResourceError(f"{target} cannot be written: {error.strerror}.") from None
     return target
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,33 @@ STACK = (
 def claim(config: RecipeConfig) -> Path:
     """Decide the run's folder and put it into config.train.output_dir; nothing is created yet.
 
-    A folder that the user names must be free (SettingsError); the default runs/<recipe> goes on with -2, -3, …
+    A folder that the user names must be free and writable (SettingsError). The default runs/<recipe>, and that of a
+    run.yaml which is run again, go on with -2, -3, …
     """
-    if config.train.output_dir is not None:
-        folder = Path(config.train.output_dir)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            what = "holds another run" if (folder / "run.yaml").exists() else "is not empty"
-            free = next(path for path in _numbered(folder) if not path.exists())
-            raise SettingsError(
-                f"train.output_dir={folder} {what}; nothing in it was touched.", f"Choose: output_dir={free}"
-            )
-        return folder
-    folder = next(path for path in _numbered(Path("runs") / config.recipe) if not path.exists())
+    given = config.train.output_dir
+    folder = Path("runs") / config.recipe if given is None else Path(given)
+    if given is None or _is_run_again(config, folder):
+        folder = _next_free(folder)
+    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        what = "holds another run" if (folder / "run.yaml").exists() else "is not empty"
+        fix = f"Choose: output_dir={_next_free(folder)}"
+        raise SettingsError(f"train.output_dir={folder} {what}; nothing in it was touched.", fix)
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise SettingsError(f"train.output_dir={folder} cannot be made: {above} is no folder that can be written to.")
     config.train.output_dir = str(folder)
     return folder
 
 
-def _numbered(folder: Path) -> Iterator[Path]:
-    yield folder
-    yield from (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+def _is_run_again(config: RecipeConfig, folder: Path) -> bool:
+    """Whether the folder's name comes from the run.yaml in it."""
+    file = Path(config.origins.get("train.output_dir", "").rpartition(":")[0])
+    return file.name == "run.yaml" and file.resolve().parent == folder.resolve()
+
+
+def _next_free(folder: Path) -> Path:
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return folder if not folder.exists() else next(path for path in names if not path.exists())
 
 
 def begin(config: RecipeConfig, ledger: Any) -> Path:

@@ -15,8 +15,8 @@ Artifact out
     adapter_model.safetensors, adapter_config.json, tokenizer, chat template, report, card.
 
 What to watch
-    loss falls within the first tens of steps; if it stays, the learning_rate is too low (an adapter wants about ten
-    times that of full_sft) or r is too small for the data. grad_norm above max_grad_norm at every step means too high a
+    loss falls within the first tens of steps; if it stays, the learning_rate is too low (an adapter wants ten times that
+    of full_sft and more) or r is too small for the data. grad_norm above max_grad_norm at every step means too high a
     rate. Held-out loss turning up means too many epochs. Few answers that end by themselves mean that the end token was
     not learned.
 
@@ -40,7 +40,7 @@ from finetune_kit.training.progress import telling
 @dataclass
 class Config(RecipeConfig):
     lora: LoraConfig = section(LoraConfig)
-    # ten times full_sft's rate: the adapter's weights start at zero and are few
+    # far above full_sft's rate: the adapter's weights start at zero and are few
     train: TrainConfig = section(TrainConfig, learning_rate=5e-4, warmup_steps=0.05)
 
 

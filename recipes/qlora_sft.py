@@ -41,7 +41,7 @@ from finetune_kit.training.progress import telling
 class Config(RecipeConfig):
     model: ModelConfig = section(ModelConfig, load_in_4bit=True)
     lora: LoraConfig = section(LoraConfig)
-    # ten times full_sft's rate: the adapter's weights start at zero and are few
+    # far above full_sft's rate: the adapter's weights start at zero and are few
     train: TrainConfig = section(TrainConfig, learning_rate=5e-4, warmup_steps=0.05)
 
 

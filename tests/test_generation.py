@@ -1,12 +1,15 @@
 """generation.py: batched completions equal those made one by one, and only the given settings act."""
 
+import functools
 import logging
+import re
 
 import pytest
 import torch
 
 from finetune_kit.errors import DataError, ResourceError
-from finetune_kit.generation import evaluation_mode, generate, in_batches
+from finetune_kit.generation import _completion, _Stream, evaluation_mode, generate, in_batches
+from tests.fixtures_data import bpe_tokenizer
 from tests.fixtures_evaluation import byte_tokenizer, tiny_gpt2, tiny_llama
 
 TOKENIZER = byte_tokenizer()
@@ -169,3 +172,125 @@ def test_one_row_that_does_not_fit_is_a_resource_error_and_any_other_error_passe
         in_batches([[0, 1]], cpu_allocator, "generation")
     with pytest.raises(RuntimeError, match="shape mismatch"):
         in_batches([[0, 1]], bug, "generation")
+
+
+def one_by_one(model, **settings):
+    return [generate(model, TOKENIZER, [prompt], **settings)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_a_repetition_penalty_of_1_5_in_batches_of_3_equals_one_by_one_and_is_the_one_of_transformers(make):
+    model = make()
+    settings = {"max_new_tokens": 12, "end_token_ids": [7, 30], "repetition_penalty": 1.5}
+    alone = one_by_one(model, **settings)
+    assert generate(model, TOKENIZER, PROMPTS, batch_size=3, **settings) == alone
+    assert alone != one_by_one(model, **{**settings, "repetition_penalty": 1.0})
+    plain = model.generate(
+        torch.tensor(PROMPTS[1:2]), max_new_tokens=12, do_sample=False, repetition_penalty=1.5, eos_token_id=None
+    )[0, len(PROMPTS[1]) :].tolist()
+    assert alone[1].ids == plain[: len(alone[1].ids)]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_a_repetition_penalty_of_9_does_not_count_the_padding_though_it_is_the_token_that_ends_each_answer(make):
+    model = make()
+    settings = {"max_new_tokens": 6, "repetition_penalty": 9.0}
+    for prompt in (PROMPTS[0], PROMPTS[5], PROMPTS[6]):
+        free = generate(model, TOKENIZER, [prompt], end_token_ids=[], **settings)[0].ids
+        end = next(token for token in free[1:] if token not in prompt)
+        tokenizer = byte_tokenizer()
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
+        pair = generate(model, tokenizer, [prompt, PROMPTS[3]], end_token_ids=[end], **settings)
+        assert pair[0].ids == free[: free.index(end)]
+        assert pair[0].ended
+
+
+def stops_in(model):
+    """Two strings that answers have after their second letter: two letters of one answer, and one of another."""
+    free = generate(model, TOKENIZER, PROMPTS, max_new_tokens=24, end_token_ids=[])
+    whole = [re.findall(r"(?<=..)[ -~]{2}", completion.text, re.DOTALL) for completion in free]
+    found = [strings[0] for strings in whole if strings]
+    return free, (found[0], found[-1][:1])
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_stop_strings_cut_the_text_before_them_and_in_batches_of_3_as_one_by_one(make):
+    model = make()
+    free, stop = stops_in(model)
+    stopped = generate(model, TOKENIZER, PROMPTS, max_new_tokens=24, end_token_ids=[], batch_size=3, stop=stop)
+    assert stopped == one_by_one(model, max_new_tokens=24, end_token_ids=[], stop=stop)
+    for before, after in zip(free, stopped, strict=True):
+        found = [before.text.index(string) for string in stop if string in before.text]
+        assert after.text == before.text[: min(found, default=len(before.text))]
+        assert after.ended == bool(found)
+        assert after.ids == before.ids[: len(after.ids)]
+    assert sum(completion.ended for completion in stopped) >= 2
+
+
+def test_generation_stops_at_a_stop_string_instead_of_going_on_to_500_tokens():
+    model = tiny_llama()
+    _, stop = stops_in(model)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    completion = generate(model, TOKENIZER, PROMPTS[:1], max_new_tokens=500, end_token_ids=[], stop=stop[:1])[0]
+    assert len(calls) == len(completion.ids) <= 24
+    assert completion.ended
+
+
+def test_a_stop_string_that_begins_and_ends_inside_tokens_is_found_and_the_tokens_after_it_do_not_count():
+    tokenizer = bpe_tokenizer()
+    ids = tokenizer("the answer is forty two, and the question was what it is.")["input_ids"]
+    assert len(ids) < 40  # tokens of several letters
+    completion = _completion(tokenizer, ids, end_token_ids=[], stop=["ty tw", "forty two, and"])
+    assert completion.text == "the answer is for"
+    assert completion.ended
+    assert "ty tw" in tokenizer.decode(completion.ids)
+    assert "ty tw" not in tokenizer.decode(completion.ids[:-1])
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 1.5, "seed": 4}])
+def test_the_pieces_of_a_stream_are_the_text_and_no_piece_is_taken_back(sampling, stopped):
+    model = tiny_llama()
+    _, stop = stops_in(model)
+    settings = {"max_new_tokens": 24, "end_token_ids": [7, 30], "stop": stop if stopped else (), **sampling}
+    for prompt in PROMPTS[:4]:
+        pieces = []
+        streamed = generate(model, TOKENIZER, [prompt], stream=pieces.append, **settings)[0]
+        assert streamed == generate(model, TOKENIZER, [prompt], **settings)[0]
+        assert "".join(pieces) == streamed.text
+        assert all(pieces)
+
+
+def test_a_stream_holds_back_half_a_character_and_what_may_become_a_stop_string():
+    said, told = "für 5 € <end>", []
+    completed = functools.partial(_completion, TOKENIZER, end_token_ids=[], stop=["<end>"])
+    stream = _Stream(completed, ["<end>"], told.append)
+    stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for token in TOKENIZER(said)["input_ids"]:
+        stream.put(torch.tensor([token]))
+    assert told == ["f", "ü", "r", " ", "5", " ", "€", " "]
+    stream.end()
+    assert "".join(told) == "für 5 € "
+
+
+def test_only_one_prompt_can_be_streamed():
+    with pytest.raises(ValueError, match="one prompt"):
+        generate(tiny_llama(), TOKENIZER, PROMPTS, max_new_tokens=2, end_token_ids=[], stream=print)
+
+
+def test_min_p_1_samples_are_the_greedy_ones_and_min_p_0_ones_are_not():
+    model = tiny_llama()
+    settings = {"max_new_tokens": 8, "end_token_ids": []}
+    greedy = generate(model, TOKENIZER, PROMPTS, **settings)
+    assert generate(model, TOKENIZER, PROMPTS, do_sample=True, min_p=1.0, seed=0, **settings) == greedy
+    assert generate(model, TOKENIZER, PROMPTS, do_sample=True, min_p=0.0, seed=0, **settings) != greedy
+
+
+def test_with_every_setting_at_once_the_same_seed_gives_the_same_text_twice():
+    model = tiny_llama()
+    settings = {"max_new_tokens": 20, "end_token_ids": [7], "do_sample": True, "temperature": 1.3, "top_p": 0.95}
+    settings |= {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.2, "stop": ["e", "\n"], "batch_size": 3}
+    one = generate(model, TOKENIZER, PROMPTS, seed=11, **settings)
+    assert generate(model, TOKENIZER, PROMPTS, seed=11, **settings) == one
+    assert generate(model, TOKENIZER, PROMPTS, seed=12, **settings) != one

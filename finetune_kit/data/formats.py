@@ -68,18 +68,17 @@ def recognise(columns: set[str], first: Row, kind: str, where: str) -> Format:
     found = f"columns {', '.join(sorted(columns))}"
     looks = f", which look like {fitting[0].name} ({fitting[0].kind})" if fitting else ""
     expected = "; ".join(f"{item.name}" for item in FORMATS if item.kind in accepted.get(kind, (kind,)))
-    some = sorted(columns)[0] if columns else "yours"
     raise DataError(
         f"{where}: found {found}{looks}; this recipe needs {kind.replace('_', '-')} rows: {expected}.",
-        f"Say what your columns are, such as data.columns={{{some}: {_EXAMPLE[kind]}}}, or take another recipe.",
+        f"Say what your columns are, with their names on the left: data.columns='{{{_EXAMPLE[kind]}}}'",
     )
 
 
 _EXAMPLE = {
-    "prompt_completion": "prompt, other: completion",
-    "prompt": "prompt",
-    "preference": "chosen, other: rejected",
-    "labelled_completion": "completion, other: label",
+    "prompt_completion": "my_question: prompt, my_answer: completion",
+    "prompt": "my_question: prompt",
+    "preference": "my_question: prompt, the_better: chosen, the_worse: rejected",
+    "labelled_completion": "my_question: prompt, my_answer: completion, is_good: label",
 }
 
 

@@ -84,7 +84,7 @@ class Ledger:
                 raise DataError(
                     f"{counts.lost} of {counts.rows} {name.replace('_', '-')} rows would be lost "
                     f"({counts.lost / counts.rows:.0%}, allowed {max_lost:.0%}): {reasons}. First: {first['where']}.",
-                    f"Mend the rows, or allow it: data.max_lost={enough:.2f}",
+                    "Mend the rows" + (f", or allow it: data.max_lost={enough:.2f}" if enough < 1 else "."),
                 )
 
     def to_json(self) -> dict[str, Any]:

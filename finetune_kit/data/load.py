@@ -26,8 +26,9 @@ from finetune_kit.network import hub_reachable
 if TYPE_CHECKING:
     import datasets
 
-HELD_OUT_TASK_ROWS = 256
-TASK_ROWS = 1000
+HELD_OUT_TASK_ROWS = 128
+TASK_ROWS = 256
+FEW = 20  # held-out rows: the 95 % interval of a share is then about +-20 points wide
 OFFLINE_DEFAULT = "data.path=reasoning_gym/word_sequence_reversal"
 
 
@@ -86,6 +87,7 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
         raise DataError(
             f"data.path={_shown(config)}: no training row is left.", "See data.max_lost and the rows themselves."
         )
+    _warn(config, kind, ledger)
     ends = end_token_ids(tokenizer, config.chat_template_kwargs)
     return Data(
         kind=kind,
@@ -99,6 +101,18 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
         packed=kind == "text" if config.packing is None else config.packing,
         chat_template_kwargs=config.chat_template_kwargs,
     )
+
+
+def _warn(config: DataConfig, kind: str, ledger: Ledger) -> None:
+    """Note what is no mistake and yet will disappoint."""
+    counts, measured = ledger.train, ledger.held_out.rows
+    if kind == "prompt_completion" and counts.truncated > 0.05 * counts.rows:
+        ledger.note(
+            f"{counts.truncated} of {counts.rows} training rows are longer than data.max_length={config.max_length} "
+            "and lose their end, the end token included: the model may not learn to stop"
+        )
+    if 0 < measured < FEW:
+        ledger.note(f"only {measured} held-out rows: a difference will hardly show; see data.held_out_size")
 
 
 def load_records(

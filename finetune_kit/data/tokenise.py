@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from finetune_kit.config import DataConfig
 from finetune_kit.data.chat import Sample, render_prompt, samples_of, truncate, untrainable
 from finetune_kit.data.ledger import Ledger
@@ -39,6 +37,8 @@ def supervised(records: list[Record], split: str, config: DataConfig, tokenizer:
 
     Raises DataError where max_length leaves no supervised token in any row, or a row breaks an invariant of the masks.
     """
+    import numpy as np
+
     tokens, needs = Tokens({"input_ids": [], "labels": [], "row": []}), _Needs()
     for record in records:
         assert isinstance(record, PromptCompletion | Text)
@@ -59,6 +59,8 @@ def supervised(records: list[Record], split: str, config: DataConfig, tokenizer:
 
 def prompts(records: list[Record], split: str, config: DataConfig, tokenizer: Any, ledger: Ledger) -> Tokens:
     """Columns prompt_ids and row of prompts, pairs or labelled answers."""
+    import numpy as np
+
     tokens = Tokens({"prompt_ids": [], "row": list(range(len(records)))}, records)
     for record in records:
         assert not isinstance(record, Text)

@@ -62,6 +62,31 @@ def print_report(report: Report, console: Console) -> None:
         console.print(_sample_table(report.samples[:PRINTED_SAMPLES]))
 
 
+def print_adapters(compared: dict[str, Any], console: Console) -> None:
+    """One table of `finished.Adapters.to_json()`: a row a metric, a column an adapter, differences against the base."""
+    from rich.table import Table
+    from rich.text import Text
+
+    reports = compared["adapters"]
+    table = Table(title=f"Adapters on {compared['base']}, on the same held-out rows", title_justify="left")
+    table.add_column("↑ more is better, ↓ less")
+    table.add_column("base", justify="right")
+    for name in reports:
+        table.add_column(Text(name))
+    first = next(iter(reports.values()))
+    for row, entry in enumerate(first["metrics"]):
+        cells = []
+        for report in reports.values():
+            _, after, difference, verdict = numbers_of(report["metrics"][row])
+            cells.append(Text.assemble(after, "  ", difference, "\n", (verdict, COLOURS.get(verdict, ""))))
+        table.add_row(label_of(entry), numbers_of(entry)[0], *cells)
+    console.print(table)
+    for name, report in reports.items():
+        console.print(Text(f"{name}: {report['verdict']}", style="bold"))
+    for note in compared["notes"]:
+        console.print(Text(f"Note: {note}"))
+
+
 def _sample_table(samples: list[dict[str, Any]]) -> Any:
     from rich.table import Table
     from rich.text import Text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from finetune_kit.errors import SettingsError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+OTHER_BASE = "Name the base that it was trained on: model.name_or_path."
 
 
 def linear_layers(model: Any) -> list[str]:
@@ -108,11 +111,69 @@ def peft_config(lora: LoraConfig) -> Any:
     )
 
 
-def load_adapter(model: Any, folder: str) -> PeftModel:
-    """The model with a saved adapter, frozen, for evaluation and generation."""
+def adopt(lora: LoraConfig) -> Path:
+    """The folder of `lora.init_from`, with the shape of its adapter put into `lora`.
+
+    Raises SettingsError where no adapter is there, or where a setting asks for another shape than it has.
+    """
+    folder = Path(lora.init_from or "").expanduser()
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise SettingsError(
+            f"lora.init_from={lora.init_from}: no adapter there (adapter_config.json, adapter_model.safetensors).",
+            "Name the folder of a finished lora_sft or qlora_sft run.",
+        )
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
+        asked, default, has = getattr(lora, name), getattr(LoraConfig(), name), saved[name]
+        if name == "modules_to_save":
+            has = has or []
+        same = sorted(asked) == sorted(has) if isinstance(asked, list) and isinstance(has, list) else asked == has
+        # dropout is a matter of training, not of the adapter's shape
+        if name == "lora_dropout" or same:
+            continue
+        if asked != default:
+            raise SettingsError(
+                f"lora.{name}={asked}: the adapter in {folder} has {has}.", f"Leave lora.{name} out, or lora.init_from."
+            )
+        setattr(lora, name, has)
+    return folder
+
+
+def go_on(model: Any, lora: LoraConfig, folder: Path) -> PeftModel:
+    """The model with the adapter of `folder`, float32 and trainable."""
     import peft
 
-    return peft.PeftModel.from_pretrained(model, folder)
+    config = peft.PeftConfig.from_pretrained(folder)
+    config.lora_dropout, config.inference_mode = lora.lora_dropout, False
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+
+
+def load_adapter(model: Any, folder: str) -> PeftModel:
+    """The model with a saved adapter, frozen, for evaluation and generation.
+
+    Raises SettingsError where the adapter's shapes or layers are not those of the model.
+    """
+    import peft
+    from safetensors import safe_open
+
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        sign = next((line for line in lines if "size mismatch" in line or "not found in the base model" in line), None)
+        if sign is None:
+            raise
+        raise SettingsError(f"{folder} is an adapter of another model: {sign}", OTHER_BASE) from None
+    # PEFT only warns of layers that the file lacks, and says nothing of those that the model lacks
+    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+        saved = {name for name in file.keys() if ".lora_" in name}  # noqa: SIM118  # no dict
+    here = {name for name in peft.get_peft_model_state_dict(adapted, save_embedding_layers=False) if ".lora_" in name}
+    if saved != here:
+        found = (
+            f"{len(saved - here)} of its {len(saved)} weights have no place in it, {len(here - saved)} places no weight"
+        )
+        raise SettingsError(f"{folder} is an adapter of another model: {found}.", OTHER_BASE)
+    return adapted
 
 
 def detach(model: PeftModel) -> Any:

@@ -78,7 +78,7 @@ def _holds(folder: Path) -> bool:
     try:
         hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
         return all(sha256(folder / name) == wanted for name, wanted in hashes.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or not a manifest of ours
         return False
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,12 +57,16 @@ def resolve_name(name_or_path: str) -> str:
     return name_or_path
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padded on the right, with a pad token that ends nothing where the vocabulary has one."""
+def load_tokenizer(model: ModelConfig, saved: Path | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padded on the right, with a pad token that ends nothing where the vocabulary has one.
+
+    `saved`: a finished run's folder to take it from, which need not hold a model.
+    """
     from transformers import AutoTokenizer
 
     with _said_plainly(model):
-        tokenizer = AutoTokenizer.from_pretrained(**_from(model))
+        source = _from(model) if saved is None else {"pretrained_model_name_or_path": saved, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.eos_token is None:
         raise SettingsError(f"The tokenizer of {model.name_or_path} has no end token.", "Set eos_token in its config.")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
@@ -127,9 +131,11 @@ def load_base(model: ModelConfig, trained_in_full: bool = False) -> PreTrainedMo
         quantised = {"quantization_config": fourbit.quantization_config(model, device())}
     disable_progress_bar()
     with _said_plainly(model):
+        source = _from(model)
         base = AutoModelForCausalLM.from_pretrained(
-            **_from(model),
+            **source,
             **quantised,
+            adapter_kwargs={"local_files_only": source["local_files_only"]},  # it looks for an adapter there, too
             dtype=weight_dtype(model, trained_in_full),
             attn_implementation=model.attn_implementation,
             device_map={"": device()},  # each tensor goes straight to its device: no second copy of the model
@@ -142,11 +148,10 @@ def load_dequantised(model: ModelConfig) -> PreTrainedModel:
     """The 4-bit model with its weights written out again in the type it was loaded in, a layer at a time."""
     import torch
     from transformers.pytorch_utils import Conv1D
-    from transformers.utils import logging
 
     base = load_base(model)
     swapped = [name for name, module in base.named_modules() if vars(module).get("source_cls") is Conv1D]
-    logging.get_logger("transformers.integrations.bitsandbytes").setLevel("ERROR")  # says that it does as it is told
+    logging.getLogger("transformers.integrations.bitsandbytes").setLevel("ERROR")  # says that it does as it is told
     base.dequantize()
     for name in swapped:  # GPT-2's layers keep their weight the other way round, and dequantize() leaves them turned
         linear = base.get_submodule(name)
@@ -187,11 +192,15 @@ def load_policy(
     """The model to train: with an adapter where `lora` is given, else in full."""
     from transformers import set_seed
 
+    if lora is not None and lora.init_from:
+        check_base(model, adapters.adopt(lora))
     base = load_base(model, trained_in_full)
     if lora is None:
         return base
     if model.load_in_4bit:
         base = fourbit.prepare(base)
+    if lora.init_from:
+        return adapters.go_on(base, lora, adapters.adopt(lora))
     set_seed(seed)  # the adapter's A starts at random
     return adapters.attach(base, lora)
 
@@ -203,6 +212,8 @@ def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: b
 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(load_model_config(model), dtype=weight_dtype(model, trained_in_full))
+        if lora is not None and lora.init_from:
+            adapters.adopt(lora)
         return base if lora is None else adapters.attach(base, lora)
 
 
@@ -214,14 +225,15 @@ def base_record(model: ModelConfig) -> dict[str, Any]:
     config = load_model_config(model)
     return {
         "name": public_name(model.name_or_path),
-        "revision": config._commit_hash or model.revision,
+        # only a model of the Hub has a commit
+        "revision": vars(config).get("_commit_hash") or model.revision,
         "config": _architecture(config),
         "weights": _weights_hash(model),
     }
 
 
 def check_base(model: ModelConfig, folder: Path) -> None:
-    """Raises SettingsError where the adapter in `folder` was trained on another base. Without base.json nothing is known."""
+    """Raises SettingsError where `folder` holds an adapter of another base; one without base.json is trusted."""
     from transformers import AutoConfig
 
     if not (folder / BASE_RECORD).is_file():

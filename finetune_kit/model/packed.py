@@ -122,8 +122,8 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers' interface: query (1, heads, n, d), key and value (1, key heads, n, d); returns
-    (1, n, heads, d). Each segment sees the segments before it in its rows, and itself up to each token. A call without a
-    plan is transformers' own SDPA.
+    (1, n, heads, d). Each segment sees the segments before it in its rows, and itself up to each token. A call without
+    a plan is transformers' own SDPA.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -251,7 +251,7 @@ def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
 
 
 def _disproof(model: Any, causal: Any) -> str:
-    """ "" if the packed forward gives the padded one's numbers on the loaded weights and keeps rows apart, else why not.
+    """Why the packed forward is not to be trusted on the loaded weights; "" if it gives the padded one's numbers.
 
     Four rows of random tokens, two of which begin alike, padded on the right.
     """

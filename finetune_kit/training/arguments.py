@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import types
+import typing
+from collections.abc import Callable
 from typing import Any
 
 from finetune_kit.config import RecipeConfig, TrainConfig
 from finetune_kit.data.load import Data
-from finetune_kit.errors import SettingsError
+from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.evaluation.metrics import choose_metrics
+from finetune_kit.model import packed
+from finetune_kit.model.adapters import parameter_counts
 from finetune_kit.model.load import computes_in_bfloat16, device
 from finetune_kit.run_folder import begin
 from finetune_kit.training.progress import console
@@ -17,28 +23,57 @@ from finetune_kit.training.progress import console
 # transformers' names for the same AdamW; the fused one runs on every device here and is the fastest.
 DEFAULT_OPTIMIZER = "adamw_torch_fused"
 
+# Arguments of the trainers that could not act here: why, and their names (with * for all that begin so).
+INERT = {
+    "samples are tokens and labels before the trainer sees them: see the data section": (
+        *("assistant_only_loss", "completion_only_loss", "chat_template_path", "dataset_text_field", "dataset_kwargs"),
+        *("eos_token", "pad_token", "model_init_kwargs"),
+    ),
+    "held-out rows are measured by finetune_kit, not by the trainer: see train.eval_steps and the evaluate section": (
+        *("do_*", "eval_*", "load_best_model_at_end", "greater_is_better", "per_device_eval_batch_size"),
+        *("prediction_loss_only", "batch_eval_metrics", "include_for_metrics"),
+    ),
+    "weights and arithmetic follow model.dtype": ("fp16*", "bf16_full_eval"),
+    "a run begins anew": ("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
+    "nothing leaves this machine while a run trains": ("push_to_hub", "hub_*"),
+}
+
 
 def build(trainer_class: Any, config_class: Any, config: RecipeConfig, policy: Any, tokenizer: Any, data: Data) -> Any:
     """A TRL trainer over samples that already are tokens and labels. Settings that cannot act raise SettingsError."""
     from transformers import PrinterCallback
 
-    arguments = training_arguments(config_class, config, data)
+    arguments = make_arguments(config_class, config, data)
+    check_parts(trainer_class, arguments, policy)
+    try:
+        trainer = trainer_class(model=policy, args=arguments, train_dataset=data.train, processing_class=tokenizer)
+    except (ValueError, ImportError) as error:
+        if not config.train.extra:
+            raise
+        raise SettingsError(f"{trainer_class.__name__} refuses train.extra: {error}") from None
     begin(config, data.ledger)
-    trainer = trainer_class(
-        model=policy, args=config_class(**arguments), train_dataset=data.train, processing_class=tokenizer
-    )
     trainer.remove_callback(PrinterCallback)  # it prints the logs as a dict; progress.py says them
     for parameter in policy.parameters():  # TRL casts adapters of quantised models to bfloat16
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     announce(config, policy, data)
+    if config.train.padding_free and (reason := padded_because(config, policy, data)):
+        console.print(f"note: padded batches: {reason}")
     return trainer
+
+
+def padded_because(config: RecipeConfig, policy: Any, data: Data) -> str:
+    """Turn the packed forward on; "" or the reason why batches stay padded."""
+    if data.packed:
+        return ""  # TRL lays packed rows end to end itself
+    if config.train.neftune_noise_alpha:
+        return "NEFTune scales its noise by the padded length"
+    return packed.enable(policy)
 
 
 def announce(config: RecipeConfig, policy: Any, data: Data) -> None:
     """Say what is about to be trained, on what, and what the ledger noted."""
-    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in policy.parameters())
+    trained, total = parameter_counts(policy)
     counts, planned = data.ledger.train, steps(config, data)
     console.print(
         f"{counts.rows:,} training rows ({counts.truncated} truncated, {counts.lost} dropped), "
@@ -69,10 +104,49 @@ def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int
     }
 
 
+def make_arguments(config_class: Any, config: RecipeConfig, data: Data) -> Any:
+    """An instance of `config_class`; what it refuses by itself is a SettingsError, too."""
+    arguments = training_arguments(config_class, config, data)
+    try:
+        return config_class(**arguments)
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"{config_class.__name__} refuses these settings: {error}") from None
+    except ImportError as error:
+        raise ResourceError(f"A setting needs a package that is not installed: {error}") from None
+
+
+def check_parts(trainer_class: Any, arguments: Any, policy: Any) -> None:
+    """Look for optimizer, schedule and trackers now: the trainer would make them only when it starts.
+
+    Raises SettingsError where an argument of theirs is wrong or missing, ResourceError where a package is.
+    """
+    import torch
+    from transformers import get_scheduler
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    any_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    schedule, known = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs or {}
+    makers: dict[str, Callable[[], Any]] = {
+        "optim": lambda: trainer_class.get_optimizer_cls_and_kwargs(arguments, policy),
+        "lr_scheduler_type": lambda: get_scheduler(schedule, any_optimizer, 1, 2, scheduler_specific_kwargs=known),
+        "report_to": lambda: [tracker() for tracker in get_reporting_integration_callbacks(arguments.report_to)],
+    }
+    own = {"optim": "train.extra.optim_args", "lr_scheduler_type": "train.extra.lr_scheduler_kwargs"}
+    for name, make in makers.items():
+        try:
+            make()
+        except (ImportError, RuntimeError, ValueError, TypeError) as error:
+            message = f"train.{name}: {error}"
+            if isinstance(error, ImportError | RuntimeError) or "install" in str(error):
+                raise ResourceError(message) from None
+            raise SettingsError(message, f"Its own arguments: {own[name]}" if name in own else "") from None
+
+
 def training_arguments(config_class: Any, config: RecipeConfig, data: Data) -> dict[str, Any]:
     """The keyword arguments of `config_class`, with `train.extra` checked against its fields."""
     train = config.train
     check_train(train)
+    check_best_metric(config, data)
     rows, accumulation = micro_batch(train, data.packed)
     arguments: dict[str, Any] = {
         "output_dir": train.output_dir,
@@ -108,10 +182,10 @@ def training_arguments(config_class: Any, config: RecipeConfig, data: Data) -> d
         "packing": data.packed,
         "packing_strategy": "bfd",
     }
-    names = {item.name for item in dataclasses.fields(config_class)}
+    known = {item.name for item in dataclasses.fields(config_class)}
     for name, value in train.extra.items():
-        arguments[name] = _extra(name, value, names, arguments, config_class.__name__)
-    return {name: value for name, value in arguments.items() if name in names}
+        arguments[name] = _extra(name, value, arguments, config_class)
+    return {name: value for name, value in arguments.items() if name in known}
 
 
 def micro_batch(train: TrainConfig, packed: bool) -> tuple[int, int]:
@@ -125,40 +199,49 @@ def micro_batch(train: TrainConfig, packed: bool) -> tuple[int, int]:
 
 
 def check_train(train: TrainConfig) -> None:
-    """Refuse values out of range and settings that cannot act together."""
-    positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps")
-    for name in positive:
-        if getattr(train, name) <= 0:
-            raise SettingsError(f"train.{name}: expected more than 0, found {getattr(train, name)}.")
-    if not 0 <= train.learning_rate <= 1:
-        raise SettingsError(f"train.learning_rate: expected a rate from 0 to 1, found {train.learning_rate:g}.")
-    if train.max_steps == 0:
-        raise SettingsError("train.max_steps=0 trains nothing.", "Use check instead of run, or leave it out.")
-    if train.early_stopping_patience is not None and not train.eval_steps:
+    """Refuse what the trainer's own evaluation would have to steer: there is none (fit.py has ours)."""
+    if train.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         raise SettingsError(
-            "train.early_stopping_patience has no effect without held-out losses on the way.", "Add train.eval_steps=20"
+            f"train.lr_scheduler_type={train.lr_scheduler_type} needs the trainer's own evaluation, which is not used.",
+            "Try train.lr_scheduler_type=cosine",
         )
-    from transformers import SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    for name, value, choices in (
-        ("lr_scheduler_type", train.lr_scheduler_type, [item.value for item in SchedulerType]),
-        ("optim", train.optim, ["auto", *(item.value for item in OptimizerNames)]),
-    ):
-        if value not in choices:
-            near = difflib.get_close_matches(value, choices, n=3, cutoff=0.4)
-            hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(choices)}"
-            raise SettingsError(f"train.{name}: '{value}' is not known to transformers.", hint)
 
 
-def _extra(name: str, value: Any, names: set[str], ours: dict[str, Any], trainer_config: str) -> Any:
+def check_best_metric(config: RecipeConfig, data: Data) -> None:
+    """Refuse a metric_for_best_model that will not be measured."""
+    name = config.train.metric_for_best_model
+    if name == "loss":
+        return
+    answered = data.kind == "prompt_completion" and config.evaluate.size > 0
+    metrics = choose_metrics(config.evaluate.metrics, data, config.evaluate.hub_metrics) if answered else []
+    known = ["loss", *(metric.name for metric in metrics)]
+    if name not in known:
+        raise SettingsError(f"train.metric_for_best_model={name} is not measured here.", f"Known: {', '.join(known)}")
+
+
+def _extra(name: str, value: Any, ours: dict[str, Any], config_class: Any) -> Any:
+    hints, trainer_config = typing.get_type_hints(config_class), config_class.__name__
     first_class = {item.name for item in dataclasses.fields(TrainConfig)}
     if name in first_class:
         raise SettingsError(f"train.extra.{name}: a setting of its own.", f"Write train.{name}={value}")
     if name in ours:
         raise SettingsError(f"train.extra.{name} is set by finetune_kit from other settings.", "Leave it out.")
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, n=1)
         hint = f"Did you mean train.extra.{near[0]}?" if near else "See the fields of " + trainer_config
         raise SettingsError(f"train.extra.{name}: {trainer_config} has no such argument.", hint)
+    for reason, inert in INERT.items():
+        if any(name == word or (word.endswith("*") and name.startswith(word[:-1])) for word in inert):
+            raise SettingsError(f"train.extra.{name} has no effect: {reason}.", "Leave it out.")
+    options = _options(hints[name])
+    if options <= {bool, int, float, str, types.NoneType} and type(value) not in options:
+        expected = " or ".join(sorted(kind.__name__.replace("NoneType", "null") for kind in options))
+        raise SettingsError(f"train.extra.{name}: expected {expected}, found {value!r}.")
     return value
+
+
+def _options(hint: Any) -> set[Any]:
+    """The types that a value of this hint may have: {float, int, NoneType} for float | None."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = set(typing.get_args(hint)) if is_union else {hint}
+    return options | {int} if float in options else options

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from finetune_kit.config import TrainConfig
 from finetune_kit.model.adapters import restore
+from finetune_kit.model.load import public_name
 from finetune_kit.training.guard import finite_gradients, finite_log
 from finetune_kit.training.progress import Record
 
@@ -45,7 +47,8 @@ def hooks(**events: Callable[..., None]) -> Any:
 
 
 class Watch:
-    """Scores the model every `eval_steps`, keeps the best checkpoint, and stops when it gets no better."""
+    """Scores the model every `eval_steps` and at the end, keeps the best and the last checkpoint, and stops when the
+    model gets no better."""
 
     def __init__(self, trainer: Any, train: TrainConfig, score: Score, record: Record) -> None:
         self.trainer, self.train, self.score, self.record = trainer, train, score, record
@@ -54,7 +57,12 @@ class Watch:
         self.not_better = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.train.eval_steps or state.global_step % self.train.eval_steps:
+        if not self.train.eval_steps:
+            return
+        last = state.global_step >= state.max_steps
+        if last:
+            control.should_save = True
+        if state.global_step % self.train.eval_steps and not last:
             return
         name = self.train.metric_for_best_model
         scores = self.score(self.trainer.model, metric=name)
@@ -78,8 +86,13 @@ class Watch:
 
 
 def lean_checkpoint(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-    """Removes what nothing reads: the arguments as a pickle, and the card that TRL writes before ours."""
+    """Removes what nothing reads (the arguments as a pickle, TRL's card) and the local path that PEFT writes."""
     folder = Path(args.output_dir)
     checkpoint = folder / f"checkpoint-{state.global_step}"
     for path in (checkpoint / "training_args.bin", checkpoint / "README.md", folder / "README.md"):
         path.unlink(missing_ok=True)
+    adapter = checkpoint / "adapter_config.json"
+    if adapter.is_file():
+        content = json.loads(adapter.read_text(encoding="utf-8"))
+        content["base_model_name_or_path"] = public_name(content["base_model_name_or_path"])
+        adapter.write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -19,8 +19,10 @@ def measure_step(recipe: Recipe, config: RecipeConfig) -> dict[str, float]:
     trial.train = dataclasses.replace(
         trial.train, max_steps=2, logging_steps=1, save_steps=None, eval_steps=None, report_to=[]
     )
-    trial.train.early_stopping_patience = None
+    trial.train.early_stopping_patience, trial.train.metric_for_best_model = None, "loss"
     trial.evaluate = dataclasses.replace(trial.evaluate, size=0, metrics=[], hub_metrics=[], general_text=False)
+    # the measurements before and after are not what is timed here
+    trial.data = dataclasses.replace(trial.data, held_out_path=None, held_out_size=2)
     with tempfile.TemporaryDirectory() as scratch:
         trial.train.output_dir = str(Path(scratch) / "run")
         history: list[dict[str, Any]] = _steps(recipe, trial)

@@ -31,9 +31,9 @@ def test_held_out_problems_do_not_depend_on_the_seed_and_training_problems_do():
     assert one.train_records[2].where == f"reasoning_gym/{TASK}:3"
 
 
-def test_1000_problems_to_train_on_and_256_to_be_measured_on_are_the_default():
+def test_256_problems_to_train_on_and_128_to_be_measured_on_are_the_default():
     data = load(size=None, held_out_size=None)
-    assert (len(data.train), len(data.held_out)) == (1000, 256)
+    assert (len(data.train), len(data.held_out)) == (256, 128)
 
 
 def test_seed_ranges_cannot_meet():

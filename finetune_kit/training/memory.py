@@ -1,0 +1,188 @@
+"""Memory of a run by part, in bytes, from the model's shapes and the rows: nothing is loaded.
+
+Weights, gradients and optimizer state are exact. What a step needs beyond them is counted by rehearsing one
+(rehearsal.py); what the evaluation needs is an estimate.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from finetune_kit.config import ModelConfig, RecipeConfig
+from finetune_kit.data.load import Data
+from finetune_kit.evaluation.compare import MARGIN
+from finetune_kit.evaluation.loss import IGNORED, LOGITS
+from finetune_kit.model import packed
+from finetune_kit.model.fourbit import compute_dtype
+from finetune_kit.model.load import computes_in_bfloat16, device
+from finetune_kit.training.arguments import DEFAULT_OPTIMIZER, micro_batch
+
+if TYPE_CHECKING:
+    from finetune_kit.training.rehearsal import Batch
+
+# Resident before a weight is there: Python, torch, transformers, TRL and what they import; on a GPU its context.
+LIBRARIES = 560 * 2**20
+GPU_CONTEXT = 512 * 2**20
+
+
+def memory(config: RecipeConfig, data: Data, policy: Any) -> dict[str, int]:
+    """Bytes by part; their sum is the peak, of the GPU where there is one, else of the process.
+
+    `policy`: the empty one of `config`; its types become those of training.
+    """
+    quantised = settle_types(policy, config.model)
+    gradients = sum(parameter.numel() * 4 for parameter in policy.parameters() if parameter.requires_grad)
+    step = step_beyond(config, data, policy, quantised)
+    return {
+        "libraries": GPU_CONTEXT if device().type == "cuda" else LIBRARIES,
+        "weights": weights(policy, config.model, quantised),
+        "gradients": gradients,
+        "optimizer_state": optimizer_state(policy, config.train.optim),
+        "activations": step - gradients,
+        "evaluation": max(0, evaluation(config, data, policy) - step),
+    }
+
+
+def settle_types(policy: Any, model: ModelConfig) -> list[str]:
+    """Give an empty policy the types of training; returns the names of the layers whose weights are in 4 bits.
+
+    What is trained is float32, and so is what 4-bit loading leaves unquantised. A 4-bit weight gets the type that it
+    is unpacked to.
+    """
+    import torch
+
+    quantised = quantised_layers(policy) if model.load_in_4bit else {}
+    packed_weights = {id(layer.weight) for layer in quantised.values()}
+    for parameter in policy.parameters():
+        if id(parameter) in packed_weights:
+            parameter.data = parameter.data.to(compute_dtype(device()))
+        elif parameter.requires_grad or model.load_in_4bit:
+            parameter.data = parameter.data.to(torch.float32)
+    return list(quantised)
+
+
+def quantised_layers(policy: Any) -> dict[str, Any]:
+    """The layers that 4-bit loading quantises: every linear layer of the base but the head. Name -> layer."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = set(policy.get_output_embeddings().modules())
+    return {
+        name: module
+        for name, module in policy.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and not module.weight.requires_grad and module not in head
+    }
+
+
+def weights(policy: Any, model: ModelConfig, quantised: list[str]) -> int:
+    """Bytes of parameters and buffers as training holds them, the state of quantised ones included."""
+    import itertools
+
+    in_4bit = {id(policy.get_submodule(name).weight) for name in quantised}
+    tensors = itertools.chain(policy.parameters(), policy.buffers())
+    plain = sum(tensor.numel() * tensor.element_size() for tensor in tensors if id(tensor) not in in_4bit)
+    sizes = [parameter.numel() for parameter in policy.parameters() if id(parameter) in in_4bit]
+    # the table of the scales' 256 values is one for all layers
+    shared = 1024 if sizes and model.bnb_4bit_use_double_quant else 0
+    return plain + shared + sum(four_bit(size, model.bnb_4bit_use_double_quant) for size in sizes)
+
+
+def four_bit(size: int, double: bool) -> int:
+    """Bytes of `size` weights in 4 bits, blocks of 64: half a byte each, the table of 16 values, a scale a block.
+
+    A scale is a float32. With double quantisation it is a byte, 256 of them share a float32, all a mean.
+    """
+    blocks = ceil(size / 64)
+    return ceil(size / 2) + 16 * 4 + (blocks + 4 * ceil(blocks / 256) + 4 if double else 4 * blocks)
+
+
+def optimizer_state(policy: Any, optim: str) -> int:
+    """Bytes of the optimizer's state. Exact for AdamW, SGD, Adafactor and bitsandbytes'; others count as AdamW."""
+    import torch
+
+    name = DEFAULT_OPTIMIZER if optim == "auto" else optim
+    embeddings = {id(m.weight) for m in policy.modules() if isinstance(m, torch.nn.Embedding)}
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if name == "sgd":
+        return 0
+    if name == "adafactor":
+        return sum(_adafactor(parameter.shape) for parameter in trained)
+    by_bitsandbytes = name.endswith(("_8bit", "_32bit")) or name in ("ademamix", "rmsprop_bnb")
+    if not by_bitsandbytes or name == "adamw_torch_8bit":
+        return sum(8 * parameter.numel() + 4 for parameter in trained)  # two moments and the step's number
+    moments = 1 if "lion" in name or "rmsprop" in name else 3 if "ademamix" in name else 2
+    total = 0
+    for parameter in trained:
+        size = parameter.numel()
+        # small weights and embeddings keep float32; the others a byte each, and a float32 scale for 256
+        small = "8bit" not in name or size < 4096 or id(parameter) in embeddings
+        total += moments * (4 * size if small else size + 4 * ceil(size / 256))
+    return total + (2 * 1024 if "8bit" in name else 0)  # the two tables of 256 values
+
+
+def _adafactor(shape: Any) -> int:
+    """A float32 for each row and each column of a matrix, for each element of a vector; and the weights' mean size."""
+    if len(shape) < 2:
+        return 4 * shape.numel() + 4
+    return 4 * (shape[:-1].numel() + shape[:-2].numel() * shape[-1]) + 4
+
+
+def step_beyond(config: RecipeConfig, data: Data, policy: Any, quantised: list[str]) -> int:
+    """Most bytes that a training step needs beyond weights and optimizer state, its longest batch taken."""
+    from finetune_kit.training.rehearsal import Setting, step_bytes
+
+    setting = Setting(
+        checkpointing=config.train.gradient_checkpointing,
+        accumulates=micro_batch(config.train, data.packed)[1] > 1,
+        on_gpu=computes_in_bfloat16(),
+        quantised=quantised,
+    )
+    layers = [policy.get_submodule(name).weight for name in quantised]
+    unpacked = max((weight.numel() * weight.element_size() for weight in layers), default=0)
+    return unpacked + step_bytes(policy, longest_batch(config, data, policy), setting)
+
+
+def longest_batch(config: RecipeConfig, data: Data, policy: Any) -> Batch:
+    """The batch that would need most: as many rows as are taken together, the longest ones."""
+    import torch
+
+    from finetune_kit.training.rehearsal import Batch
+
+    rows, _ = micro_batch(config.train, data.packed)
+    ids, labels = data.train["input_ids"], data.train["labels"]
+    if data.packed:  # TRL lays the rows of a batch end to end, too
+        width = min(rows * config.data.max_length, sum(map(len, ids)))
+        return Batch(1, width, False, width - 1, end_to_end=True)
+    longest = sorted(range(len(ids)), key=lambda row: -len(ids[row]))[:rows]
+    lengths = [len(ids[row]) for row in longest]
+    width = lengths[0]
+    scored = sum(label != IGNORED for row in longest for label in labels[row][1:])
+    plan = None
+    unpadded = config.train.padding_free and not config.train.neftune_noise_alpha and device().type == "cpu"
+    if unpadded and policy.config._attn_implementation == "sdpa":
+        padded = torch.tensor([list(ids[row]) + [0] * (width - len(ids[row])) for row in longest])
+        mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
+        plan = packed.make_plan(padded, mask, share=True)
+    return Batch(len(longest), width, lengths[-1] < width, scored, plan=plan)
+
+
+def evaluation(config: RecipeConfig, data: Data, policy: Any) -> int:
+    """Bytes that the measurements before and after need beyond the weights, about: the larger of scoring and answering.
+
+    Scoring holds at most LOGITS logits at a time, and a copy of one row of them. Answering keeps keys and values of all
+    rows for all layers, one layer's twice while it grows, and three copies of each row's next logits.
+    """
+    shape = policy.config.get_text_config()
+    size = policy.get_input_embeddings().weight.element_size()
+    rows = data.held_out["input_ids"]
+    scoring = 4 * min(LOGITS, sum(sorted(map(len, rows))[-config.evaluate.batch_size :]) * shape.vocab_size)
+    scoring += 8 * max(map(len, rows), default=0) * shape.vocab_size
+    if config.evaluate.size == 0 or data.kind != "prompt_completion" or not len(rows):
+        return scoring
+    together = min(config.evaluate.batch_size, config.evaluate.size, len(rows))
+    length = max(map(len, rows)) + (config.evaluate.max_new_tokens or MARGIN)
+    heads = shape.num_attention_heads
+    wide = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    kept = 2 * (getattr(shape, "num_key_value_heads", None) or heads) * wide * (shape.num_hidden_layers + 1)
+    return max(scoring, together * (length * kept * size + 12 * shape.vocab_size))

@@ -1,0 +1,237 @@
+"""One training step on tensors without content: how many bytes are alive at once, for any model, before it is loaded.
+
+Torch's fake tensors have shapes, types and lifetimes, but no memory behind them. The model's own code runs on them, with
+the attention, the checkpointing and the head that training uses, and each storage counts from the operation that makes
+it until it is freed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import types
+import warnings
+import weakref
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finetune_kit.model import packed
+
+# TRL's head works on tiles of this many tokens and words, and measures these besides the loss
+TILE_TOKENS, TILE_WORDS = 4096, 32768
+MEASURED = ("log_probs", "entropy", "is_top1")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one forward pass.
+
+    `rows`, `width`: its shape, padding included. `padded`: some row is shorter. `scored`: tokens that have a label.
+    `end_to_end`: each row holds several samples, kept apart by their positions. `plan`: what the packed forward makes
+    of the rows; None where they go through as they are.
+    """
+
+    rows: int
+    width: int
+    padded: bool
+    scored: int
+    end_to_end: bool = False
+    plan: packed.Plan | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is taken. `accumulates`: gradients of an earlier pass are there already. `on_gpu`: with mixed
+    precision and TRL's Triton head. `quantised`: names of the layers that unpack their weights for each product.
+    """
+
+    checkpointing: bool
+    accumulates: bool
+    on_gpu: bool
+    quantised: Collection[str] = ()
+
+
+def step_bytes(policy: Any, batch: Batch, setting: Setting) -> int:
+    """Most bytes alive in one forward and backward pass beyond the weights: activations, gradients, logits.
+
+    `policy`: on the meta device, in the types that training has; it is left as it is. The blocks of a model are alike,
+    so two and three of them are run and the rest is a straight line: until the gradient has left the last block the
+    most grows with each block's activations, from then on with each block's gradients.
+    """
+    count = len(_blocks(policy))
+    if count <= 3:
+        return max(_rehearse(policy, count, batch, setting))
+    two, three = (_rehearse(policy, number, batch, setting) for number in (2, 3))
+    return max(many + (count - 3) * (many - few) for few, many in zip(two, three, strict=True))
+
+
+def _blocks(policy: Any) -> torch.nn.ModuleList:
+    """The transformer's blocks; empty where the model keeps them in some other way."""
+    count = policy.config.get_text_config().num_hidden_layers
+    lists = (module for module in policy.modules() if isinstance(module, torch.nn.ModuleList))
+    return next((modules for modules in lists if len(modules) == count), torch.nn.ModuleList())
+
+
+def _rehearse(policy: Any, count: int, batch: Batch, setting: Setting) -> tuple[int, int]:
+    """(most bytes until the gradient has left the last of `count` blocks, most from then on)."""
+    policy = copy.deepcopy(policy)
+    blocks = _blocks(policy)
+    del blocks[count:]
+    causal = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    _as_in_training(policy, causal, batch, setting)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _give_shapes(policy)
+        live = Live(policy)
+        if len(blocks):
+            blocks[-1].register_forward_pre_hook(live.watch)
+        with live:
+            if setting.accumulates:
+                for parameter in policy.parameters():
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            with torch.autocast("cpu", torch.bfloat16) if setting.on_gpu else contextlib.nullcontext():
+                loss = _loss(causal, batch, setting)
+            loss.backward()
+    return live.most[0], live.most[1]
+
+
+def _as_in_training(policy: Any, causal: Any, batch: Batch, setting: Setting) -> None:
+    policy.train()
+    if batch.plan is not None:
+        packed._register()
+        causal.config._attn_implementation = packed.ATTENTION
+    for name, layer in policy.named_modules():
+        if name in setting.quantised:
+            layer.forward = types.MethodType(_unpacked(layer.forward), layer)
+    if setting.checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename it
+            policy.gradient_checkpointing_enable()
+        if policy is not causal:
+            policy.enable_input_require_grads()
+
+
+def _unpacked(product: Any) -> Any:
+    """The forward pass of a 4-bit layer: in the type that its weight is unpacked to, and back to that of its input."""
+
+    def forward(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = product(inputs.to(layer.weight.dtype))
+        return outputs.to(inputs.dtype)
+
+    return forward
+
+
+def _give_shapes(policy: Any) -> None:
+    """Put fake tensors in the place of those on the meta device; weights that are one stay one."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in policy.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                if id(old) not in made:
+                    made[id(old)] = torch.nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad)
+                module._parameters[name] = made[id(old)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _loss(causal: Any, batch: Batch, setting: Setting) -> torch.Tensor:
+    """A forward pass as TRL makes it. Nothing but the loss holds on to its tensors."""
+    hidden = causal.base_model(**_inputs(batch), use_cache=False).last_hidden_state
+    if batch.plan is not None:  # the packed forward hands out the positions with a label, and one more
+        hidden = hidden[0][torch.zeros(batch.scored + 1, dtype=torch.long)][None]
+    hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    head = causal.get_output_embeddings()
+    if setting.on_gpu:
+        scored = hidden[torch.zeros(batch.scored, dtype=torch.long)]
+        return TritonHead.apply(scored, head.weight).sum()  # type: ignore[no-any-return, no-untyped-call]  # torch's
+    from trl.kernels import ChunkedLogProbFunction
+
+    targets = torch.zeros(len(hidden), dtype=torch.long)
+    answer = ChunkedLogProbFunction.apply(hidden, head.weight, head.bias, targets, 1.0, TILE_WORDS, None, 1.0, MEASURED)
+    loss: torch.Tensor = answer[0].sum()
+    return loss
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    plan = batch.plan
+    if plan is not None:
+        row = torch.zeros(1, len(plan.tokens), dtype=torch.long)
+        unused = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+        return {"input_ids": row, "position_ids": row.clone(), "attention_mask": unused, "packed": plan}
+    ids = torch.zeros(batch.rows, batch.width, dtype=torch.long)
+    if batch.end_to_end:
+        return {"input_ids": ids, "position_ids": ids.clone()}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if batch.padded else None}
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages made while it is on; `most` has one maximum a phase."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.now = 0
+        self.most = [0, 0]
+        self.phase = 0
+        weights = [*policy.parameters(), *policy.buffers()]
+        self.known = {tensor.untyped_storage()._cdata for tensor in weights}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return outputs
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.most[self.phase] = max(self.most[self.phase], self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def watch(self, block: Any, args: tuple[Any, ...]) -> None:
+        """Before a block's forward pass: the second phase begins when the gradient comes out of it."""
+        if args[0].requires_grad:
+            args[0].register_hook(self._turn)
+
+    def _turn(self, gradient: torch.Tensor) -> None:
+        self.phase = 1
+
+
+class TritonHead(torch.autograd.Function):
+    """The memory of TRL's head with Triton kernels, which work in place: one tile of logits, gradients in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        ctx.save_for_backward(hidden, weight)
+        ctx.dtype = dtype
+        _tile = torch.empty(min(len(hidden), TILE_TOKENS), TILE_WORDS, dtype=dtype)
+        _words = weight[:TILE_WORDS].to(dtype)
+        return torch.empty(len(hidden))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]  # torch's is looser
+        hidden, weight = ctx.saved_tensors
+        by_hidden, by_weight = (
+            torch.empty_like(tensor, dtype=torch.float32) if needed else None
+            for tensor, needed in zip((hidden, weight), ctx.needs_input_grad, strict=True)
+        )
+        _tile = torch.empty(min(len(hidden), TILE_TOKENS), TILE_WORDS, dtype=ctx.dtype)
+        _words = weight[:TILE_WORDS].to(ctx.dtype)
+        return (
+            None if by_hidden is None else by_hidden.to(hidden.dtype),
+            None if by_weight is None else by_weight.to(weight.dtype),
+        )

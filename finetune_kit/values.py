@@ -1,0 +1,167 @@
+"""Typed values out of YAML text, with the line each was written on. The type decides what a text means, not YAML.
+
+So `revision: 0123456` stays the text it is, `1e-4` is a number, and a name written twice or a tag that would build an
+object is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from finetune_kit.errors import SecurityError, SettingsError
+
+Node = yaml.Node
+NULL, BOOL = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as everybody writes it, but a date is text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # that is how PyYAML keeps them
+        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that _Loader would take for a number."""
+
+
+for _class in (_Loader, _Dumper):  # 1e-4 is a number, which YAML 1.1 wants written 1.0e-4; None is Python's null
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    _class.add_implicit_resolver(NULL, re.compile(r"None$"), ["N"])
+
+
+def dump(content: dict[str, Any]) -> str:
+    """YAML in the order given, which reads back as the same values."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def read_file(path: Path) -> Node | None:
+    """The tree of a YAML file, None for an empty one. Raises SettingsError, SecurityError (a tag that builds)."""
+    try:
+        return _compose(path.read_text(encoding="utf-8"), str(path))
+    except (FileNotFoundError, IsADirectoryError):
+        raise SettingsError(f"{path}: no such file.", "Write one, or give settings as key=value.") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8 (byte {error.start}).") from None
+
+
+def read_word(text: str, where: str) -> Node:
+    """What stands behind `key=`: a list, a dict or quoted text as in YAML; all else is one plain text or number."""
+    text = text.strip()
+    if text.startswith(("[", "{", '"', "'")):
+        try:
+            return _compose(text, where) or _plain(text)
+        except SettingsError:  # a text that only begins like one, such as [INST] …
+            return _plain(text)
+    return _plain(text)
+
+
+def _plain(text: str) -> Node:
+    tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]  # not in its stubs
+    return yaml.ScalarNode(tag, text)
+
+
+def _compose(text: str, where: str) -> Node | None:
+    try:
+        _Loader(text).get_single_data()  # building the values is what refuses a tag that would build an object
+        return _Loader(text).get_single_node()
+    except yaml.constructor.ConstructorError as error:
+        refused = SecurityError if "tag" in str(error.problem) else SettingsError
+        raise refused(f"{where}: {error.problem}.", "Use plain values only.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise SettingsError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def pairs(node: Node, where: str) -> Iterator[tuple[str, Node, int]]:
+    """(name, value, 1-based line) of a mapping. Raises SettingsError for all else, and a name written twice."""
+    if not isinstance(node, yaml.MappingNode):
+        raise SettingsError(f"{where}:{node.start_mark.line + 1}: expected 'key: value' lines, found {shown(node)}.")
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in seen:
+            raise SettingsError(f"{where}: '{name}' is written twice (lines {seen[name]} and {line}).")
+        seen[name] = line
+        yield name, value, line
+
+
+def shown(node: Node) -> str:
+    """A value as it is quoted in a message."""
+    return repr(node.value) if isinstance(node, yaml.ScalarNode) and node.tag != NULL else repr(_any(node, ""))
+
+
+def _any(node: Node, where: str) -> Any:
+    """The value of a setting without a type, as YAML means it."""
+    if isinstance(node, yaml.MappingNode):
+        return {name: _any(value, where) for name, value, _ in pairs(node, where)}
+    if isinstance(node, yaml.SequenceNode):
+        return [_any(item, where) for item in node.value]
+    return _Loader("").construct_document(node)
+
+
+def coerce(node: Node, annotation: Any, where: str) -> Any:
+    """The node's value as `annotation`. Raises SettingsError naming `where`, what was expected and what was found."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return _any(node, where)
+    if origin in (types.UnionType, typing.Union):
+        return _coerce_union(node, arguments, where)
+    if origin is Literal:
+        if node.value in arguments:
+            return node.value
+        raise SettingsError(f"{where}: expected one of {', '.join(map(str, arguments))}; found {shown(node)}.")
+    if origin is list:
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        return [coerce(item, arguments[0], where) for item in items]
+    if origin is dict:
+        if isinstance(node, yaml.MappingNode):
+            return {name: coerce(value, arguments[1], where) for name, value, _ in pairs(node, where)}
+        raise SettingsError(f"{where}: expected {{key: value}}, found {shown(node)}.")
+    return _coerce_scalar(node, annotation, where)
+
+
+def _coerce_union(node: Node, arguments: tuple[Any, ...], where: str) -> Any:
+    if type(None) in arguments and node.tag == NULL:
+        return None
+    options = [option for option in arguments if option is not type(None)]
+    is_list = isinstance(node, yaml.SequenceNode)
+    fitting = [option for option in options if (typing.get_origin(option) is list) == is_list]
+    return coerce(node, (fitting or options)[0], where)
+
+
+def _coerce_scalar(node: Node, annotation: type, where: str) -> Any:
+    if isinstance(node, yaml.ScalarNode) and node.tag != NULL:
+        if annotation is bool and node.tag == BOOL:
+            return bool(_any(node, where))
+        if annotation is str and node.tag != BOOL:
+            return str(node.value)
+        if annotation in (int, float) and (number := _number(node.value, annotation)) is not None:
+            return number
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[annotation]
+    fix = f"As a text it is written in quotes: '{node.value}'" if annotation is str and node.tag == BOOL else ""
+    raise SettingsError(f"{where}: expected {expected}, found {shown(node)}.", fix)
+
+
+def _number(text: str, kind: type) -> float | None:
+    """The finite number that a text is, whole where `kind` is int (1e3 too); None for any other text."""
+    try:
+        if kind is int and text.strip().lstrip("+-").isdigit():
+            return int(text)  # all its digits: a float has 15
+        number = float(text)
+    except ValueError:
+        return None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        return None
+    return kind(number)  # type: ignore[no-any-return]  # int or float

@@ -1,0 +1,50 @@
+"""Folders that several test files start from."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune_kit.artifact import Artifact
+from finetune_kit.model.tiny import write_tiny_model
+from tests.fixtures_training import train, write_rows
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer model with its tokenizer, as a local folder. Read only."""
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_model: Path) -> Path:
+    """A folder of its own with `tiny` (the model) and `rows.jsonl` (40 sums, answers of 1 to 28 bytes)."""
+    return furnish(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="module")
+def shared_home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The same for all tests of one file: for runs that several of them look at."""
+    return furnish(tmp_path_factory.mktemp("shared"), tiny_model)
+
+
+def furnish(folder: Path, tiny_model: Path) -> Path:
+    (folder / "tiny").symlink_to(tiny_model, target_is_directory=True)
+    write_rows(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lora_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Artifact:
+    """A whole run of lora_sft: 5 steps, held-out losses after 2, 4 and 5, checkpoints, 3 answers. Read only."""
+    home = furnish(tmp_path_factory.mktemp("lora"), tiny_model)
+    words = ("max_steps=5", "eval_steps=2", "save_steps=2", "evaluate.size=3", "learning_rate=1e-2")
+    return train("lora_sft", home, *words)
+
+
+@pytest.fixture(scope="session")
+def full_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Artifact:
+    """A whole run of full_sft, 60 steps on 40 questions that all have the answer "yes", 8 held out. Read only."""
+    home = furnish(tmp_path_factory.mktemp("full"), tiny_model)
+    write_rows(home / "rows.jsonl", [{"prompt": f"is {n} a number?", "completion": "yes"} for n in range(40)])
+    words = ("max_steps=60", "learning_rate=5e-3", "held_out_size=8", "evaluate.size=8", "logging_steps=20")
+    return train("full_sft", home, *words)

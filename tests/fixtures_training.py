@@ -1,0 +1,126 @@
+"""Runs of the built-in recipes on the tiny model: `train` does a whole one here, `fit_only` its training alone."""
+
+import itertools
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune_kit import recipe as recipes
+from finetune_kit.artifact import Artifact
+from finetune_kit.config import RecipeConfig, resolve
+from finetune_kit.data.load import Data, load_data
+from finetune_kit.evaluation.compare import held_out_scores
+from finetune_kit.model.load import load_policy, load_tokenizer
+from finetune_kit.run_folder import claim
+from finetune_kit.training.arguments import build
+from finetune_kit.training.fit import fit
+
+torch.set_num_threads(1)
+
+# 2 optimizer steps, each logged, 3 held-out rows, nothing measured that a test does not ask for
+FAST = (
+    "max_steps=2",
+    "per_device_train_batch_size=4",
+    "warmup_steps=0",
+    "logging_steps=1",
+    "held_out_size=3",
+    "evaluate.size=0",
+    "evaluate.general_text=false",
+    "evaluate.bootstrap_samples=50",
+)
+ROWS = [{"prompt": f"{n} + {n * n} =", "completion": f"{n + n * n}" + " exactly" * (n % 4)} for n in range(40)]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def settings(recipe: str, folder: Path, *words: str) -> RecipeConfig:
+    """The recipe's settings on the tiny model and rows in `folder`, FAST unless `words` say otherwise.
+
+    The run's folder is the next free one of run1, run2, … in `folder`.
+    """
+    home = Path(folder)
+    run = next(path for number in itertools.count(1) if not (path := home / f"run{number}").exists())
+    given = {word.split("=")[0].rsplit(".", 1)[-1] for word in words}
+    places = [f"model.name_or_path={home / 'tiny'}", f"data.path={home / 'rows.jsonl'}", f"output_dir={run}"]
+    kept = [word for word in (*places, *FAST) if word.split("=")[0].rsplit(".", 1)[-1] not in given]
+    found = recipes.load(recipe)
+    return resolve(found.config_class, found.name, None, [*kept, *words])
+
+
+def train(recipe: str, folder: Path, *words: str) -> Artifact:
+    """A whole run in this process, the reload in a fresh one included (about 6 s)."""
+    config = settings(recipe, folder, *words)
+    claim(config)
+    artifact: Artifact = recipes.load(recipe).run(config)
+    return artifact
+
+
+@dataclass
+class Trained:
+    """What training left in memory, and the weights that it started from."""
+
+    model: Any
+    trainer: Any
+    tokenizer: Any
+    data: Data
+    config: RecipeConfig
+    history: list[dict[str, float]]
+    start: dict[str, torch.Tensor]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.train.output_dir or "")
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.history if "loss" in line]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return trainable(self.model)
+
+    @property
+    def moved(self) -> float:
+        """Largest change of any trained weight."""
+        return largest_difference(self.start, self.weights)
+
+
+def prepare(recipe: str, folder: Path, *words: str) -> Trained:
+    """Everything up to the first step of a recipe, by the recipe's own parts."""
+    from trl import SFTConfig, SFTTrainer
+
+    config = settings(recipe, folder, *words)
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, "prompt_completion", tokenizer, seed=config.train.seed)
+    lora = getattr(config, "lora", None)
+    policy = load_policy(config.model, lora, trained_in_full=lora is None, seed=config.train.seed)
+    trainer = build(SFTTrainer, SFTConfig, config, policy, tokenizer, data)
+    return Trained(trainer.model, trainer, tokenizer, data, config, [], trainable(policy))
+
+
+def fit_only(recipe: str, folder: Path, *words: str, score: Any = None) -> Trained:
+    """Training without the measurements around it and without the artifact (about 0.2 s)."""
+    run = prepare(recipe, folder, *words)
+    own = partial(held_out_scores, tokenizer=run.tokenizer, data=run.data, config=run.config.evaluate)
+    run.history = fit(run.trainer, run.config.train, score or own)
+    return run
+
+
+def trainable(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def norm(weights: dict[str, torch.Tensor]) -> float:
+    return float(torch.stack([weight.norm() for weight in weights.values()]).norm())

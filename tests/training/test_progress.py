@@ -1,0 +1,66 @@
+"""metrics.jsonl is for programs, the lines on the screen are for people; both come from the same numbers."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from finetune_kit.training import progress
+from finetune_kit.training.progress import Record, peak_memory_gib
+from tests.fixtures_training import fit_only
+
+
+def test_each_line_has_its_units_in_its_names(home: Path) -> None:
+    run = fit_only("lora_sft", home)
+    for line in run.history:
+        assert {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens"} <= line.keys()
+        assert {"tokens_per_second", "seconds", "peak_memory_gib"} <= line.keys()
+        assert line["tokens_per_second"] > 0
+
+
+def test_tokens_count_what_is_not_padding(home: Path) -> None:
+    run = fit_only("lora_sft", home, "max_steps=-1", "num_train_epochs=1")
+    assert run.history[-1]["tokens"] == sum(map(len, run.data.train["input_ids"]))
+    counts = [line["tokens"] for line in run.history]
+    assert counts == sorted(counts)
+
+
+def test_without_a_terminal_each_logged_step_is_one_line_with_loss_speed_and_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=said, width=200))
+    record = Record(tmp_path)
+    state = SimpleNamespace(global_step=5, max_steps=20)
+    record.on_train_begin(None, state, None)
+    record.on_log(None, state, None, logs={"loss": 1.25, "num_tokens": 1000.0})
+    record.on_log(None, state, None, logs={"train_runtime": 3.0})
+    record.close()
+    lines = said.getvalue().strip().splitlines()
+    assert len(lines) == 1
+    assert "step 5/20  loss 1.2500" in lines[0]
+    assert "tokens/s" in lines[0]
+    assert "s left" in lines[0]
+    assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1.25]
+
+
+def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=said, width=120, force_terminal=True))
+    record = Record(tmp_path)
+    state = SimpleNamespace(global_step=5, max_steps=20)
+    record.on_train_begin(None, state, None)
+    record.on_step_end(None, state, None)
+    record.on_log(None, state, None, logs={"loss": 1.25, "num_tokens": 1000.0})
+    record.close()
+    assert "5/20" in said.getvalue()
+    assert "loss 1.2500" in said.getvalue()
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    assert 0.1 < peak_memory_gib() < 100
