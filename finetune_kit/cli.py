@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 import traceback
 import warnings
@@ -16,7 +17,7 @@ from rich.markup import escape
 
 from finetune_kit import recipe as recipes
 from finetune_kit.config import RecipeConfig, leaves, resolve
-from finetune_kit.errors import FinetuneKitError, NumericsError, SettingsError
+from finetune_kit.errors import FinetuneKitError, NumericsError, ResourceError, SettingsError
 
 app = typer.Typer(
     help="From a base model to an aligned one, with proof that it got better.",
@@ -127,6 +128,9 @@ def check(
     config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as data.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Train two steps to measure the time of one.")] = False,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="What there is, such as 24GiB: exit 5 and say what fits instead.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Plan a run: data, masks, memory, steps.
@@ -137,20 +141,28 @@ def check(
     from finetune_kit.data.load import load_data
     from finetune_kit.data.preview import preview_json, print_preview
     from finetune_kit.model.load import load_tokenizer
+    from finetune_kit.training import budget
     from finetune_kit.training.plan import plan
 
-    tokenizer = load_tokenizer(settings.model)
+    room = budget.read_size(memory) if memory else None
+    tokenizer = load_tokenizer(settings.model, weights=measure)
     data = load_data(settings.data, "prompt_completion", tokenizer, seed=settings.train.seed)
     planned = plan(settings, data)
     if measure:
         from finetune_kit.training.trial import measure_step
 
         planned["measured"] = measure_step(recipe, settings)
+    if room is not None:
+        given = (config or recipe.settings, words or [])
+        ways = budget.ways(recipe, settings, given, data, sum(planned["memory_bytes"].values()), room)
+        planned["memory_room"], planned["ways"] = room, [vars(way) for way in ways]
     if as_json:
         print(json.dumps({**preview_json(data, tokenizer), "plan": planned}, ensure_ascii=False, indent=1))
-        return
-    print_preview(data, tokenizer, out)
-    _print_plan(settings, planned)
+    else:
+        print_preview(data, tokenizer, out)
+        _print_plan(settings, planned)
+    if room is not None and not ways[0].fits:
+        raise _does_not_fit(planned, [word, *(["--config", str(config)] if config else []), *(words or [])])
 
 
 def _print_plan(settings: RecipeConfig, planned: dict[str, Any]) -> None:
@@ -168,13 +180,33 @@ def _print_plan(settings: RecipeConfig, planned: dict[str, Any]) -> None:
     table.add_row("steps", f"{planned['steps']:,} of {planned['rows_in_a_step']} rows")
     sizes = planned["memory_bytes"]
     parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in sizes.items())
-    table.add_row("memory", f"about {_size(sum(sizes.values()))}: {parts} (activations are an estimate)")
+    table.add_row("memory", f"about {_size(sum(sizes.values()))}: {parts}")
     if "measured" in planned:
         measured = planned["measured"]
         seconds = measured["seconds_a_step"]
         table.add_row("measured", f"{seconds:.2f} s a step, so {seconds * planned['steps'] / 60:.1f} min of training;")
         table.add_row("", f"peak memory {measured['peak_memory_gib']:.2f} GiB")
     out.print(table)
+    if len(planned.get("ways", [])) > 1:
+        out.print(f"\n[bold]What fits into {_size(planned['memory_room'])}[/]", "of the ways to train on as many rows a step")
+        table = Table.grid(padding=(0, 2))
+        for way in planned["ways"]:
+            table.add_row("yes" if way["fits"] else "no", _size(way["bytes"]), way["recipe"], " ".join(way["words"]))
+        out.print(table)
+
+
+def _does_not_fit(planned: dict[str, Any], typed: list[str]) -> ResourceError:
+    asked, *others = planned["ways"]
+    message = f"{asked['recipe']} needs about {_size(asked['bytes'])}; there is {_size(planned['memory_room'])}."
+    way = next((way for way in others if way["fits"]), None)
+    if way is None:
+        least = min(planned["ways"], key=lambda way: way["bytes"])
+        return ResourceError(
+            message, f"None of the ways tried fits; the least is {_size(least['bytes'])}. Take a smaller model or rows."
+        )
+    name = typed[0] if way["recipe"] == asked["recipe"] else way["recipe"]
+    command = shlex.join([name, *typed[1:], *way["words"]])
+    return ResourceError(message, f"About {_size(way['bytes'])}: python -m finetune_kit run {command}")
 
 
 def _size(count: int) -> str:

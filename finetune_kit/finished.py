@@ -35,7 +35,7 @@ def open_run(folder: Path, words: list[str]) -> FinishedRun:
     """Read a run's settings. Raises SettingsError where the folder is no finished run."""
     if not (folder / "run.yaml").is_file():
         raise SettingsError(
-            f"{folder} is no run's folder: it has no run.yaml.", "A run is made by: finetune_kit run RECIPE"
+            f"{folder} is no run's folder: it has no run.yaml.", "A run is made by: python -m finetune_kit run RECIPE"
         )
     if not any(folder.glob("*.safetensors")):
         raise SettingsError(f"{folder} is a run that has not finished: it holds no weights.")

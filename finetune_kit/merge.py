@@ -213,11 +213,11 @@ def candidate_of(run: FinishedRun, name: str) -> PreTrainedModel:
 
 
 def merged_in_place(adapted: Any) -> PreTrainedModel:
-    """The adapter added to the weights that it lies beside, in their type; embeddings that it unties are marked so."""
+    """The adapter added to the weights it lies beside, in their type; embeddings that it unties are marked so."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
         model: PreTrainedModel = adapted.merge_and_unload()
-    return model.to(model.config.dtype).eval()  # modules that were trained in full are float32
+    return model.eval()
 
 
 def choose_positions(rows: Sequence[Row], vocabulary: int) -> Positions:
@@ -330,6 +330,8 @@ def _save(model: Any, tokenizer: Any, run: FinishedRun, folder: Path, max_shard_
     model.generation_config = GenerationConfig.from_pretrained(run.folder)
     model.save_pretrained(folder, max_shard_size=max_shard_size.replace(" ", "").upper())
     tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # written for their owner alone; what serves them may be another user
+        path.chmod((folder / "config.json").stat().st_mode)
 
 
 def table_of(results: dict[str, Any]) -> list[list[str]]:

@@ -127,7 +127,7 @@ def test_an_unknown_recipe_ends_with_code_2() -> None:
         ('{"messages": [{"role": "user", "content": 5}]}', ["rows.jsonl:1: message 1 (user): content is a number"]),
         ('{"messages": [{"role": "user", "content": "x"}]}', ["rows.jsonl:1: no assistant turn, so nothing to learn"]),
         ('{"chosen": "a", "rejected": "b"}', ["found columns chosen, rejected", "this recipe needs prompt-completion"]),
-        ('{"foo": "a", "bar": "b"}', ["found columns bar, foo", "data.columns={"]),
+        ('{"foo": "a", "bar": "b"}', ["found columns bar, foo", "data.columns="]),
         (ROW, ["1 rows are too few, or too alike, to hold 1 out", "data.held_out_path=FILE"]),
     ],
 )
@@ -190,6 +190,10 @@ def test_more_than_5_percent_of_lost_rows_is_refused_with_the_setting_that_allow
     [
         ("data.columns={nope: question}", ["data.columns: good.jsonl has no column 'nope'; found completion, prompt."]),
         ("data.path=reasoning_gym/chain_summ", ["reasoning_gym has no task 'chain_summ'", "reasoning_gym/chain_sum"]),
+        ("data.split=test", ["data.split=test has no effect: no path is a Hub data set.", "Leave it out."]),
+        ("data.name=main", ["data.name=main has no effect"]),
+        ("data.revision=abc", ["data.revision=abc has no effect"]),
+        ("data.options={min_words: 3}", ["data.options has no effect: good.jsonl is no reasoning_gym/ task."]),
         ("data.weights=[1, 2]", ["data.weights=[1.0, 2.0]: expected one number for each of 1 paths"]),
     ],
 )
@@ -219,6 +223,10 @@ def test_weights_only_as_pickle_end_with_code_6_unread(name: str, folder: Path) 
 
 def test_a_model_folder_without_weights_ends_with_code_2(folder: Path) -> None:
     mistakes(run(model_folder(folder)), 2, "model holds no *.safetensors file.")
+
+
+def test_a_revision_of_a_local_folder_has_no_effect() -> None:
+    mistakes(run("model.revision=main"), 2, "model.revision=main has no effect: tiny is not from the Hub.")
 
 
 def test_a_folder_that_is_no_model_ends_with_code_2(folder: Path) -> None:

@@ -27,7 +27,7 @@ OWNERS = {
     "peft": ("finetune_kit/model/",),
     "bitsandbytes": ("finetune_kit/model/",),
     "evaluate": ("finetune_kit/evaluation/metrics.py",),
-    "trl": ("recipes/",),
+    "trl": ("recipes/", "finetune_kit/training/rehearsal.py"),  # the head whose memory is rehearsed is TRL's
     "accelerate": ("finetune_kit/training/",),
     "huggingface_hub": ("finetune_kit/model/load.py", "finetune_kit/hub.py"),
 }

@@ -149,8 +149,9 @@ class TestMergedLogitsEqualTheAdapters:
         assert read.config.vocab_size == 264
         assert apart(logits(merged), logits(read)) == 0
 
-    def test_a_bfloat16_base_stays_bfloat16_with_a_head_that_was_trained_in_float32(self, home: Path) -> None:
-        run = adapter_run(home, "model.dtype=bfloat16", "lora.modules_to_save=[lm_head]")
+    @pytest.mark.parametrize("word", ["lora.r=16", "lora.use_dora=true", "lora.modules_to_save=[lm_head]"])
+    def test_a_bfloat16_base_stays_bfloat16(self, home: Path, word: str) -> None:
+        run = adapter_run(home, "model.dtype=bfloat16", word)
         trained = logits(model_of(run))
         merged = merged_in_place(model_of(run))
         assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
@@ -229,6 +230,9 @@ class TestFolder:
             prompt = tokenizer.apply_chat_template(record.messages[:1], add_generation_prompt=True)["input_ids"]
             trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
             assert prompt == trained
+
+    def test_whoever_may_read_its_config_may_read_its_weights(self, plain: Merged) -> None:
+        assert len({path.stat().st_mode for path in plain.folder.iterdir()}) == 1
 
     def test_it_knows_where_an_answer_ends(self, plain: Merged) -> None:
         assert json.loads((plain.folder / "generation_config.json").read_text())["eos_token_id"] == [3]

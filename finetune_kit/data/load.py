@@ -70,6 +70,7 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
     "prompt_completion" takes plain text too (`Data.kind` is then "text"). A tokenizer without a chat template gets the
     fallback one where the data are conversations. Raises DataError (rows), SettingsError, ResourceError (Hub, package).
     """
+    _check_acts(config)
     ledger = Ledger()
     train, held_out = _split(config, kind, seed, ledger)
     if not train:
@@ -101,6 +102,19 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
         packed=kind == "text" if config.packing is None else config.packing,
         chat_template_kwargs=config.chat_template_kwargs,
     )
+
+
+def _check_acts(config: DataConfig) -> None:
+    """Raises SettingsError for a setting of a Hub data set or of a task where there is none."""
+    paths = [*_listed(config.path), *([config.held_out_path] if config.held_out_path else [])]
+    others = [path for path in paths if not path.startswith(tasks.PREFIX)]
+    if config.options and len(others) == len(paths):
+        raise SettingsError(f"data.options has no effect: {_shown(config)} is no {tasks.PREFIX} task.", "Leave it out.")
+    if any(not Path(path).expanduser().exists() for path in others):
+        return
+    for name, given in (("name", config.name), ("split", config.split), ("revision", config.revision)):
+        if given != getattr(DataConfig, name):
+            raise SettingsError(f"data.{name}={given} has no effect: no path is a Hub data set.", "Leave it out.")
 
 
 def _warn(config: DataConfig, kind: str, ledger: Ledger) -> None:

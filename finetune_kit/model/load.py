@@ -29,10 +29,11 @@ BASE_RECORD = "base.json"  # beside an adapter: which base it belongs to
 OFFLINE_DEFAULT = f"Without a network, the embedded default works: model.name_or_path={EMBEDDED}"
 
 
-def resolve_name(name_or_path: str) -> str:
+def resolve_name(name_or_path: str, weights: bool = False) -> str:
     """What transformers is to load: the embedded model's folder, a local folder, or a Hub id.
 
-    Raises SettingsError for a path that is not there, SecurityError for a folder whose weights are pickles.
+    Raises SettingsError for a path that is not there, SecurityError for a folder whose weights are pickles; with
+    `weights`, SettingsError for a folder without any: from its shapes a run can be planned, not made.
     """
     if name_or_path == EMBEDDED:
         return str(embedded_folder())
@@ -48,24 +49,26 @@ def resolve_name(name_or_path: str) -> str:
                     f"{name_or_path} has weights only as pickle ({pickles[0]}), which can run code when it is read.",
                     "Get the model as safetensors.",
                 )
-            raise SettingsError(
-                f"{name_or_path} holds no *.safetensors file.", "Get the model's weights as safetensors."
-            )
+            if weights:
+                raise SettingsError(
+                    f"{name_or_path} holds no *.safetensors file.", "Get the model's weights as safetensors."
+                )
         return str(folder)
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise SettingsError(f"model.name_or_path={name_or_path}: no such folder.", OFFLINE_DEFAULT)
     return name_or_path
 
 
-def load_tokenizer(model: ModelConfig, saved: Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelConfig, saved: Path | None = None, weights: bool = True) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padded on the right, with a pad token that ends nothing where the vocabulary has one.
 
-    `saved`: a finished run's folder to take it from, which need not hold a model.
+    `saved`: a finished run's folder to take it from, which need not hold a model. `weights`: the model's are going to
+    be needed, so a folder without any is refused now.
     """
     from transformers import AutoTokenizer
 
     with _said_plainly(model):
-        source = _from(model) if saved is None else {"pretrained_model_name_or_path": saved, "local_files_only": True}
+        source = {"pretrained_model_name_or_path": saved, "local_files_only": True} if saved else _from(model, weights)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.eos_token is None:
         raise SettingsError(f"The tokenizer of {model.name_or_path} has no end token.", "Set eos_token in its config.")
@@ -131,7 +134,7 @@ def load_base(model: ModelConfig, trained_in_full: bool = False) -> PreTrainedMo
         quantised = {"quantization_config": fourbit.quantization_config(model, device())}
     disable_progress_bar()
     with _said_plainly(model):
-        source = _from(model)
+        source = _from(model, weights=True)
         base = AutoModelForCausalLM.from_pretrained(
             **source,
             **quantised,
@@ -211,7 +214,11 @@ def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: b
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(load_model_config(model), dtype=weight_dtype(model, trained_in_full))
+        base = AutoModelForCausalLM.from_config(
+            load_model_config(model),
+            dtype=weight_dtype(model, trained_in_full),
+            attn_implementation=model.attn_implementation,
+        )
         if lora is not None and lora.init_from:
             adapters.adopt(lora)
         return base if lora is None else adapters.attach(base, lora)
@@ -310,10 +317,13 @@ def base_license(model: ModelConfig) -> str | None:
     return metadata.get("license") if isinstance(metadata, dict) else None
 
 
-def _from(model: ModelConfig) -> dict[str, Any]:
+def _from(model: ModelConfig, weights: bool = False) -> dict[str, Any]:
     """Arguments of every from_pretrained: without a network only the local cache is asked, and answers at once."""
-    name = resolve_name(model.name_or_path)
+    name = resolve_name(model.name_or_path, weights)
     local = Path(name).is_dir() or not hub_reachable()
+    if model.revision and Path(name).is_dir():
+        message = f"model.revision={model.revision} has no effect: {model.name_or_path} is not from the Hub."
+        raise SettingsError(message, "Leave it out.")
     return {"pretrained_model_name_or_path": name, "revision": model.revision, "local_files_only": local}
 
 

@@ -83,18 +83,18 @@ def weights(policy: Any, model: ModelConfig, quantised: list[str]) -> int:
     tensors = itertools.chain(policy.parameters(), policy.buffers())
     plain = sum(tensor.numel() * tensor.element_size() for tensor in tensors if id(tensor) not in in_4bit)
     sizes = [parameter.numel() for parameter in policy.parameters() if id(parameter) in in_4bit]
-    # the table of the scales' 256 values is one for all layers
-    shared = 1024 if sizes and model.bnb_4bit_use_double_quant else 0
-    return plain + shared + sum(four_bit(size, model.bnb_4bit_use_double_quant) for size in sizes)
+    return plain + sum(four_bit(size, model.bnb_4bit_use_double_quant) for size in sizes)
 
 
 def four_bit(size: int, double: bool) -> int:
-    """Bytes of `size` weights in 4 bits, blocks of 64: half a byte each, the table of 16 values, a scale a block.
+    """Bytes of a layer of `size` weights in 4 bits: half a byte each, a table of 16 values, a scale for each 64.
 
-    A scale is a float32. With double quantisation it is a byte, 256 of them share a float32, all a mean.
+    A scale is a float32. With double quantisation it is a byte, with a float32 for each 256 of them, their mean, and a
+    table of 256 values.
     """
     blocks = ceil(size / 64)
-    return ceil(size / 2) + 16 * 4 + (blocks + 4 * ceil(blocks / 256) + 4 if double else 4 * blocks)
+    scales = blocks + 4 * ceil(blocks / 256) + 4 + 4 * 256 if double else 4 * blocks
+    return ceil(size / 2) + 4 * 16 + scales
 
 
 def optimizer_state(policy: Any, optim: str) -> int:

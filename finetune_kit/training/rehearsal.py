@@ -80,9 +80,7 @@ def _blocks(policy: Any) -> torch.nn.ModuleList:
 
 def _rehearse(policy: Any, count: int, batch: Batch, setting: Setting) -> tuple[int, int]:
     """(most bytes until the gradient has left the last of `count` blocks, most from then on)."""
-    policy = copy.deepcopy(policy)
-    blocks = _blocks(policy)
-    del blocks[count:]
+    policy, blocks = _copy(policy, count)
     causal = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     _as_in_training(policy, causal, batch, setting)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -98,6 +96,17 @@ def _rehearse(policy: Any, count: int, batch: Batch, setting: Setting) -> tuple[
                 loss = _loss(causal, batch, setting)
             loss.backward()
     return live.most[0], live.most[1]
+
+
+def _copy(policy: Any, count: int) -> tuple[Any, torch.nn.ModuleList]:
+    """A policy of its own with the first `count` blocks only, and those."""
+    blocks = _blocks(policy)
+    others = list(blocks[count:])
+    del blocks[count:]
+    fewer = copy.deepcopy(policy)
+    kept = fewer.get_submodule(next(name for name, module in policy.named_modules() if module is blocks))
+    blocks.extend(others)
+    return fewer, kept
 
 
 def _as_in_training(policy: Any, causal: Any, batch: Batch, setting: Setting) -> None:

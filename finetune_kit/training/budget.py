@@ -1,0 +1,112 @@
+"""Which settings fit into a given memory, with the rows of an optimizer step kept."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_kit import recipe as recipes
+from finetune_kit.config import RecipeConfig, TrainConfig, resolve
+from finetune_kit.data.load import Data
+from finetune_kit.errors import FinetuneKitError, SettingsError
+from finetune_kit.model.fourbit import check_device
+from finetune_kit.model.load import device, empty_policy
+from finetune_kit.training.arguments import micro_batch
+from finetune_kit.training.memory import memory
+
+UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
+# each needs less than the one before, and gives something up for it
+SMALLER = ("full_sft", "lora_sft", "qlora_sft")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A recipe with `words` added to the settings given, the memory it needs (bytes), and whether that is there."""
+
+    recipe: str
+    words: list[str]
+    bytes: int
+    fits: bool
+
+
+def read_size(text: str) -> int:
+    """Bytes of 24GiB, 24G (the same), 24GB (24 * 10^9) or 16000MiB. Raises SettingsError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?B)?", text, flags=re.IGNORECASE)
+    if found is None:
+        raise SettingsError(f"--memory {text}: expected a size such as 24GiB, 24GB or 16000MiB.")
+    number, unit, kind = found.groups()
+    base = 1000 if (kind or "").upper() == "B" else 1024
+    return int(float(number) * base ** UNITS[unit.upper()])
+
+
+def ways(
+    recipe: recipes.Recipe,
+    config: RecipeConfig,
+    given: tuple[Path | None, Sequence[str]],
+    data: Data,
+    needed: int,
+    room: int,
+) -> list[Way]:
+    """What was asked for, which needs `needed` bytes, and where it does not fit, what does: the least given up first.
+
+    `given`: the YAML file and the words that `config` was made of. Tried are fewer rows in a forward pass and more
+    passes; gradient checkpointing; then the recipes that train less of the model or keep it smaller, each in the same
+    order. Of each kind there is the one with most rows that fits, or that with one row where none does.
+    """
+    asked = Way(recipe.name, [], needed, needed <= room)
+    if asked.fits:
+        return [asked]
+    found = [asked, *_of_recipe(recipe.name, config, data, room, asked)]
+    for name, smaller in _smaller(recipe, given):
+        found += _of_recipe(name, smaller, data, room)
+    return found
+
+
+def _smaller(recipe: recipes.Recipe, given: tuple[Path | None, Sequence[str]]) -> Iterator[tuple[str, RecipeConfig]]:
+    """The built-ins below a built-in, with the same settings given; not those that the device or a setting forbids."""
+    later = SMALLER[SMALLER.index(recipe.word) + 1 :] if recipe.word in SMALLER else ()
+    for name in later:
+        try:
+            if name == "qlora_sft":
+                check_device(device())
+            yield name, resolve(recipes.load(name).config_class, name, *given)
+        except FinetuneKitError:
+            continue
+
+
+def _of_recipe(name: str, config: RecipeConfig, data: Data, room: int, asked: Way | None = None) -> Iterator[Way]:
+    """Without and with gradient checkpointing: the way with most rows that fits, or the smallest. `asked`: too large."""
+    lora = getattr(config, "lora", None)
+    policy = empty_policy(config.model, lora, trained_in_full=lora is None)
+    given = config.train
+    for checkpointing in (False, True)[given.gradient_checkpointing :]:
+        way = asked
+        for rows, passes in _cuts(given, data.packed):
+            words = [f"per_device_train_batch_size={rows}", f"gradient_accumulation_steps={passes}"]
+            words = words if rows < given.per_device_train_batch_size else []
+            words += ["gradient_checkpointing=true"] if checkpointing > given.gradient_checkpointing else []
+            if asked is not None and words == asked.words:
+                continue
+            changed = copy.deepcopy(config)
+            changed.train.per_device_train_batch_size, changed.train.gradient_accumulation_steps = rows, passes
+            changed.train.gradient_checkpointing = checkpointing
+            size = sum(memory(changed, data, policy).values())
+            way = Way(name, words, size, size <= room)
+            if way.fits:
+                break
+        if way is not None and way != asked:
+            yield way
+
+
+def _cuts(train: TrainConfig, packed: bool) -> list[tuple[int, int]]:
+    """(rows, passes) with the product kept: the rows given, then at most half of those before, down to one."""
+    together = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    rows, _ = micro_batch(train, packed)
+    cuts = [train.per_device_train_batch_size]
+    while rows > 1:
+        rows = max(fewer for fewer in range(1, rows // 2 + 1) if together % fewer == 0)
+        cuts.append(rows)
+    return [(rows, together // rows) for rows in cuts]
