@@ -179,7 +179,7 @@ def _print_plan(settings: RecipeConfig, planned: dict[str, Any]) -> None:
         table.add_row("adapted", ", ".join(f"{name}: {count}" for name, count in planned["target_modules"].items()))
     table.add_row("steps", f"{planned['steps']:,} of {planned['rows_in_a_step']} rows")
     sizes = planned["memory_bytes"]
-    parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in sizes.items())
+    parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in sizes.items() if size)
     table.add_row("memory", f"about {_size(sum(sizes.values()))}: {parts}")
     if "measured" in planned:
         measured = planned["measured"]
@@ -188,7 +188,9 @@ def _print_plan(settings: RecipeConfig, planned: dict[str, Any]) -> None:
         table.add_row("", f"peak memory {measured['peak_memory_gib']:.2f} GiB")
     out.print(table)
     if len(planned.get("ways", [])) > 1:
-        out.print(f"\n[bold]What fits into {_size(planned['memory_room'])}[/]", "of the ways to train on as many rows a step")
+        out.print(
+            f"\n[bold]What fits into {_size(planned['memory_room'])}[/]", "of the ways to train on as many rows a step"
+        )
         table = Table.grid(padding=(0, 2))
         for way in planned["ways"]:
             table.add_row("yes" if way["fits"] else "no", _size(way["bytes"]), way["recipe"], " ".join(way["words"]))

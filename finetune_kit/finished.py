@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_kit import recipe as recipes
-from finetune_kit.config import ModelConfig, RecipeConfig, leaves, resolve
+from finetune_kit.config import ModelConfig, RecipeConfig, leaves, recipe_of_yaml, resolve
 from finetune_kit.data.load import load_data
 from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.evaluation.compare import Report, compare
@@ -44,6 +44,7 @@ def open_run(folder: Path, words: list[str]) -> FinishedRun:
             raise SettingsError(
                 f"{word} has no effect on a finished run.", "Only data.… and evaluate.… settings act here."
             )
+    _refuse_its_code(folder)
     recipe = recipes.load(str(folder / "run.yaml"))
     config = resolve(recipe.config_class, recipe.word, recipe.settings, words)
     if config.origins.get("data.path") == "command line":
@@ -74,6 +75,19 @@ def own_model(run: FinishedRun) -> ModelConfig:
 def model_of(run: FinishedRun) -> Any:
     """The run's model; an adapter is on its base and can be switched off."""
     return load_adapted(run.config.model, run.folder) if run.is_adapter else load_base(own_model(run))
+
+
+def _refuse_its_code(folder: Path) -> None:
+    """A folder that somebody else made may hold a recipe: its run.yaml must not be able to name it. A run of one's own
+    recipe names that by an absolute path outside."""
+    named = recipe_of_yaml(folder / "run.yaml")
+    if named in recipes.BUILTIN:
+        return
+    if not Path(named).is_absolute() or Path(named).resolve().is_relative_to(folder.resolve()):
+        raise SecurityError(
+            f"{folder / 'run.yaml'} names the recipe {named}, which would be run as code.",
+            "Read it; if you trust it, move it out of the folder and name it in run.yaml by its absolute path.",
+        )
 
 
 def compare_run(run: FinishedRun) -> Report:

@@ -183,3 +183,18 @@ def test_the_command_prints_one_table_with_a_column_for_each_adapter(
             head = next(line for line in printed.splitlines() if "base" in line and "first" in line)
             assert head.index("base") < head.index(lora_run.folder.name) < head.index("first") < head.index("second")
             assert all(f"\n{name}: " in printed for name in ("first", "second"))
+
+
+@pytest.mark.parametrize("named", ["./inside.py", "other/inside.py"])
+def test_a_run_yaml_that_names_code_in_its_own_folder_is_refused_and_the_code_not_run(
+    tmp_path: Path, named: str
+) -> None:
+    code = tmp_path / named
+    code.parent.mkdir(exist_ok=True)
+    code.write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    for word in (named, str(code)):
+        (tmp_path / "run.yaml").write_text(f"recipe: {word}")
+        (tmp_path / "model.safetensors").touch()
+        with pytest.raises(SecurityError, match="would be run as code"):
+            open_run(tmp_path, [])
+    assert not (tmp_path / "marker").exists()

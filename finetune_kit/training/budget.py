@@ -81,24 +81,25 @@ def _of_recipe(name: str, config: RecipeConfig, data: Data, room: int, asked: Wa
     """Without and with gradient checkpointing: the way with most rows that fits, or the smallest. `asked`: too large."""
     lora = getattr(config, "lora", None)
     policy = empty_policy(config.model, lora, trained_in_full=lora is None)
-    given = config.train
-    for checkpointing in (False, True)[given.gradient_checkpointing :]:
-        way = asked
-        for rows, passes in _cuts(given, data.packed):
-            words = [f"per_device_train_batch_size={rows}", f"gradient_accumulation_steps={passes}"]
-            words = words if rows < given.per_device_train_batch_size else []
-            words += ["gradient_checkpointing=true"] if checkpointing > given.gradient_checkpointing else []
-            if asked is not None and words == asked.words:
-                continue
-            changed = copy.deepcopy(config)
-            changed.train.per_device_train_batch_size, changed.train.gradient_accumulation_steps = rows, passes
-            changed.train.gradient_checkpointing = checkpointing
-            size = sum(memory(changed, data, policy).values())
-            way = Way(name, words, size, size <= room)
-            if way.fits:
-                break
-        if way is not None and way != asked:
-            yield way
+
+    def way(rows: int, passes: int, checkpointing: bool) -> Way:
+        changed = copy.deepcopy(config)
+        train = changed.train
+        train.per_device_train_batch_size, train.gradient_accumulation_steps = rows, passes
+        train.gradient_checkpointing = checkpointing
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+        differing = [name for name in names if getattr(train, name) != getattr(config.train, name)]
+        words = [f"{name}={str(getattr(train, name)).lower()}" for name in differing]
+        size = sum(memory(changed, data, policy).values())
+        return Way(name, words, size, size <= room)
+
+    for checkpointing in (False, True)[config.train.gradient_checkpointing :]:
+        known = asked is not None and checkpointing == config.train.gradient_checkpointing
+        cuts = _cuts(config.train, data.packed)[1 if known else 0 :]
+        smallest = way(*cuts[-1], checkpointing) if cuts else None
+        if smallest is not None:
+            larger = (way(*cut, checkpointing) for cut in cuts[:-1]) if smallest.fits else iter(())
+            yield next((one for one in larger if one.fits), smallest)
 
 
 def _cuts(train: TrainConfig, packed: bool) -> list[tuple[int, int]]:

@@ -118,7 +118,7 @@ def optimizer_state(policy: Any, optim: str) -> int:
         # small weights and embeddings keep float32; the others a byte each, and a float32 scale for 256
         small = "8bit" not in name or size < 4096 or id(parameter) in embeddings
         total += moments * (4 * size if small else size + 4 * ceil(size / 256))
-    return total + (2 * 1024 if "8bit" in name else 0)  # the two tables of 256 values
+    return total + (4 * 256 * min(moments, 2) if "8bit" in name else 0)  # a table of 256 values with and without sign
 
 
 def _adafactor(shape: Any) -> int:

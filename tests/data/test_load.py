@@ -233,7 +233,7 @@ def test_a_tokenizer_without_a_template_is_given_one_for_conversations_and_says_
 
 def test_bare_prompts_and_completions_need_no_template(tmp_path):
     tokenizer = bpe_tokenizer(template=None, specials=(), eos="</s>")
-    rows = [{"prompt": f"{i} plus 1 is", "completion": f" {i + 1}"} for i in range(20)]
+    rows = [{"prompt": f"{i} plus 1 is", "completion": f" {i + 1}"} for i in range(400)]
     data = load(tmp_path, rows, tokenizer=tokenizer)
     assert tokenizer.chat_template is None
     assert tokenizer.decode(data.train[0]["input_ids"]) == "0 plus 1 is 1</s>"

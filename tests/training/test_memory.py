@@ -1,6 +1,5 @@
 """Memory is predicted from shapes: to the byte where tensors stay, and the step that is rehearsed is the real one."""
 
-import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,30 +8,227 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3Config, TrainerCallback
 
-from finetune_kit.config import LoraConfig, ModelConfig, TrainConfig
-from finetune_kit.data.load import load_data
-from finetune_kit.model.load import empty_policy, load_policy, load_tokenizer
-from finetune_kit.training.memory import four_bit, memory, optimizer_state, settle_types, weights
-from tests.fixtures_training import Trained, prepare, settings
+from finetune_kit.config import LoraConfig, ModelConfig
+from finetune_kit.model.embedded import embedded_folder
+from finetune_kit.model.load import empty_policy, load_policy
+from finetune_kit.training.memory import four_bit, longest_batch, memory, optimizer_state, settle_types, weights
+from finetune_kit.training.rehearsal import Batch, Live, Setting, _rehearse, step_bytes
+from tests.fixtures_training import Trained, prepare
+
+RECIPES = ("full_sft", "lora_sft", "qlora_sft")
+PLAIN = Setting(checkpointing=False, accumulates=False, on_gpu=False)
 
 
 def stored(tensors: Iterable[Any]) -> int:
     """Bytes of the storages behind tensors, each counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def held(model: Any) -> Iterator[torch.Tensor]:
     """Every tensor that a model keeps: parameters, buffers, and the state of quantised weights."""
+    yield from model.buffers()
     for parameter in model.parameters():
         yield parameter
         state = getattr(parameter, "quant_state", None)
-        nested = getattr(state, "state2", None)
-        for part in (state, nested):
+        for part in (state, getattr(state, "state2", None)):
             yield from (value for value in vars(part).values() if isinstance(value, torch.Tensor)) if part else ()
-    yield from model.buffers()
 
 
-@pytest.mark.parametrize("recipe", ["full_sft", "lora_sft", "qlora_sft"])
-def test_weights_are_exact_to_the_byte(home: Path, recipe: str) -> None:
-    run = prepare(recipe, home)
-    assert predicted(run)["weights"] == stored(held(run.model))
+def empty(model: ModelConfig, lora: LoraConfig | None) -> tuple[Any, list[str]]:
+    policy = empty_policy(model, lora, trained_in_full=lora is None)
+    return policy, settle_types(policy, model)
+
+
+def planned(run: Trained) -> dict[str, int]:
+    policy, _ = empty(run.config.model, getattr(run.config, "lora", None))
+    return memory(run.config, run.data, policy)
+
+
+class Counting(TrainerCallback):  # type: ignore[misc]  # transformers ships no types here
+    """What lies in gradients when the optimizer is about to step, and in its state when it has."""
+
+    gradients = state = 0
+
+    def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.gradients = stored(p.grad for p in model.parameters() if p.grad is not None)
+
+    def on_optimizer_step(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
+        states = getattr(optimizer, "optimizer", optimizer).state.values()
+        self.state = stored(value for state in states for value in state.values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_and_gradients_and_state_are_exact_to_the_byte(home: Path, recipe: str) -> None:
+    run, counting = prepare(recipe, home, "max_steps=1"), Counting()
+    parts = planned(run)
+    assert parts["weights"] == stored(held(run.model))
+    run.trainer.add_callback(counting)
+    run.trainer.train()
+    assert (parts["gradients"], parts["optimizer_state"]) == (counting.gradients, counting.state)
+
+
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "adafactor", "sgd"]
+)
+def test_each_optimizer_s_state_is_exact_to_the_byte(home: Path, optim: str) -> None:
+    # matrices of 8192, 4096 and 2048 weights: above, at and below what 8 bits begin with; and an embedding
+    run, counting = prepare("full_sft", home, "max_steps=1", f"optim={optim}"), Counting()
+    run.trainer.add_callback(counting)
+    run.trainer.train()
+    assert optimizer_state(empty(run.config.model, None)[0], optim) == counting.state
+
+
+@pytest.mark.parametrize(
+    ("load_in_4bit", "lora"),
+    [(False, None), (False, LoraConfig()), (True, LoraConfig()), (True, LoraConfig(target_modules=["q_proj"]))],
+    ids=["full", "lora", "4-bit", "4-bit, lora on q_proj"],
+)
+def test_weights_of_the_embedded_model_are_exact_to_the_byte(load_in_4bit: bool, lora: LoraConfig | None) -> None:
+    model = ModelConfig(name_or_path=str(embedded_folder()), load_in_4bit=load_in_4bit)
+    policy, quantised = empty(model, lora)
+    assert len(quantised) == (210 if load_in_4bit else 0)  # 30 blocks of 7
+    assert weights(policy, model, quantised) == stored(held(load_policy(model, lora, trained_in_full=lora is None)))
+
+
+def test_4_bit_weights_take_half_a_byte_and_their_scales() -> None:
+    assert four_bit(64 * 256, double=False) == 8192 + 64 + 4 * 256
+    assert four_bit(64 * 256, double=True) == 8192 + 64 + 256 + 4 + 4 + 1024
+    assert four_bit(65, double=False) == 33 + 64 + 4 * 2
+    assert four_bit(4096 * 14336, double=True) / (4096 * 14336) == pytest.approx(4.127 / 8, abs=2e-4)  # QLoRA's bits
+
+
+# the step
+
+
+@pytest.mark.parametrize("words", [(), ("gradient_checkpointing=true",), ("gradient_accumulation_steps=2",)])
+@pytest.mark.parametrize("padding_free", ["true", "false"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_step_that_is_rehearsed_is_the_real_one(
+    home: Path, recipe: str, padding_free: str, words: tuple[str, ...]
+) -> None:
+    # every row goes into one batch, so that the longest batch is the one that is trained
+    given = ("per_device_train_batch_size=8", "data.size=8", f"padding_free={padding_free}", *words)
+    run = prepare(recipe, home, *given)
+    parts = planned(run)
+    assert parts["gradients"] + parts["activations"] == pytest.approx(most_alive(run), rel=0.02)
+
+
+def most_alive(run: Trained) -> int:
+    """Most bytes alive in the trainer's own forward and backward pass, the weights aside."""
+    run.trainer.create_optimizer()
+    passes = run.config.train.gradient_accumulation_steps
+    batch = next(iter(run.trainer.get_train_dataloader()))
+    live = Live(run.model)
+    live.known |= {tensor.untyped_storage()._cdata for tensor in held(run.model)}
+    run.trainer.model.train()
+    if run.config.train.gradient_checkpointing:
+        run.model.gradient_checkpointing_enable()
+    with live:
+        for _ in range(passes):
+            run.trainer.training_step(run.trainer.model, dict(batch), 8)
+    return max(live.most)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("lora", [None, LoraConfig()], ids=["full", "lora"])
+@pytest.mark.parametrize("batch", [Batch(1, 8, False, 7), Batch(8, 128, True, 100)], ids=["1 x 8", "8 x 128"])
+def test_three_blocks_tell_what_nine_need(
+    tmp_path: Path, tiny_model: Path, batch: Batch, lora: LoraConfig | None, accumulates: bool, checkpointing: bool
+) -> None:
+    model = shapes(tmp_path, tiny_model, LlamaConfig(**{**LLAMA, "hidden_size": 32, "num_hidden_layers": 9}))
+    policy, _ = empty(model, lora)
+    setting = Setting(checkpointing, accumulates, on_gpu=False)
+    assert step_bytes(policy, batch, setting) == pytest.approx(max(_rehearse(policy, 9, batch, setting)), rel=0.005)
+    assert len(policy.base_model.layers if lora is None else policy.base_model.model.model.layers) == 9
+
+
+def test_on_a_gpu_a_step_keeps_half_the_activations_and_one_tile_of_logits(tmp_path: Path, tiny_model: Path) -> None:
+    policy, _ = empty(shapes(tmp_path, tiny_model, LlamaConfig(**{**LLAMA, "vocab_size": 65536})), LoraConfig())
+    on_cpu, on_gpu = (
+        step_bytes(policy, Batch(4, 256, False, 1000), Setting(False, False, on_gpu=on_gpu)) for on_gpu in (False, True)
+    )
+    assert 0.2 < on_gpu / on_cpu < 0.5
+    short = step_bytes(policy, Batch(4, 256, False, 500), Setting(False, False, on_gpu=True))
+    assert on_gpu - short == pytest.approx(500 * 32768 * 2, rel=0.1)  # logits only where a label is, in bfloat16
+
+
+def test_packed_text_goes_through_in_one_row(home: Path) -> None:
+    (home / "book.txt").write_text("\n\n".join(f"The {n}th line says {n} times {n} is {n * n}." for n in range(99)))
+    run = prepare("lora_sft", home, f"data.path={home / 'book.txt'}", "max_length=64")
+    batch = longest_batch(run.config, run.data, run.model)
+    assert (batch.rows, batch.width, batch.end_to_end, batch.plan) == (1, 64, True, None)
+
+
+# published shapes
+
+LLAMA = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+QWEN_06B = {
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+
+
+def shapes(folder: Path, tiny_model: Path, config: Any, **words: Any) -> ModelConfig:
+    """A model of which there is only config.json and a tokenizer."""
+    target = folder / "shapes"
+    target.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (target / name).write_bytes((tiny_model / name).read_bytes())
+    config.save_pretrained(target)
+    return ModelConfig(name_or_path=str(target), **words)
+
+
+def counted(policy: Any) -> tuple[int, int]:
+    """(all parameters, trained ones)."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def test_llama_3_1_8b_has_8_030_261_248_parameters_and_16_7_gb_with_an_adapter(tmp_path: Path, tiny_model: Path) -> None:
+    model = shapes(tmp_path, tiny_model, LlamaConfig(**LLAMA_8B), dtype="bfloat16")
+    policy, quantised = empty(model, LoraConfig())
+    assert counted(policy) == (8_030_261_248 + 41_943_040, 41_943_040)
+    # 16.06 GB in bfloat16; the adapter, its gradients and AdamW's two moments in float32
+    static = weights(policy, model, quantised) + 4 * 41_943_040 + optimizer_state(policy, "auto")
+    assert static == pytest.approx(16.7e9, rel=0.01)
+
+
+def test_llama_3_1_8b_in_4_bits_has_6_4_gb_and_its_embeddings_in_float32(tmp_path: Path, tiny_model: Path) -> None:
+    model = shapes(tmp_path, tiny_model, LlamaConfig(**LLAMA_8B), load_in_4bit=True)
+    policy, quantised = empty(model, LoraConfig())
+    static = weights(policy, model, quantised) + 4 * 41_943_040 + optimizer_state(policy, "auto")
+    # published figures keep embeddings, head and norms in bfloat16; prepare_model_for_kbit_training makes them float32
+    unquantised = 2 * 128256 * 4096 + 65 * 4096
+    assert static - 2 * unquantised == pytest.approx(6.4e9, rel=0.01)
+
+
+def test_qwen3_0_6b_has_596_049_920_parameters(tmp_path: Path, tiny_model: Path) -> None:
+    model = shapes(tmp_path, tiny_model, Qwen3Config(**QWEN_06B))
+    assert counted(empty(model, None)[0]) == (596_049_920, 596_049_920)
+    assert counted(empty(model, LoraConfig())[0])[1] == 10_092_544
