@@ -47,6 +47,7 @@ Positions = list[tuple[list[int], list[int]]]  # rows of (token ids, positions w
 
 AUTO = "auto"
 CANDIDATES = ("base", "dequantised")  # in the order they are measured; the second one usually wins, and is then at hand
+INTO = {"base": "base", "dequantised": "dequantised base"}  # for people
 RULE = "lowest KL(trained || candidate) per supervised token"
 ROWS = 64  # rows that the KL is taken over, spread evenly
 POSITIONS = 512  # positions in those rows, spread evenly
@@ -338,21 +339,20 @@ def table_of(results: dict[str, Any]) -> list[list[str]]:
     """The measurements for people, the heads first: a line for the trained model and one for each candidate."""
     trained = results["trained"]
     scores = [name.replace("held_out", "held-out").replace("_", " ") for name in trained]
-    lines = [["model", "KL nats/token", "largest", "same top", *scores]]
-    lines.append(["as trained", "0", "0", "100.0%", *(f"{score:.4f}" for score in trained.values())])
+    lines = [["merged into", "KL nats/token", "largest", "same top", *scores]]
+    lines.append(["(as trained)", "0", "0", "100.0%", *(f"{score:.4f}" for score in trained.values())])
     for name, found in results["candidates"].items():
         kl = [f"{found['kl_per_token']:.2e}", f"{found['kl_largest']:.2e}", f"{found['same_top_token']:.1%}"]
-        lines.append([f"merged: {name}", *kl, *(f"{found[score]:.4f}" for score in trained)])
+        lines.append([INTO[name], *kl, *(f"{found[score]:.4f}" for score in trained)])
     return lines
 
 
 def verdict_of(results: dict[str, Any]) -> str:
     """In a sentence: what was merged into what, and how far that moved the model."""
-    into = "the dequantised base" if results["candidate"] == "dequantised" else "the base"
     found, place = results["candidates"][results["candidate"]], results["kl_measured_on"]
     return (
-        f"Merged into {into}: KL(trained || merged) is {found['kl_per_token']:.2e} nats a token over "
-        f"{place['positions']} positions of {place['rows']} rows ({place['source']}); "
+        f"Merged into the {INTO[results['candidate']]}: KL(trained || merged) is {found['kl_per_token']:.2e} nats "
+        f"a token over {place['positions']} positions of {place['rows']} rows ({place['source']}); "
         f"the fine-tune itself had moved the model by {results['finetune_kl_per_token']:.2e}."
     )
 

@@ -252,7 +252,8 @@ class TestFolder:
     def test_the_card_has_the_table_the_licence_and_the_settings(self, plain: Merged) -> None:
         card = (plain.folder / "README.md").read_text()
         assert card.startswith("---\nlicense: other\nlibrary_name: transformers\n")
-        assert "| merged: base |" in card
+        assert "| (as trained) | 0 | 0 | 100.0% |" in card
+        assert "| base | " in card
         assert "name_or_path: tiny" in card
 
     def test_it_is_the_base_of_a_further_run(self, plain: Merged, shared_home: Path) -> None:
@@ -315,7 +316,7 @@ class TestCandidatesOfA4BitBase:
     def test_the_card_shows_both_candidates_beside_the_trained_model(self, quantised: Any) -> None:
         _, merged, _ = quantised
         card = (merged.folder / "README.md").read_text()
-        for line in ("as trained", "merged: base", "merged: dequantised"):
+        for line in ("(as trained)", "base", "dequantised base"):
             assert f"| {line} |" in card
         assert "Merged into the dequantised base: KL(trained || merged) is" in card
 
@@ -470,7 +471,7 @@ class TestBadInput:
     ) -> None:
         said = cli("merge", head_run.folder, tmp_path / "out", "--max-shard-size", "1GB")
         assert said.code == 0, said.err
-        assert "merged: base" in said.out
+        assert "Merged into the base: KL(trained || merged) is" in said.out
         assert f"model.name_or_path={tmp_path / 'out'}" in said.out
 
 

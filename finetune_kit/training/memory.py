@@ -15,7 +15,7 @@ from finetune_kit.evaluation.compare import MARGIN
 from finetune_kit.evaluation.loss import IGNORED, LOGITS
 from finetune_kit.model import packed
 from finetune_kit.model.fourbit import compute_dtype
-from finetune_kit.model.load import computes_in_bfloat16, device
+from finetune_kit.model.load import computes_in_bfloat16, device, weight_dtype
 from finetune_kit.training.arguments import DEFAULT_OPTIMIZER, micro_batch
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def memory(config: RecipeConfig, data: Data, policy: Any) -> dict[str, int]:
     step = step_beyond(config, data, policy, quantised)
     return {
         "libraries": GPU_CONTEXT if device().type == "cuda" else LIBRARIES,
+        "file_pages": file_pages(policy, config.model, quantised),
         "weights": weights(policy, config.model, quantised),
         "gradients": gradients,
         "optimizer_state": optimizer_state(policy, config.train.optim),
@@ -84,6 +85,18 @@ def weights(policy: Any, model: ModelConfig, quantised: list[str]) -> int:
     plain = sum(tensor.numel() * tensor.element_size() for tensor in tensors if id(tensor) not in in_4bit)
     sizes = [parameter.numel() for parameter in policy.parameters() if id(parameter) in in_4bit]
     return plain + sum(four_bit(size, model.bnb_4bit_use_double_quant) for size in sizes)
+
+
+def file_pages(policy: Any, model: ModelConfig, quantised: list[str]) -> int:
+    """Bytes of the model's file that stay mapped though nothing needs them: the system takes them back when it must.
+
+    On a CPU, tensors whose type is the file's lie in the mapped file. One of them, such as the embeddings, keeps all of
+    it resident, and with it the weights that were read to be quantised.
+    """
+    if device().type != "cpu" or policy.config.dtype != weight_dtype(model, trained_in_full=False):
+        return 0
+    layers = [policy.get_submodule(name).weight for name in quantised]
+    return sum(weight.numel() * policy.config.dtype.itemsize for weight in layers)
 
 
 def four_bit(size: int, double: bool) -> int:
