@@ -1,4 +1,4 @@
-"""Memory that `check` predicts beside the peak of the same run: two steps on the embedded model, each in its own process.
+"""Memory that `check` predicts beside the peak of the same run: two steps on the embedded model, one process each.
 
     python benchmarks/memory.py [--only qlora_sft] [--table memory.md]
 

@@ -15,10 +15,10 @@ Artifact out
     adapter_model.safetensors, adapter_config.json, tokenizer, chat template, report, card.
 
 What to watch
-    loss falls within the first tens of steps; if it stays, the learning_rate is too low (an adapter wants ten times that
-    of full_sft and more) or r is too small for the data. grad_norm above max_grad_norm at every step means too high a
-    rate. Held-out loss turning up means too many epochs. Few answers that end by themselves mean that the end token was
-    not learned.
+    loss falls within the first tens of steps; if it stays, the learning_rate is too low (an adapter wants ten times
+    that of full_sft and more) or r is too small for the data. grad_norm above max_grad_norm at every step means too
+    high a rate. Held-out loss turning up means too many epochs. Few answers that end by themselves mean that the end
+    token was not learned.
 
 Paper
     LoRA: Hu et al. 2021 (arXiv 2106.09685); which layers and rates: "LoRA Without Regret" (Thinking Machines, 2025).

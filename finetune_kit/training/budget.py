@@ -78,7 +78,7 @@ def _smaller(recipe: recipes.Recipe, given: tuple[Path | None, Sequence[str]]) -
 
 
 def _of_recipe(name: str, config: RecipeConfig, data: Data, room: int, asked: Way | None = None) -> Iterator[Way]:
-    """Without and with gradient checkpointing: the way with most rows that fits, or the smallest. `asked`: too large."""
+    """Without and with gradient checkpointing: the way with most rows that fits, or the smallest."""
     lora = getattr(config, "lora", None)
     policy = empty_policy(config.model, lora, trained_in_full=lora is None)
 

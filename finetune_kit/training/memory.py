@@ -6,6 +6,8 @@ Weights, gradients and optimizer state are exact. What a step needs beyond them 
 
 from __future__ import annotations
 
+import functools
+import itertools
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from finetune_kit.evaluation.compare import MARGIN
 from finetune_kit.evaluation.loss import IGNORED, LOGITS
 from finetune_kit.model import packed
 from finetune_kit.model.fourbit import compute_dtype
-from finetune_kit.model.load import computes_in_bfloat16, device, weight_dtype
+from finetune_kit.model.load import computes_in_bfloat16, device, load_model_config, weight_dtype
 from finetune_kit.training.arguments import DEFAULT_OPTIMIZER, micro_batch
 
 if TYPE_CHECKING:
@@ -78,25 +80,30 @@ def quantised_layers(policy: Any) -> dict[str, Any]:
 
 def weights(policy: Any, model: ModelConfig, quantised: list[str]) -> int:
     """Bytes of parameters and buffers as training holds them, the state of quantised ones included."""
-    import itertools
-
     in_4bit = {id(policy.get_submodule(name).weight) for name in quantised}
     tensors = itertools.chain(policy.parameters(), policy.buffers())
     plain = sum(tensor.numel() * tensor.element_size() for tensor in tensors if id(tensor) not in in_4bit)
     sizes = [parameter.numel() for parameter in policy.parameters() if id(parameter) in in_4bit]
-    return plain + sum(four_bit(size, model.bnb_4bit_use_double_quant) for size in sizes)
+    return int(plain + sum(four_bit(size, model.bnb_4bit_use_double_quant) for size in sizes))
 
 
 def file_pages(policy: Any, model: ModelConfig, quantised: list[str]) -> int:
     """Bytes of the model's file that stay mapped though nothing needs them: the system takes them back when it must.
 
-    On a CPU, tensors whose type is the file's lie in the mapped file. One of them, such as the embeddings, keeps all of
-    it resident, and with it the weights that were read to be quantised.
+    On a CPU, a tensor whose type is the file's lies in the mapped file. One of them, such as the embeddings, keeps all
+    of it resident, and with it the weights that were read to be quantised.
     """
-    if device().type != "cpu" or policy.config.dtype != weight_dtype(model, trained_in_full=False):
+    if not quantised or device().type != "cpu":
         return 0
-    layers = [policy.get_submodule(name).weight for name in quantised]
-    return sum(weight.numel() * policy.config.dtype.itemsize for weight in layers)
+    stored = _file_dtype(model.name_or_path, model.revision)
+    if stored != weight_dtype(model, trained_in_full=False):
+        return 0
+    return sum(int(policy.get_submodule(name).weight.numel()) * stored.itemsize for name in quantised)
+
+
+@functools.cache  # verifying the embedded model's files takes seconds
+def _file_dtype(name_or_path: str, revision: str | None) -> Any:
+    return load_model_config(ModelConfig(name_or_path=name_or_path, revision=revision)).dtype
 
 
 def four_bit(size: int, double: bool) -> int:
@@ -111,7 +118,8 @@ def four_bit(size: int, double: bool) -> int:
 
 
 def optimizer_state(policy: Any, optim: str) -> int:
-    """Bytes of the optimizer's state. Exact for AdamW, SGD, Adafactor and bitsandbytes'; others count as AdamW."""
+    """Bytes of the optimizer's state: exact for AdamW, AdamW and Lion of bitsandbytes, Adafactor and SGD without
+    momentum; others count as AdamW."""
     import torch
 
     name = DEFAULT_OPTIMIZER if optim == "auto" else optim
@@ -137,8 +145,8 @@ def optimizer_state(policy: Any, optim: str) -> int:
 def _adafactor(shape: Any) -> int:
     """A float32 for each row and each column of a matrix, for each element of a vector; and the weights' mean size."""
     if len(shape) < 2:
-        return 4 * shape.numel() + 4
-    return 4 * (shape[:-1].numel() + shape[:-2].numel() * shape[-1]) + 4
+        return int(4 * shape.numel() + 4)
+    return int(4 * (shape[:-1].numel() + shape[:-2].numel() * shape[-1]) + 4)
 
 
 def step_beyond(config: RecipeConfig, data: Data, policy: Any, quantised: list[str]) -> int:
@@ -192,10 +200,10 @@ def evaluation(config: RecipeConfig, data: Data, policy: Any) -> int:
     scoring = 4 * min(LOGITS, sum(sorted(map(len, rows))[-config.evaluate.batch_size :]) * shape.vocab_size)
     scoring += 8 * max(map(len, rows), default=0) * shape.vocab_size
     if config.evaluate.size == 0 or data.kind != "prompt_completion" or not len(rows):
-        return scoring
+        return int(scoring)
     together = min(config.evaluate.batch_size, config.evaluate.size, len(rows))
     length = max(map(len, rows)) + (config.evaluate.max_new_tokens or MARGIN)
     heads = shape.num_attention_heads
     wide = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     kept = 2 * (getattr(shape, "num_key_value_heads", None) or heads) * wide * (shape.num_hidden_layers + 1)
-    return max(scoring, together * (length * kept * size + 12 * shape.vocab_size))
+    return int(max(scoring, together * (length * kept * size + 12 * shape.vocab_size)))

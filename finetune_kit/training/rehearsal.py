@@ -1,8 +1,8 @@
 """One training step on tensors without content: how many bytes are alive at once, for any model, before it is loaded.
 
-Torch's fake tensors have shapes, types and lifetimes, but no memory behind them. The model's own code runs on them, with
-the attention, the checkpointing and the head that training uses, and each storage counts from the operation that makes
-it until it is freed.
+Torch's fake tensors have shapes, types and lifetimes, but no memory behind them. The model's own code runs on them,
+with the attention, the checkpointing and the head that training uses, and each storage counts from the operation that
+makes it until it is freed.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Live(TorchDispatchMode):
     """Counts the bytes of all storages made while it is on; `most` has one maximum a phase."""
 
     def __init__(self, policy: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it  # type: ignore[no-untyped-call]  # torch's
         self.now = 0
         self.most = [0, 0]
         self.phase = 0
@@ -232,7 +232,7 @@ class TritonHead(torch.autograd.Function):
         return torch.empty(len(hidden))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]  # torch's is looser
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         hidden, weight = ctx.saved_tensors
         by_hidden, by_weight = (
             torch.empty_like(tensor, dtype=torch.float32) if needed else None

@@ -16,7 +16,6 @@ from finetune_kit.training.rehearsal import Batch, Live, Setting, _rehearse, ste
 from tests.fixtures_training import Trained, prepare
 
 RECIPES = ("full_sft", "lora_sft", "qlora_sft")
-PLAIN = Setting(checkpointing=False, accumulates=False, on_gpu=False)
 
 
 def stored(tensors: Iterable[Any]) -> int:
@@ -58,9 +57,18 @@ class Counting(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         self.state = stored(value for state in states for value in state.values() if isinstance(value, torch.Tensor))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_weights_and_gradients_and_state_are_exact_to_the_byte(home: Path, recipe: str) -> None:
-    run, counting = prepare(recipe, home, "max_steps=1"), Counting()
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("full_sft", []),
+        ("lora_sft", []),
+        ("lora_sft", ["use_dora=true", "modules_to_save=[lm_head]"]),
+        ("qlora_sft", []),
+        ("qlora_sft", ["target_modules=[q_proj]", "bnb_4bit_use_double_quant=false"]),
+    ],
+)
+def test_weights_and_gradients_and_state_are_exact_to_the_byte(home: Path, recipe: str, words: list[str]) -> None:
+    run, counting = prepare(recipe, home, "max_steps=1", *words), Counting()
     parts = planned(run)
     assert parts["weights"] == stored(held(run.model))
     run.trainer.add_callback(counting)
@@ -81,8 +89,8 @@ def test_each_optimizer_s_state_is_exact_to_the_byte(home: Path, optim: str) -> 
 
 @pytest.mark.parametrize(
     ("load_in_4bit", "lora"),
-    [(False, None), (False, LoraConfig()), (True, LoraConfig()), (True, LoraConfig(target_modules=["q_proj"]))],
-    ids=["full", "lora", "4-bit", "4-bit, lora on q_proj"],
+    [(False, None), (False, LoraConfig()), (True, LoraConfig())],
+    ids=["full", "lora", "4-bit"],
 )
 def test_weights_of_the_embedded_model_are_exact_to_the_byte(load_in_4bit: bool, lora: LoraConfig | None) -> None:
     model = ModelConfig(name_or_path=str(embedded_folder()), load_in_4bit=load_in_4bit)
@@ -131,17 +139,16 @@ def most_alive(run: Trained) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("accumulates", [False, True])
 @pytest.mark.parametrize("lora", [None, LoraConfig()], ids=["full", "lora"])
 @pytest.mark.parametrize("batch", [Batch(1, 8, False, 7), Batch(8, 128, True, 100)], ids=["1 x 8", "8 x 128"])
-def test_three_blocks_tell_what_nine_need(
-    tmp_path: Path, tiny_model: Path, batch: Batch, lora: LoraConfig | None, accumulates: bool, checkpointing: bool
+def test_three_blocks_tell_what_six_need(
+    tmp_path: Path, tiny_model: Path, batch: Batch, lora: LoraConfig | None, checkpointing: bool
 ) -> None:
-    model = shapes(tmp_path, tiny_model, LlamaConfig(**{**LLAMA, "hidden_size": 32, "num_hidden_layers": 9}))
-    policy, _ = empty(model, lora)
-    setting = Setting(checkpointing, accumulates, on_gpu=False)
-    assert step_bytes(policy, batch, setting) == pytest.approx(max(_rehearse(policy, 9, batch, setting)), rel=0.005)
-    assert len(policy.base_model.layers if lora is None else policy.base_model.model.model.layers) == 9
+    # few tokens: the gradients of six blocks are the most; many: their activations
+    policy, _ = empty(shapes(tmp_path, tiny_model, LlamaConfig(**{**LLAMA, "num_hidden_layers": 6})), lora)
+    setting = Setting(checkpointing, accumulates=lora is None and batch.rows == 8, on_gpu=False)
+    assert step_bytes(policy, batch, setting) == pytest.approx(max(_rehearse(policy, 6, batch, setting)), rel=0.005)
+    assert len(list(policy.parameters())) == (56 if lora is None else 56 + 2 * 6 * 7)  # the policy is as it was
 
 
 def test_on_a_gpu_a_step_keeps_half_the_activations_and_one_tile_of_logits(tmp_path: Path, tiny_model: Path) -> None:
@@ -149,7 +156,7 @@ def test_on_a_gpu_a_step_keeps_half_the_activations_and_one_tile_of_logits(tmp_p
     on_cpu, on_gpu = (
         step_bytes(policy, Batch(4, 256, False, 1000), Setting(False, False, on_gpu=on_gpu)) for on_gpu in (False, True)
     )
-    assert 0.2 < on_gpu / on_cpu < 0.5
+    assert on_gpu < on_cpu / 5  # the CPU's head has eight tiles of logits at once, in float32
     short = step_bytes(policy, Batch(4, 256, False, 500), Setting(False, False, on_gpu=True))
     assert on_gpu - short == pytest.approx(500 * 32768 * 2, rel=0.1)  # logits only where a label is, in bfloat16
 
@@ -210,7 +217,9 @@ def counted(policy: Any) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def test_llama_3_1_8b_has_8_030_261_248_parameters_and_16_7_gb_with_an_adapter(tmp_path: Path, tiny_model: Path) -> None:
+def test_llama_3_1_8b_has_8_030_261_248_parameters_and_needs_16_7_gb_with_lora(
+    tmp_path: Path, tiny_model: Path
+) -> None:
     model = shapes(tmp_path, tiny_model, LlamaConfig(**LLAMA_8B), dtype="bfloat16")
     policy, quantised = empty(model, LoraConfig())
     assert counted(policy) == (8_030_261_248 + 41_943_040, 41_943_040)
