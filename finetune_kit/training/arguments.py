@@ -45,6 +45,7 @@ def build(trainer_class: Any, config_class: Any, config: RecipeConfig, policy: A
 
     arguments = make_arguments(config_class, config, data)
     check_parts(trainer_class, arguments, policy)
+    trained = [(parameter, parameter.data) for parameter in policy.parameters() if parameter.requires_grad]
     try:
         trainer = trainer_class(model=policy, args=arguments, train_dataset=data.train, processing_class=tokenizer)
     except (ValueError, ImportError) as error:
@@ -53,9 +54,9 @@ def build(trainer_class: Any, config_class: Any, config: RecipeConfig, policy: A
         raise SettingsError(f"{trainer_class.__name__} refuses train.extra: {error}") from None
     begin(config, data.ledger)
     trainer.remove_callback(PrinterCallback)  # it prints the logs as a dict; progress.py says them
-    for parameter in policy.parameters():  # TRL casts adapters of quantised models to bfloat16
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for parameter, weights in trained:  # TRL rounds adapters of quantised models to bfloat16
+        if parameter.dtype != weights.dtype:
+            parameter.data = weights
     announce(config, policy, data)
     if config.train.padding_free and (reason := padded_because(config, policy, data)):
         console.print(f"note: padded batches: {reason}")

@@ -172,7 +172,9 @@ def test_a_column_that_is_not_there_is_a_settings_error_with_the_near_miss(tmp_p
 
 
 def test_columns_nobody_could_guess_are_named_with_the_way_to_map_them(tmp_path):
-    with pytest.raises(DataError, match=r"found columns q, reply; this recipe needs .*\n.*data.columns=\{q: prompt"):
+    with pytest.raises(
+        DataError, match=r"found columns q, reply; this recipe needs .*\n.*data.columns='\{my_question: prompt"
+    ):
         read(tmp_path, {"q": "a", "reply": "b"})
 
 
