@@ -64,9 +64,9 @@ def compare(variant: tuple[str, ...], rows: int, length: int) -> str:
 
 
 def write_data(folder: Path, rows: int, length: int) -> list[str]:
-    """Two batches whose rows all have `length` tokens, one short held-out row; the settings that use them."""
+    """Rows for several batches, which all have `length` tokens, one short held-out row; the settings that use them."""
     text = " ".join(f"word {number}" for number in range(length))
-    lines = [json.dumps({"prompt": f"Count from {row}.", "completion": text}) for row in range(2 * rows)]
+    lines = [json.dumps({"prompt": f"Count from {row}.", "completion": text}) for row in range(4 * rows)]
     (folder / "rows.jsonl").write_text("\n".join(lines))
     (folder / "held_out.jsonl").write_text(json.dumps({"prompt": "Count.", "completion": "word 0"}))
     return [

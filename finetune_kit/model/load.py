@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
-import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,8 +133,6 @@ def load_base(model: ModelConfig, trained_in_full: bool = False) -> PreTrainedMo
         fourbit.check_base(load_model_config(model), model.name_or_path)
         quantised = {"quantization_config": fourbit.quantization_config(model, device())}
     disable_progress_bar()
-    if device().type == "cpu":
-        give_back_what_is_freed()
     with _said_plainly(model):
         source = _from(model, weights=True)
         base = AutoModelForCausalLM.from_pretrained(
@@ -150,17 +145,6 @@ def load_base(model: ModelConfig, trained_in_full: bool = False) -> PreTrainedMo
             use_safetensors=True,
         )
     return base.eval()
-
-
-def give_back_what_is_freed() -> None:
-    """Tell glibc to give every freed tensor of 1 MiB or more back to the system; other C libraries are left alone.
-
-    By itself it keeps tensors of up to 32 MiB in a heap, which fills with holes: a LoRA step of 4 x 256 tokens on the
-    embedded model then peaks at 4.2 GB instead of 3.3 GB, and takes the same time.
-    """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
-        ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
 
 
 def load_dequantised(model: ModelConfig) -> PreTrainedModel:
