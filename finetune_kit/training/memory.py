@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Resident before a weight is there: Python, torch, transformers, TRL and what they import; on a GPU its context.
 LIBRARIES = 560 * 2**20
 GPU_CONTEXT = 512 * 2**20
-# On a CPU, glibc keeps freed tensors of up to 32 MiB in a heap that fills with holes. Beyond what is alive it held 0.2 to
-# 0.8 of the activations in the runs of benchmarks/memory.py; with a fixed M_MMAP_THRESHOLD none, at a quarter more time.
+# On a CPU, glibc keeps freed tensors of up to 32 MiB in a heap that fills with holes: 0.2 to 0.8 of the activations in
+# the runs of benchmarks/memory.py. mallopt would avoid it, at the price of page faults.
 HEAP_HOLES = 0.45
 LARGEST_IN_HEAP = 2**25
 
@@ -39,7 +39,8 @@ def memory(config: RecipeConfig, data: Data, policy: Any) -> dict[str, int]:
     """
     quantised = settle_types(policy, config.model)
     gradients = sum(parameter.numel() * 4 for parameter in policy.parameters() if parameter.requires_grad)
-    step = step_beyond(config, data, policy, quantised)
+    batch = longest_batch(config, data, policy)
+    step = step_beyond(config, data, policy, quantised, batch)
     return {
         "libraries": GPU_CONTEXT if device().type == "cuda" else LIBRARIES,
         "file_pages": file_pages(policy, config.model, quantised),
@@ -47,14 +48,13 @@ def memory(config: RecipeConfig, data: Data, policy: Any) -> dict[str, int]:
         "gradients": gradients,
         "optimizer_state": optimizer_state(policy, config.train.optim),
         "activations": step - gradients,
-        "heap": int(HEAP_HOLES * (step - gradients)) if lies_in_heap(config, data, policy) else 0,
+        "heap": int(HEAP_HOLES * (step - gradients)) if lies_in_heap(batch, policy) else 0,
         "evaluation": max(0, evaluation(config, data, policy) - step),
     }
 
 
-def lies_in_heap(config: RecipeConfig, data: Data, policy: Any) -> bool:
-    """Whether the hidden states of a batch are small enough for the C library's heap."""
-    batch = longest_batch(config, data, policy)
+def lies_in_heap(batch: Batch, policy: Any) -> bool:
+    """Whether the batch's hidden states are small enough for the C library's heap."""
     states = batch.rows * batch.width * policy.config.get_text_config().hidden_size * 4
     return device().type == "cpu" and states < LARGEST_IN_HEAP
 
@@ -161,8 +161,8 @@ def _adafactor(shape: Any) -> int:
     return int(4 * (shape[:-1].numel() + shape[:-2].numel() * shape[-1]) + 4)
 
 
-def step_beyond(config: RecipeConfig, data: Data, policy: Any, quantised: list[str]) -> int:
-    """Most bytes that a training step needs beyond weights and optimizer state, its longest batch taken."""
+def step_beyond(config: RecipeConfig, data: Data, policy: Any, quantised: list[str], batch: Batch) -> int:
+    """Most bytes that a training step of `batch` needs beyond weights and optimizer state."""
     from finetune_kit.training.rehearsal import Setting, step_bytes
 
     setting = Setting(
@@ -173,7 +173,7 @@ def step_beyond(config: RecipeConfig, data: Data, policy: Any, quantised: list[s
     )
     layers = [policy.get_submodule(name).weight for name in quantised]
     unpacked = max((weight.numel() * weight.element_size() for weight in layers), default=0)
-    return unpacked + step_bytes(policy, longest_batch(config, data, policy), setting)
+    return unpacked + step_bytes(policy, batch, setting)
 
 
 def longest_batch(config: RecipeConfig, data: Data, policy: Any) -> Batch:
