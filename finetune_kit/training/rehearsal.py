@@ -183,7 +183,7 @@ class Live(TorchDispatchMode):
     """Counts the bytes of all storages made while it is on; `most` has one maximum a phase."""
 
     def __init__(self, policy: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.now = 0
         self.most = [0, 0]
         self.phase = 0

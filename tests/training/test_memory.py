@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config, TrainerCallback
+from transformers import LlamaConfig, MixtralConfig, Qwen3Config, TrainerCallback
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.model.embedded import embedded_folder
@@ -166,6 +166,17 @@ def test_packed_text_goes_through_in_one_row(home: Path) -> None:
     run = prepare("lora_sft", home, f"data.path={home / 'book.txt'}", "max_length=64")
     batch = longest_batch(run.config, run.data, run.model)
     assert (batch.rows, batch.width, batch.end_to_end, batch.plan) == (1, 64, True, None)
+
+
+def test_a_mixture_of_experts_cannot_be_rehearsed_and_has_no_activations(
+    home: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    run = prepare("lora_sft", home)
+    run.config.model = shapes(tmp_path, tiny_model, MixtralConfig(**LLAMA, num_local_experts=4))
+    run.config.lora.target_modules = ["q_proj"]  # type: ignore[attr-defined]  # lora_sft has them
+    parts = planned(run)
+    assert "activations" not in parts
+    assert parts["weights"] > 0
 
 
 # published shapes
