@@ -180,8 +180,7 @@ def _print_plan(settings: RecipeConfig, planned: dict[str, Any]) -> None:
     table.add_row("steps", f"{planned['steps']:,} of {planned['rows_in_a_step']} rows")
     sizes = planned["memory_bytes"]
     parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in sizes.items() if size)
-    unknown = "" if "activations" in sizes else " (activations are not known for this model)"
-    table.add_row("memory", f"about {_size(sum(sizes.values()))}: {parts}{unknown}")
+    table.add_row("memory", f"about {_size(sum(sizes.values()))}: {parts}")
     if "measured" in planned:
         measured = planned["measured"]
         seconds = measured["seconds_a_step"]

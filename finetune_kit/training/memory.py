@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,6 @@ from finetune_kit.training.arguments import DEFAULT_OPTIMIZER, micro_batch
 if TYPE_CHECKING:
     from finetune_kit.training.rehearsal import Batch
 
-log = logging.getLogger(__name__)
-
 # Resident before a weight is there: Python, torch, transformers, TRL and what they import; on a GPU its context.
 LIBRARIES = 560 * 2**20
 GPU_CONTEXT = 512 * 2**20
@@ -38,25 +35,22 @@ LARGEST_IN_HEAP = 2**25
 def memory(config: RecipeConfig, data: Data, policy: Any) -> dict[str, int]:
     """Bytes by part; their sum is the peak, of the GPU where there is one, else of the process.
 
-    `policy`: the empty one of `config`; its types become those of training. A model whose code asks for the content of
-    its tensors, such as a mixture of experts, cannot be rehearsed: "activations" is then missing.
+    `policy`: the empty one of `config`; its types become those of training.
     """
     quantised = settle_types(policy, config.model)
     gradients = sum(parameter.numel() * 4 for parameter in policy.parameters() if parameter.requires_grad)
     batch = longest_batch(config, data, policy)
     step = step_beyond(config, data, policy, quantised, batch)
-    activations = 0 if step is None else step - gradients
-    parts = {
+    return {
         "libraries": GPU_CONTEXT if device().type == "cuda" else LIBRARIES,
         "file_pages": file_pages(policy, config.model, quantised),
         "weights": weights(policy, config.model, quantised),
         "gradients": gradients,
         "optimizer_state": optimizer_state(policy, config.train.optim),
-        "activations": activations,
-        "heap": int(HEAP_HOLES * activations) if lies_in_heap(batch, policy) else 0,
-        "evaluation": max(0, evaluation(config, data, policy) - gradients - activations),
+        "activations": step - gradients,
+        "heap": int(HEAP_HOLES * (step - gradients)) if lies_in_heap(batch, policy) else 0,
+        "evaluation": max(0, evaluation(config, data, policy) - step),
     }
-    return parts if step is not None else {name: size for name, size in parts.items() if name != "activations"}
 
 
 def lies_in_heap(batch: Batch, policy: Any) -> bool:
@@ -167,8 +161,8 @@ def _adafactor(shape: Any) -> int:
     return int(4 * (shape[:-1].numel() + shape[:-2].numel() * shape[-1]) + 4)
 
 
-def step_beyond(config: RecipeConfig, data: Data, policy: Any, quantised: list[str], batch: Batch) -> int | None:
-    """Most bytes that a training step of `batch` needs beyond weights and optimizer state; None: not to be known."""
+def step_beyond(config: RecipeConfig, data: Data, policy: Any, quantised: list[str], batch: Batch) -> int:
+    """Most bytes that a training step of `batch` needs beyond weights and optimizer state."""
     from finetune_kit.training.rehearsal import Setting, step_bytes
 
     setting = Setting(
@@ -179,11 +173,7 @@ def step_beyond(config: RecipeConfig, data: Data, policy: Any, quantised: list[s
     )
     layers = [policy.get_submodule(name).weight for name in quantised]
     unpacked = max((weight.numel() * weight.element_size() for weight in layers), default=0)
-    try:
-        return unpacked + step_bytes(policy, batch, setting)
-    except RuntimeError as error:  # torch has no one class for what its fake tensors cannot do
-        log.debug("the step cannot be rehearsed: %s", error)
-        return None
+    return unpacked + step_bytes(policy, batch, setting)
 
 
 def longest_batch(config: RecipeConfig, data: Data, policy: Any) -> Batch:
