@@ -47,6 +47,9 @@ model = AutoModelForCausalLM.from_pretrained(
     device_map={"": device},
     use_safetensors=True,
 )
+for module in model.modules():  # bitsandbytes would round to bfloat16 on some CPUs
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
 if base != folder:
     from peft import PeftModel
     model = PeftModel.from_pretrained(model, folder)

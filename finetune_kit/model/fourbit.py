@@ -63,6 +63,17 @@ def check_base(config: Any, name: str) -> None:
         )
 
 
+def keep_exact(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with bfloat16 units (Linear4bit.forward).
+
+    At the first product without gradients it rounds the scales to bfloat16 for good, and the layer's products have no
+    gradient from then on: a model that was measured once could not be trained.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def prepare(base: Any) -> Any:
     """Freeze the base and put what is not quantised (embeddings, norms, head) into float32."""
     from peft import prepare_model_for_kbit_training

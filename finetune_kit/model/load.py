@@ -144,6 +144,8 @@ def load_base(model: ModelConfig, trained_in_full: bool = False) -> PreTrainedMo
             device_map={"": device()},  # each tensor goes straight to its device: no second copy of the model
             use_safetensors=True,
         )
+    if model.load_in_4bit:
+        fourbit.keep_exact(base)
     return base.eval()
 
 

@@ -60,6 +60,21 @@ def test_linear_layers_are_4_bit_nf4_with_double_quantisation_and_all_that_train
     assert {parameter.dtype for parameter in trained.model.parameters() if parameter.requires_grad} == {torch.float32}
 
 
+def test_a_measurement_leaves_the_gradient_of_all_4_bit_layers_as_it_was(home: Path) -> None:
+    # on CPUs with bfloat16 units bitsandbytes repacks a layer at its first product without gradients, and has no
+    # gradient through it from then on
+    model = load_policy(in_4_bits(home / "tiny"), LoraConfig())
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert len(layers) == 14  # 7 in each of 2 layers
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    model(input_ids=ids, labels=ids).loss.backward()
+    first = model.get_base_model().model.layers[0].mlp.up_proj.lora_B["default"].weight
+    assert float(first.grad.abs().max()) > 0
+
+
 def test_an_update_at_the_small_rate_2e_5_moves_every_element_of_the_adapter(home: Path) -> None:
     # in bfloat16, which TRL casts adapters to, most of them would stay where they are
     from tests.fixtures_training import fit_only
