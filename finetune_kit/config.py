@@ -87,6 +87,9 @@ class DataConfig:
         1024, "longest sample; longer ones are cut at the end and counted", "tokens", within="[1, inf)"
     )
     packing: bool | None = setting(None, "several samples in one row, unable to see each other; unset: plain text only")
+    pairs: Literal["best_worst", "all"] = setting(
+        "best_worst", "of several scored answers: the best against the worst, or all pairs"
+    )
     train_on: Literal["all", "last"] = setting(
         "all", "assistant turns that are trained; `train` on a message overrides"
     )

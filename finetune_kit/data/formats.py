@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_kit.data.messages import describe, is_transcript, messages_of, text_of, tools_of, transcript_of
+from finetune_kit.data import preferences
+from finetune_kit.data.messages import describe, is_transcript, messages_of, side_of, text_of, tools_of, transcript_of
 from finetune_kit.data.records import (
     LabelledCompletion,
     Message,
@@ -42,25 +43,35 @@ PAIRS = (
 NAMES_WE_KNOW = sorted(
     {name for pair in PAIRS for name in pair}
     | {*TURN_COLUMNS, "chosen", "rejected", "label", "margin", "system", "input", "instances", "tools", "text"}
+    | {"responses", "scores", "ranks", "response_a", "response_b", "votes", "score_chosen", "score_rejected"}
 )
 
 
 @dataclass(frozen=True)
 class Format:
-    """A name for people, the kind of record it gives, whether columns and a first row fit, and the conversion."""
+    """A name for people, the kind of record it gives, whether columns and a first row fit, and the conversion.
+
+    `ranked`: the conversion gives all pairs of a row, the best against the worst first.
+    """
 
     name: str
     kind: str
     fits: Callable[[set[str], Row], bool]
     convert: Callable[[Row, str], list[Record]]
+    ranked: bool = False
 
 
 def recognise(columns: set[str], first: Row, kind: str, where: str) -> Format:
     """The format of a source from its column names and a row. Raises DataError where none gives records of `kind`.
 
-    `kind` "prompt_completion" takes plain text too; "prompt" takes conversations and leaves their last answer out.
+    `kind` "prompt_completion" takes plain text too; "prompt" takes conversations and leaves their last answer out;
+    "labelled_completion" takes pairs, each of which is a liked and a disliked answer.
     """
-    accepted = {"prompt_completion": ("prompt_completion", "text"), "prompt": ("prompt", "prompt_completion")}
+    accepted = {
+        "prompt_completion": ("prompt_completion", "text"),
+        "prompt": ("prompt", "prompt_completion", "preference"),
+        "labelled_completion": ("labelled_completion", "preference"),
+    }
     fitting = [item for item in FORMATS if item.fits(columns, first)]
     for item in fitting:
         if item.kind in accepted.get(kind, (kind,)):
@@ -169,53 +180,18 @@ def _pair(row: Row, where: str) -> list[Record]:
     if names[0] == "instruction":
         return _instruction(row, answer, where, row.get("input"))
     if isinstance(question, list) or isinstance(answer, list):
-        return _conversation([*_side(question, "user", where), *_side(answer, "assistant", where)], row, where)
+        return _conversation([*side_of(question, "user", where), *side_of(answer, "assistant", where)], row, where)
     question, answer = text_of(question, f"{where}: {names[0]}"), text_of(answer, f"{where}: {names[1]}")
     bare = names[0] == "prompt" and not row.get("system") and not row.get("tools")
     return _conversation(_two_turns(question, answer, where), row, where, as_strings=bare)
-
-
-def _side(value: Any, role: str, where: str) -> list[Message]:
-    """One side of a pair: a list of turns, or text that is one turn."""
-    if isinstance(value, list):
-        return messages_of(value, where)
-    return [{"role": role, "content": text_of(value, where)}]
-
-
-def _preference(row: Row, where: str) -> list[Record]:
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    prompt = _side(row["prompt"], "user", f"{where}: prompt") if row.get("prompt") is not None else []
-    sides = []
-    for name, value in (("chosen", chosen), ("rejected", rejected)):
-        if is_transcript(value) and not prompt:
-            sides.append(transcript_of(value, where))
-        else:
-            sides.append(_side(value, "assistant", f"{where}: {name}"))
-    shared = 0
-    while shared < min(len(side) for side in sides) and sides[0][shared] == sides[1][shared]:
-        shared += 1
-    # Two equal answers are still two answers: the prompt ends before the last turn at the latest.
-    shared = min(shared, *(len(side) - 1 for side in sides))
-    before = sides[0][:shared]
-    if prompt and before[: len(prompt)] != prompt:
-        before = prompt + before
-    if not before:
-        raise DataError(
-            f"{where}: chosen and rejected share no prompt.", "Add a prompt column, or whole conversations."
-        )
-    margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise DataError(f"{where}: margin is {describe(margin)}; expected a number.")
-    tools = tools_of(row.get("tools"), where)
-    return [Preference(where, before, sides[0][shared:], sides[1][shared:], tools, margin)]
 
 
 def _labelled(row: Row, where: str) -> list[Record]:
     label = truth(row.get("label"))
     if label is None:
         raise DataError(f"{where}: label is {describe(row.get('label'))}; expected true or false.")
-    prompt = _side(row.get("prompt"), "user", f"{where}: prompt")
-    completion = _side(row.get("completion", row.get("response")), "assistant", f"{where}: completion")
+    prompt = side_of(row.get("prompt"), "user", f"{where}: prompt")
+    completion = side_of(row.get("completion", row.get("response")), "assistant", f"{where}: completion")
     return [LabelledCompletion(where, prompt, completion, label, tools_of(row.get("tools"), where))]
 
 
@@ -237,19 +213,43 @@ def _transcript(row: Row, where: str) -> list[Record]:
 
 def _prompt(row: Row, where: str) -> list[Record]:
     name = next((name for name in ("prompt", "question", "query", "instruction") if name in row), "prompt")
-    return [Prompt(where, _side(row.get(name), "user", f"{where}: {name}"), tools_of(row.get("tools"), where))]
+    return [Prompt(where, side_of(row.get(name), "user", f"{where}: {name}"), tools_of(row.get("tools"), where))]
 
 
-def as_prompt(record: Record) -> Record:
-    """A conversation as the prompt that its last answer answers; any other record unchanged."""
-    if not isinstance(record, PromptCompletion):
-        return record
-    return Prompt(record.where, prompt_of(record), record.tools, record.metadata)
+def as_kind(record: Record, kind: str) -> list[Record]:
+    """A record as the kind that a recipe trains on: the prompt that a conversation's last answer or a pair answers,
+    a pair as a liked and a disliked answer; any other record unchanged.
+    """
+    if kind == "prompt" and isinstance(record, PromptCompletion | Preference):
+        return [Prompt(record.where, prompt_of(record), record.tools, record.metadata)]
+    if kind == "labelled_completion" and isinstance(record, Preference):
+        sides = ((record.chosen, True), (record.rejected, False))
+        return [
+            LabelledCompletion(record.where, record.prompt, turns, label, record.tools, record.defect, record.metadata)
+            for turns, label in sides
+        ]
+    return [record]
 
 
 FORMATS = (
     Format(
-        "preference (chosen, rejected; prompt)", "preference", lambda c, r: {"chosen", "rejected"} <= c, _preference
+        "preference (chosen, rejected; prompt)",
+        "preference",
+        lambda c, r: {"chosen", "rejected"} <= c,
+        preferences.preference,
+    ),
+    Format(
+        "scored or ranked answers (prompt, responses, scores)",
+        "preference",
+        lambda c, r: preferences.list_of(c, r) is not None,
+        preferences.ranked,
+        ranked=True,
+    ),
+    Format(
+        "two answers and votes (prompt, response_a, response_b, votes)",
+        "preference",
+        lambda c, r: preferences.answers_of(c) is not None,
+        preferences.voted,
     ),
     Format(
         "labelled completions (prompt, completion, label)",

@@ -81,10 +81,11 @@ class Ledger:
                     item for item in self.listed if item["split"] == name and item["what"].startswith("dropped")
                 )
                 enough = -(-counts.lost * 100 // counts.rows) / 100
+                remedy = "Raise data.max_length" if "max_length" in reasons else "Mend the rows"
                 raise DataError(
                     f"{counts.lost} of {counts.rows} {name.replace('_', '-')} rows would be lost "
                     f"({counts.lost / counts.rows:.0%}, allowed {max_lost:.0%}): {reasons}. First: {first['where']}.",
-                    "Mend the rows" + (f", or allow it: data.max_lost={enough:.2f}" if enough < 1 else "."),
+                    remedy + (f", or allow it: data.max_lost={enough:.2f}" if enough < 1 else "."),
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -99,7 +100,7 @@ class Ledger:
 def content_of(record: Record) -> str:
     """A record's content as canonical JSON: equal for equal rows, wherever they came from."""
     content = asdict(record)
-    for name in ("where", "metadata", "as_strings"):
+    for name in ("where", "metadata", "as_strings", "defect"):
         content.pop(name, None)
     return json.dumps([type(record).__name__, content], sort_keys=True, ensure_ascii=False)
 
@@ -116,7 +117,7 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _said(messages: list[Message]) -> str:
+def content_key(messages: list[Message]) -> str:
     """Who said what, calls included, with white space and case taken out of account."""
     return "\x1f".join(
         f"{turn['role']}\x1e{_plain(turn['content'])}\x1e{json.dumps(turn.get('tool_calls'), sort_keys=True)}"
@@ -126,15 +127,15 @@ def _said(messages: list[Message]) -> str:
 
 def prompt_key(record: Record) -> str:
     """Equal for rows with the same prompt: such rows must not sit on both sides of a split."""
-    return _plain(record.text) if isinstance(record, Text) else _said(prompt_of(record))
+    return _plain(record.text) if isinstance(record, Text) else content_key(prompt_of(record))
 
 
 def same_key(record: Record) -> str:
     """Equal for rows that say the same: what duplicates and overlap are judged by."""
     if isinstance(record, PromptCompletion):
-        return _said(record.messages)
+        return content_key(record.messages)
     if isinstance(record, Preference):
-        return "\x1d".join(map(_said, (record.prompt, record.chosen, record.rejected)))
+        return "\x1d".join(map(content_key, (record.prompt, record.chosen, record.rejected)))
     if isinstance(record, LabelledCompletion):
-        return "\x1d".join(map(_said, (record.prompt, record.completion)))
+        return "\x1d".join([*map(content_key, (record.prompt, record.completion)), str(record.label)])
     return prompt_key(record)

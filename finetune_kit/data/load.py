@@ -14,12 +14,12 @@ from finetune_kit.config import DataConfig
 from finetune_kit.data import tasks
 from finetune_kit.data.chat import end_token_ids
 from finetune_kit.data.files import DATA_SUFFIXES, READERS, Numbered, Row, data_files, read_txt
-from finetune_kit.data.formats import as_prompt, check_columns, recognise, rename
+from finetune_kit.data.formats import as_kind, check_columns, recognise, rename
 from finetune_kit.data.ledger import Ledger, fingerprint_of
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
 from finetune_kit.data.split import drop_overlap, held_out_count, mix, sample, split_off
 from finetune_kit.data.template import prepare_tokenizer
-from finetune_kit.data.tokenise import prompts, supervised
+from finetune_kit.data.tokenise import labelled, pairs, prompts, supervised
 from finetune_kit.errors import DataError, ResourceError, SettingsError
 from finetune_kit.network import hub_reachable
 
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 HELD_OUT_TASK_ROWS = 128
 TASK_ROWS = 256
 FEW = 20  # held-out rows: the 95 % interval of a share is then about +-20 points wide
+BUILDERS = {
+    "prompt_completion": supervised,
+    "text": supervised,
+    "prompt": prompts,
+    "preference": pairs,
+    "labelled_completion": labelled,
+}
 OFFLINE_DEFAULT = "data.path=reasoning_gym/word_sequence_reversal"
 
 
@@ -38,7 +45,8 @@ class Data:
 
     `kind`: prompt_completion, text, prompt, preference or labelled_completion. `train`, `held_out`: for the first two,
     columns input_ids, labels (-100 where unsupervised) and row (index into the records, those of which something is
-    kept); for the others row and prompt_ids. `score`: the task's own scorer of (completion, row's metadata), for
+    kept); for the others row and prompt_ids, with chosen_ids, rejected_ids and margin (NaN where not known) for pairs,
+    completion_ids and label for labelled answers. `score`: the task's own scorer of (completion, row's metadata), for
     reasoning_gym. `end_token_ids`: what stops an answer. `packed`: several samples may share a row of the batch.
     `chat_template_kwargs`: what the prompts of an evaluation have to be rendered with.
     """
@@ -80,7 +88,7 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
     _prepare(config, tokenizer, [*train, *held_out], ledger)
     ledger.train.rows, ledger.held_out.rows = len(train), len(held_out)
     train = drop_overlap(train, held_out, ledger)
-    build = supervised if kind in ("prompt_completion", "text") else prompts
+    build = BUILDERS[kind]
     trained = build(train, "train", config, tokenizer, ledger)
     measured = build(held_out, "held_out", config, tokenizer, ledger)
     ledger.check(config.max_lost)
@@ -207,12 +215,18 @@ def _read_task(task: str, config: DataConfig, kind: str, seed: int, held_out_onl
         drawn = tasks.task_rows(task, missing, first, config.options)
         train += [record for record in drawn if record.messages[0]["content"] not in known]
         first += missing
-    as_kind = as_prompt if kind == "prompt" else (lambda record: record)
-    if kind not in ("prompt", "prompt_completion"):
-        raise DataError(
-            f"{tasks.PREFIX}{task} gives prompts and answers; this recipe needs {kind.replace('_', '-')} rows."
-        )
-    return Source(tasks.PREFIX + task, [as_kind(row) for row in train], [as_kind(row) for row in held_out])
+    return Source(
+        tasks.PREFIX + task,
+        _as_kind(train, kind, tasks.train_seed(seed), config.options),
+        _as_kind(held_out, kind, tasks.HELD_OUT_SEED, config.options),
+    )
+
+
+def _as_kind(rows: list[PromptCompletion], kind: str, seed: int, options: dict[str, Any]) -> list[Record]:
+    """A task's problems as the kind of record that a recipe trains on."""
+    paired = rows and kind in ("preference", "labelled_completion")
+    records: list[Any] = tasks.task_pairs(rows, seed, options) if paired else rows
+    return [same for record in records for same in as_kind(record, kind)]
 
 
 def _read_file(path: Path, config: DataConfig, kind: str) -> list[Record]:
@@ -236,8 +250,13 @@ def _records(rows: Numbered, name: str, config: DataConfig, kind: str) -> list[R
     columns = {column for _, row in named for column, value in row.items() if value is not None}
     complete = [(number, {column: row.get(column) for column in columns}) for number, row in named]
     found = recognise(columns, complete[0][1], kind, name)
-    records = [record for number, row in complete for record in found.convert(row, f"{name}:{number}")]
-    return [as_prompt(record) for record in records] if kind == "prompt" else records
+    if config.pairs == "all" and not found.ranked:
+        raise SettingsError(f"data.pairs=all has no effect: {name} has one pair a row ({found.name}).", "Leave it out.")
+    records: list[Record] = []
+    for number, row in complete:
+        converted = found.convert(row, f"{name}:{number}")
+        records += converted[:1] if found.ranked and config.pairs == "best_worst" else converted
+    return [same for record in records for same in as_kind(record, kind)]
 
 
 def _read_parquet(path: Path) -> Numbered:
@@ -324,7 +343,7 @@ def _prepare(config: DataConfig, tokenizer: Any, records: list[Record], ledger: 
 
 
 def _scorer(held_out: list[Record], config: DataConfig) -> Callable[[str, dict[str, Any]], float] | None:
-    names = {record.metadata.get("task") for record in held_out if isinstance(record, PromptCompletion | Prompt)}
+    names = {record.metadata.get("task") for record in held_out if not isinstance(record, Text)}
     if not names or None in names or len(held_out) == 0:
         return None
     scorers = {str(name): tasks.scorer(str(name), config.options) for name in names}
@@ -334,7 +353,9 @@ def _scorer(held_out: list[Record], config: DataConfig) -> Callable[[str, dict[s
 def _dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
     import datasets
 
+    scalars = {"row": "int32", "margin": "float32", "label": "bool"}
     features = {
-        name: datasets.Value("int32") if name == "row" else datasets.List(datasets.Value("int32")) for name in columns
+        name: datasets.Value(scalars[name]) if name in scalars else datasets.List(datasets.Value("int32"))
+        for name in columns
     }
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

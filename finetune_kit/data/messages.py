@@ -100,6 +100,13 @@ def _content(content: Any, role: str, calls: bool, where: str) -> str:
     return text
 
 
+def side_of(value: Any, role: str, where: str) -> list[Message]:
+    """One side of a pair: a list of turns, or text that is one turn."""
+    if isinstance(value, list):
+        return messages_of(value, where)
+    return [{"role": role, "content": text_of(value, where)}]
+
+
 def text_of(value: Any, where: str) -> str:
     """`value` if it is text; DataError otherwise."""
     if isinstance(value, str):

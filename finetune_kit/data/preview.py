@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.data.load import Data
+from finetune_kit.data.tokenise import sequences
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +17,7 @@ OPEN, CLOSE = "⟦", "⟧"  # around trained text, where there is no colour
 
 
 def preview_json(data: Data, tokenizer: Any, n: int = 3) -> dict[str, Any]:
-    """rows (trained on), supervised_tokens, ledger, lengths of all samples (tokens), and the first `n` samples."""
+    """rows (trained on), supervised_tokens, ledger, lengths of all samples (tokens), and the samples of `n` rows."""
     return {
         "kind": data.kind,
         "rows": len(data.train_records),
@@ -28,12 +29,13 @@ def preview_json(data: Data, tokenizer: Any, n: int = 3) -> dict[str, Any]:
         "lengths": lengths(data),
         "samples": [
             {
-                "where": data.train_records[data.train[i]["row"]].where,
+                "where": where,
+                **({"side": side} if side else {}),
                 "tokens": len(ids),
                 "text": tokenizer.decode(ids),
                 "supervised_text": [text for text, trained in pieces(ids, labels, tokenizer) if trained],
             }
-            for i, ids, labels in _first(data, n)
+            for where, side, ids, labels in _first(data, n)
         ],
     }
 
@@ -44,16 +46,14 @@ def print_preview(data: Data, tokenizer: Any, console: Console, n: int = 3) -> N
     for note in data.ledger.notes:
         console.print(f"[yellow]note[/yellow] {_escaped(note)}")
     console.print(_histogram(lengths(data)))
-    for i, ids, labels in _first(data, n):
-        record = data.train_records[data.train[i]["row"]]
-        console.print(f"\n[bold]{_escaped(record.where)}[/bold]  {len(ids)} tokens")
+    for where, side, ids, labels in _first(data, n):
+        console.print(f"\n[bold]{_escaped(' '.join([where, side]).strip())}[/bold]  {len(ids)} tokens")
         console.print(marked(ids, labels, tokenizer, colour=bool(console.color_system)), soft_wrap=True)
 
 
 def lengths(data: Data) -> list[int]:
     """Tokens of each training sample, in order."""
-    column = "input_ids" if "input_ids" in data.train.column_names else "prompt_ids"
-    return [len(ids) for ids in data.train[column]]
+    return [len(ids) for row in data.train for ids, _ in sequences(row).values()]
 
 
 def pieces(ids: list[int], labels: list[int], tokenizer: Any) -> list[tuple[str, bool]]:
@@ -106,12 +106,12 @@ def counts_table(data: Data) -> Table:
     return table
 
 
-def _first(data: Data, n: int) -> list[tuple[int, list[int], list[int]]]:
-    if "labels" not in data.train.column_names:
-        ids = data.train[:n]["prompt_ids"]
-        return [(i, row, [-100] * len(row)) for i, row in enumerate(ids)]
-    rows = data.train[:n]
-    return [(i, *pair) for i, pair in enumerate(zip(rows["input_ids"], rows["labels"], strict=True))]
+def _first(data: Data, n: int) -> list[tuple[str, str, list[int], list[int]]]:
+    """(row's name, side of a pair, input_ids, labels) of all samples of the first `n` rows."""
+    rows = [data.train[number] for number in range(min(n, len(data.train)))]
+    return [
+        (data.train_records[row["row"]].where, side, *sample) for row in rows for side, sample in sequences(row).items()
+    ]
 
 
 def _histogram(values: list[int], bins: int = 8) -> str:

@@ -48,7 +48,10 @@ class Prompt:
 
 @dataclass(slots=True)
 class Preference:
-    """Two answers to one prompt; `chosen` and `rejected` are the turns after it."""
+    """Two answers to one prompt; `chosen` and `rejected` are the turns after it.
+
+    `margin`: by how much the chosen one is better, in the data's own unit. `defect`: why the row is no pair, in words.
+    """
 
     where: str
     prompt: list[Message]
@@ -56,18 +59,20 @@ class Preference:
     rejected: list[Message]
     tools: list[dict[str, Any]] | None = None
     margin: float | None = None
+    defect: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class LabelledCompletion:
-    """One answer and whether it was liked."""
+    """One answer and whether it was liked. `defect`: why it cannot be used, in words."""
 
     where: str
     prompt: list[Message]
     completion: list[Message]
     label: bool
     tools: list[dict[str, Any]] | None = None
+    defect: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import random
+import re
 from collections.abc import Callable
 from typing import Any
 
-from finetune_kit.data.records import PromptCompletion
+from finetune_kit.data.records import Preference, PromptCompletion, prompt_of
 from finetune_kit.errors import DataError, ResourceError, SettingsError
 
 PREFIX = "reasoning_gym/"
 HELD_OUT_SEED = 7
 SEED_STEP = 1_000_000
 MOST_ROWS = 999_000
+ATTEMPTS = 20  # at a wrong answer to one problem
 
 
 def train_seed(seed: int) -> int:
@@ -60,6 +63,59 @@ def scorer(task: str, options: dict[str, Any] | None = None) -> Callable[[str, d
         return min(1.0, max(0.0, value))
 
     return score
+
+
+def task_pairs(rows: list[PromptCompletion], seed: int, options: dict[str, Any] | None = None) -> list[Preference]:
+    """Each problem with its right answer and a plausible wrong one: the right one with a piece moved, left out,
+    repeated or taken from another answer.
+
+    The task's own scorer has given the wrong one less; `margin` is the difference. Where no wrong one is found the
+    record has its defect.
+    """
+    draw = random.Random(seed)
+    score = scorer(rows[0].metadata["task"], options)
+    answers = [str(row.messages[-1]["content"]) for row in rows]
+    pairs = []
+    for row, right in zip(rows, answers, strict=True):
+        best = score(right, row.metadata)
+        tried = (_spoiled(right, draw.choice(answers), draw) for _ in range(ATTEMPTS))
+        wrong, margin = next(
+            ((text, best - worse) for text in tried if text and (worse := score(text, row.metadata)) < best),
+            ("", 0.0),
+        )
+        rejected = [{"role": "assistant", "content": wrong}]
+        defect = "" if wrong else "no wrong answer found"
+        pair = Preference(row.where, prompt_of(row), row.messages[-1:], rejected, None, margin, defect, row.metadata)
+        pairs.append(pair)
+    return pairs
+
+
+def _spoiled(right: str, other: str, draw: random.Random) -> str:
+    """The answer with one mistake in its pieces, or, where it is a single character, another problem's answer."""
+    join, pieces = _pieces(right)
+    others = _pieces(other)[1]
+    if len(pieces) == 1:
+        return other
+    kind = draw.choice(("move", "leave out", "repeat", "take"))
+    place = draw.randrange(len(pieces))
+    if kind == "move":
+        target = draw.randrange(len(pieces))
+        pieces[place], pieces[target] = pieces[target], pieces[place]
+    elif kind == "leave out":
+        del pieces[place]
+    elif kind == "repeat":
+        pieces.insert(draw.randrange(len(pieces) + 1), pieces[place])
+    else:
+        pieces[place] = draw.choice(others)
+    return join.join(pieces).strip()
+
+
+def _pieces(answer: str) -> tuple[str, list[str]]:
+    """(what joins them, the pieces): a list's entries, words, or characters."""
+    for join in (", ", " "):
+        if join in answer.strip():
+            return join, answer.strip().split(join)
+    return "", re.findall(r".", answer.strip(), re.DOTALL)
 
 
 def _generator(task: str, size: int, seed: int, options: dict[str, Any]) -> Any:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_kit.config import DataConfig
-from finetune_kit.data.chat import Sample, render_prompt, samples_of, truncate, untrainable
-from finetune_kit.data.ledger import Ledger
-from finetune_kit.data.records import PromptCompletion, Record, Text, prompt_of
+from finetune_kit.data.chat import IGNORED, Sample, render_prompt, samples_of, truncate, untrainable
+from finetune_kit.data.ledger import Ledger, content_key
+from finetune_kit.data.records import (
+    LabelledCompletion,
+    Message,
+    Preference,
+    PromptCompletion,
+    Record,
+    Text,
+    prompt_of,
+)
 from finetune_kit.errors import DataError
 
 
@@ -58,7 +67,7 @@ def supervised(records: list[Record], split: str, config: DataConfig, tokenizer:
 
 
 def prompts(records: list[Record], split: str, config: DataConfig, tokenizer: Any, ledger: Ledger) -> Tokens:
-    """Columns prompt_ids and row of prompts, pairs or labelled answers."""
+    """Columns prompt_ids and row of prompts."""
     import numpy as np
 
     tokens = Tokens({"prompt_ids": [], "row": list(range(len(records)))}, records)
@@ -70,6 +79,153 @@ def prompts(records: list[Record], split: str, config: DataConfig, tokenizer: An
     counts.trained = counts.samples = len(records)
     counts.tokens = sum(len(ids) for ids in tokens.columns["prompt_ids"])
     return tokens
+
+
+def pairs(records: list[Record], split: str, config: DataConfig, tokenizer: Any, ledger: Ledger) -> Tokens:
+    """Columns prompt_ids, chosen_ids and rejected_ids (each to its end token), margin and row of pairs.
+
+    Dropped and booked: pairs that are none (a tie, equal or empty answers, turns of the user in an answer), the same
+    two answers preferred both ways round, and pairs of which a side does not fit into max_length with its prompt: cut
+    off, its end would be judged in place of it. Raises DataError where no pair fits.
+    """
+    import numpy as np
+
+    tokens, needs = Tokens({"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "margin": [], "row": []}), _Needs()
+    both_ways = _both_ways(records)
+    for record in records:
+        assert isinstance(record, Preference)
+        sides = (record.chosen, record.rejected)
+        reason = record.defect or _pair_defect(record)
+        if not reason and _pair_key(record) in both_ways:
+            reason = "contradictory: the same two answers preferred both ways round"
+        whole = [] if reason else [_answer(record, side, config, tokenizer, ledger) for side in sides]
+        if not _fits(record, whole, reason, split, config, ledger, needs):
+            continue
+        (prompt, chosen), (same, rejected) = whole
+        if prompt != same:
+            raise AssertionError(f"{record.where}: the two sides do not have the same prompt tokens")
+        for name, ids in (("prompt_ids", prompt), ("chosen_ids", chosen), ("rejected_ids", rejected)):
+            tokens.columns[name].append(np.asarray(ids, dtype=np.int32))
+        tokens.columns["margin"].append(math.nan if record.margin is None else record.margin)
+        tokens.columns["row"].append(len(tokens.records))
+        tokens.records.append(record)
+        tokens.ends.update((chosen[-1], rejected[-1]))
+    _check_needs(tokens, needs, split, config)
+    return tokens
+
+
+def labelled(records: list[Record], split: str, config: DataConfig, tokenizer: Any, ledger: Ledger) -> Tokens:
+    """Columns prompt_ids, completion_ids (to the end token), label and row of labelled answers; drops as `pairs`."""
+    import numpy as np
+
+    tokens, needs = Tokens({"prompt_ids": [], "completion_ids": [], "label": [], "row": []}), _Needs()
+    for record in records:
+        assert isinstance(record, LabelledCompletion)
+        reason = record.defect or _answer_defect(record.completion, "completion")
+        whole = [] if reason else [_answer(record, record.completion, config, tokenizer, ledger)]
+        if not _fits(record, whole, reason, split, config, ledger, needs):
+            continue
+        prompt, completion = whole[0]
+        tokens.columns["prompt_ids"].append(np.asarray(prompt, dtype=np.int32))
+        tokens.columns["completion_ids"].append(np.asarray(completion, dtype=np.int32))
+        tokens.columns["label"].append(record.label)
+        tokens.columns["row"].append(len(tokens.records))
+        tokens.records.append(record)
+        tokens.ends.add(completion[-1])
+    _check_needs(tokens, needs, split, config)
+    return tokens
+
+
+def sequences(row: dict[str, Any]) -> dict[str, tuple[list[int], list[int]]]:
+    """What a row of any kind's columns puts through a model: name -> (input_ids, labels).
+
+    A pair has "chosen" and "rejected", a labelled answer "completion"; a conversation, a text and a prompt "".
+    """
+    if "labels" in row:
+        return {"": (row["input_ids"], row["labels"])}
+    prompt = list(row["prompt_ids"])
+    masked = [IGNORED] * len(prompt)
+    answers = {name: list(row[f"{name}_ids"]) for name in ("chosen", "rejected", "completion") if f"{name}_ids" in row}
+    return {name: (prompt + ids, masked + ids) for name, ids in answers.items()} or {"": (prompt, masked)}
+
+
+def _answer(
+    record: Preference | LabelledCompletion, turns: list[Message], config: DataConfig, tokenizer: Any, ledger: Ledger
+) -> tuple[list[int], list[int]]:
+    """(prompt, completion) token ids of one answer; the completion ends with its end token."""
+    conversation = PromptCompletion(record.where, [*record.prompt, *turns], record.tools)
+    sample = samples_of(conversation, tokenizer, replace(config, train_on="last"), ledger.note)[0]
+    start, stop = sample.turns[-1]
+    return sample.input_ids[:start], sample.input_ids[start:stop]
+
+
+def _pair_defect(record: Preference) -> str:
+    reason = _answer_defect(record.chosen, "chosen") or _answer_defect(record.rejected, "rejected")
+    if reason:
+        return reason
+    chosen, rejected = (
+        (side[0]["content"].split(), side[0].get("tool_calls")) for side in (record.chosen, record.rejected)
+    )
+    return "chosen and rejected are equal" if chosen == rejected else ""
+
+
+def _answer_defect(turns: list[Message], name: str) -> str:
+    """Why some turns are no answer; "" if they are one."""
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        return "the sides part before the last answer"
+    empty = not turns[0]["content"].strip() and not turns[0].get("tool_calls")
+    return f"empty {name}" if empty else ""
+
+
+def _pair_key(record: Preference) -> tuple[str, str, str]:
+    """The pair's prompt and its two answers, whichever is preferred."""
+    key = content_key(record.prompt), content_key(record.chosen), content_key(record.rejected)
+    return key[0], min(key[1:]), max(key[1:])
+
+
+def _both_ways(records: list[Record]) -> set[tuple[str, str, str]]:
+    """Keys of the pairs that are preferred one way in one row and the other way in another."""
+    chosen: dict[tuple[str, str, str], set[str]] = {}
+    for record in records:
+        assert isinstance(record, Preference)
+        chosen.setdefault(_pair_key(record), set()).add(content_key(record.chosen))
+    return {key for key, preferred in chosen.items() if len(preferred) > 1}
+
+
+def _fits(
+    record: Record,
+    answers: list[tuple[list[int], list[int]]],
+    reason: str,
+    split: str,
+    config: DataConfig,
+    ledger: Ledger,
+    needs: _Needs,
+) -> bool:
+    """Whether a row's answers (prompt, completion) are kept; booked either way."""
+    counts = ledger.splits[split]
+    longest = max((len(prompt) + len(completion) for prompt, completion in answers), default=0)
+    if longest:
+        needs.smallest = min(needs.smallest or longest, longest)
+        needs.whole = max(needs.whole, longest)
+    detail = ""
+    if not reason and longest > config.max_length:
+        reason, detail = f"longer than max_length={config.max_length}", f" ({longest} tokens)"
+    if reason:
+        ledger.drop(split, record.where, reason, detail)
+        return False
+    counts.trained += 1
+    counts.samples += len(answers)
+    counts.tokens += sum(len(prompt) + len(completion) for prompt, completion in answers)
+    counts.supervised_tokens += sum(len(completion) for _, completion in answers)
+    return True
+
+
+def _check_needs(tokens: Tokens, needs: _Needs, split: str, config: DataConfig) -> None:
+    if needs.smallest and not tokens.records:
+        raise DataError(
+            f"No {split.replace('_', '-')} row fits into data.max_length={config.max_length}.",
+            f"data.max_length={needs.smallest} is the smallest that keeps one row; {needs.whole} keeps all of them.",
+        )
 
 
 def _kept(

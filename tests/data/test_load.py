@@ -277,7 +277,7 @@ def test_preferences_and_prompts_are_found_and_counted(tmp_path):
     rows = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
     data = load(tmp_path, rows, kind="preference")
     assert data.kind == "preference"
-    assert data.train.column_names == ["prompt_ids", "row"]
+    assert data.train.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "margin", "row"]
     assert (data.ledger.train.trained, data.ledger.held_out.trained) == (19, 1)
     prompts = load(tmp_path, pairs(20), kind="prompt")
     assert prompts.kind == "prompt"

@@ -1,5 +1,7 @@
 """Real data sets, with no setting but the path: everything is found, masked and accounted for."""
 
+import math
+
 import pytest
 
 from finetune_kit.config import DataConfig
@@ -46,10 +48,28 @@ def test_glaive_trains_the_calls_and_not_the_results():
     assert not any("<tool_response>" in text for text in supervised)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("hh_harmless_test.jsonl", 500), ("ultrafeedback_test.jsonl", 200)])
-def test_preference_sets_are_split_into_prompt_and_two_answers(name, rows):
-    data = load_data(DataConfig(path=shared(name)), "preference", bpe_tokenizer())
-    assert data.ledger.train.rows + data.ledger.held_out.rows == rows
+# name -> (rows, what the ledger finds in them, pairs whose labels have a margin)
+PAIRS = {
+    "hh_harmless_train.jsonl": (1812, {"empty chosen": 4}, 0),
+    "hh_harmless_test.jsonl": (500, {}, 0),
+    "ultrafeedback_train.jsonl": (
+        999,
+        {"chosen and rejected are equal": 4, "empty rejected": 1, "empty chosen": 1},
+        993,
+    ),
+    "ultrafeedback_test.jsonl": (200, {"chosen and rejected are equal": 1}, 199),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_preference_sets_are_split_into_prompt_and_two_answers_and_their_defects_are_found(name):
+    rows, defects, margins = PAIRS[name]
+    data = load_data(DataConfig(path=shared(name), max_length=65536), "preference", bpe_tokenizer())
+    train, held_out = data.ledger.train, data.ledger.held_out
+    assert train.rows + held_out.rows == rows
+    assert train.dropped + held_out.dropped == defects
+    known = [margin for split in (data.train, data.held_out) for margin in split["margin"] if not math.isnan(margin)]
+    assert len(known) == margins
     assert all(record.prompt[-1]["role"] == "user" for record in data.train_records)
     assert all(record.chosen[-1]["role"] == record.rejected[-1]["role"] == "assistant" for record in data.train_records)
 

@@ -1,0 +1,194 @@
+"""Rows of any common preference layout to pairs: two answers, scored or ranked lists, two answers and votes on them.
+
+A row that is no pair (a tie, two equal answers, an empty one) becomes a record with its `defect`, so that the ledger
+counts it; a row that cannot be read is a DataError.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from itertools import combinations
+from typing import Any
+
+from finetune_kit.data.messages import describe, is_transcript, side_of, tools_of, transcript_of
+from finetune_kit.data.records import Message, Preference, Record
+from finetune_kit.errors import DataError
+
+Row = dict[str, Any]
+PROMPTS = ("prompt", "instruction", "question", "query", "history", "context", "input")
+LISTS = ("responses", "completions", "answers", "candidates", "outputs", "generations")
+SCORES = ("scores", "score", "ratings", "rating", "overall_score")  # higher is better
+RANKS = ("ranks", "rank", "ranking")  # 1 is best
+TEXTS = ("response", "completion", "answer", "text", "content", "output")
+ENDINGS = (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("0", "1"), ("1", "2"))
+STEMS = (*TEXTS, "conversation", "human_ref", "model_response")
+VOTES = ("votes", "preferences", "annotations", "winner", "preference", "label", "labels", "choice")
+VOTES_BY_ID = ("better_response_id", "chosen_index")
+SIGNED = ("overall_preference", "individual_preference")  # below 0: the first is better
+IN_A_VOTE = ("score", "overall_pref", "preference", "winner", "vote", "label", "choice")
+TIES = ("tie", "both", "neither", "equal", "same", "none")
+
+
+def preference(row: Row, where: str) -> list[Record]:
+    """The pair of a row with chosen and rejected; the prompt is a column, or what both begin with."""
+    margin = _score_difference(row) if row.get("margin") is None else row["margin"]
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
+        raise DataError(f"{where}: margin is {describe(margin)}; expected a number.")
+    return [_pair(row, row.get("chosen"), row.get("rejected"), where, margin)]
+
+
+def ranked(row: Row, where: str) -> list[Record]:
+    """Every pair of a row's scored or ranked answers, the best against the worst first; equal ones are ties."""
+    name = list_of(set(row), row)
+    answers = _scored(row, name or "", where)
+    answers.sort(key=lambda answer: -answer[1])  # stable: of equal ones the first stays first
+    if len(answers) < 2:
+        raise DataError(f"{where}: {name} holds {len(answers)} answers; a pair needs two.", "Take the row out.")
+    pairs = sorted(combinations(range(len(answers)), 2), key=lambda pair: pair[0] - pair[1])
+    records: list[Record] = []
+    for number, (one, other) in enumerate(pairs, start=1):
+        margin = answers[one][1] - answers[other][1]
+        record = _pair(row, answers[one][0], answers[other][0], f"{where}.{number}", margin)
+        record.defect = record.defect or ("tie: both answers have the same score" if margin == 0 else "")
+        records.append(record)
+    return records
+
+
+def voted(row: Row, where: str) -> list[Record]:
+    """The pair that the majority of votes makes of two answers; without a majority it is a tie."""
+    first, second = answers_of(set(row)) or ("", "")
+    endings = next(pair for pair in ENDINGS if first.endswith(pair[0]) and second.endswith(pair[1]))
+    votes = _votes(row, endings, where)
+    balance = sum(votes)
+    chosen, rejected = (first, second) if balance <= 0 else (second, first)
+    record = _pair(row, row.get(chosen), row.get(rejected), where, abs(balance) / max(1, len(votes)))
+    record.defect = record.defect or ("" if balance else "tie: as many votes for the one as for the other")
+    return [record]
+
+
+def list_of(columns: set[str], row: Row) -> str | None:
+    """The column that lists scored or ranked answers, if there is one."""
+    for name in LISTS:
+        value = row.get(name)
+        if name not in columns or not isinstance(value, list) or not value:
+            continue
+        inner = value[0] if isinstance(value[0], dict) else {}
+        if set(inner) & {*SCORES, *RANKS} or columns & {*SCORES, *RANKS}:
+            return name
+    return None
+
+
+def answers_of(columns: set[str]) -> tuple[str, str] | None:
+    """The two columns that hold an answer each, where something says which is better."""
+    for stem in STEMS:
+        for one, other in ENDINGS:
+            verdicts = {*VOTES, *VOTES_BY_ID, *SIGNED, f"score{one}"}
+            if {stem + one, stem + other} <= columns and verdicts & columns:
+                return stem + one, stem + other
+    return None
+
+
+def _score_difference(row: Row) -> float | None:
+    """score_chosen - score_rejected, from columns or from `metadata` (an object, or Python's text of one)."""
+    metadata = row.get("metadata")
+    if isinstance(metadata, str):
+        try:
+            metadata = ast.literal_eval(metadata)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            metadata = None
+    for holder in (row, metadata):
+        if isinstance(holder, dict):
+            chosen, rejected = holder.get("score_chosen"), holder.get("score_rejected")
+            if isinstance(chosen, int | float) and isinstance(rejected, int | float):
+                return float(chosen - rejected)
+    return None
+
+
+def _pair(row: Row, chosen: Any, rejected: Any, where: str, margin: float | None) -> Preference:
+    """The record of two answers, each a text, a list of turns or a transcript, split where they part."""
+    name = next((name for name in PROMPTS if row.get(name) is not None), None)
+    prompt = _prompt(row[name], f"{where}: {name}") if name else []
+    sides = []
+    for label, value in (("chosen", chosen), ("rejected", rejected)):
+        if is_transcript(value) and not prompt:
+            sides.append(transcript_of(value, where))
+        else:
+            sides.append(side_of(value, "assistant", f"{where}: {label}"))
+    shared = 0
+    while shared < min(map(len, sides)) and sides[0][shared] == sides[1][shared]:
+        shared += 1
+    # Two equal answers are still two answers: the prompt ends before the last turn at the latest.
+    shared = min(shared, *(len(side) - 1 for side in sides))
+    before = sides[0][:shared]
+    if prompt and before[: len(prompt)] != prompt:
+        before = prompt + before
+    if not before:
+        raise DataError(
+            f"{where}: chosen and rejected share no prompt.", "Add a prompt column, or whole conversations."
+        )
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and before[0]["role"] != "system":
+        before = [{"role": "system", "content": system}, *before]
+    tools = tools_of(row.get("tools"), where)
+    return Preference(where, before, sides[0][shared:], sides[1][shared:], tools, margin)
+
+
+def _prompt(value: Any, where: str) -> list[Message]:
+    return transcript_of(value, where) if is_transcript(value) else side_of(value, "user", where)
+
+
+def _scored(row: Row, name: str, where: str) -> list[tuple[Any, float]]:
+    """(answer, score) of a list of answers; a rank counts downwards."""
+    values, scored = row[name], []
+    beside = next((column for column in (*SCORES, *RANKS) if isinstance(row.get(column), list)), None)
+    if beside and len(row[beside]) != len(values):
+        raise DataError(f"{where}: {len(values)} {name} and {len(row[beside])} {beside}; expected as many.")
+    for number, value in enumerate(values):
+        answer, score, key = value, None, beside
+        if beside:
+            score = row[beside][number]
+        elif isinstance(value, dict):
+            key = next((column for column in (*SCORES, *RANKS) if column in value), None)
+            score = value.get(key)
+        if isinstance(value, dict) and "role" not in value:
+            answer = next((value[text] for text in TEXTS if text in value), None)
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise DataError(f"{where}: the score of answer {number + 1} is {describe(score)}; expected a number.")
+        scored.append((answer, -float(score) if key in RANKS else float(score)))
+    return scored
+
+
+def _votes(row: Row, endings: tuple[str, str], where: str) -> list[float]:
+    """One number a vote: -1 for the first answer, 1 for the second, 0 for neither."""
+    scores = [row.get(f"score{ending}") for ending in endings]
+    named = next((name for name in (*VOTES, *VOTES_BY_ID, *SIGNED) if row.get(name) is not None), None)
+    if named is None:
+        if any(isinstance(score, bool) or not isinstance(score, int | float) for score in scores):
+            raise DataError(f"{where}: no vote and no two scores.", "Take the row out, or say which answer is better.")
+        return [float(scores[1] > scores[0]) - float(scores[1] < scores[0])]  # type: ignore[operator]  # checked
+    value = row[named]
+    if isinstance(value, dict) and all(isinstance(count, int) for count in value.values()):
+        value = [vote for vote, count in value.items() for _ in range(count)]
+    votes = value if isinstance(value, list) else [value]
+    return [_side(vote, endings, named, f"{where}: {named}") for vote in votes]
+
+
+def _side(vote: Any, endings: tuple[str, str], name: str, where: str) -> float:
+    """Which answer a vote is for: -1 the first, 1 the second, 0 neither. DataError where it cannot be told."""
+    if isinstance(vote, dict):
+        key = next((key for key in IN_A_VOTE if key in vote), None)
+        return _side(vote.get(key), endings, name, where)
+    if vote is None:
+        return 0.0
+    marks = [ending.strip("_").lower() for ending in endings]
+    if isinstance(vote, int | float) and not isinstance(vote, bool) and name in SIGNED:
+        return float(vote > 0) - float(vote < 0)
+    words = re.findall(r"[a-z0-9]+", str(vote).lower())
+    if words and words[0] in TIES:
+        return 0.0
+    found = {mark for mark in marks for word in words if word == mark or word in (f"response{mark}", f"model{mark}")}
+    if len(found) != 1:
+        expected = f"{marks[0].upper()}, {marks[1].upper()} or tie"
+        raise DataError(f"{where}: {describe(vote)} names none of the two answers, or both.", f"Expected {expected}.")
+    return -1.0 if found == {marks[0]} else 1.0

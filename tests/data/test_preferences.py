@@ -1,0 +1,219 @@
+"""Pairs of answers: every layout becomes prompt, chosen and rejected; what is no pair is dropped with its reason."""
+
+import math
+
+import pytest
+
+from finetune_kit.config import DataConfig
+from finetune_kit.data.load import Data, load_data
+from finetune_kit.data.preview import preview_json
+from finetune_kit.data.records import Preference
+from finetune_kit.errors import DataError, SettingsError
+from tests.fixtures_data import bpe_tokenizer, write_jsonl
+
+TOKENIZER = bpe_tokenizer()
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "q"}]
+
+
+def load(tmp_path, rows, kind="preference", **settings) -> Data:
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    given = {"held_out_size": 0, "max_lost": 1.0, **settings}
+    return load_data(DataConfig(path=path, **given), kind, bpe_tokenizer())
+
+
+def one(tmp_path, row, **settings) -> Preference:
+    """The only pair of a row."""
+    (record,) = load(tmp_path, [row], **settings).train_records
+    return record
+
+
+def said(record: Preference) -> tuple[str, str, str]:
+    """Last turn of the prompt, chosen, rejected."""
+    return record.prompt[-1]["content"], record.chosen[0]["content"], record.rejected[0]["content"]
+
+
+LAYOUTS = {
+    "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"},
+    "a prompt of turns": {"prompt": TURNS, "chosen": "good", "rejected": "bad"},
+    "whole conversations": {
+        "chosen": [*TURNS, {"role": "assistant", "content": "good"}],
+        "rejected": [*TURNS, {"role": "assistant", "content": "bad"}],
+    },
+    "transcripts": {
+        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: q\n\nAssistant: good",
+        "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: q\n\nAssistant: bad",
+    },
+    "answers and scores beside them": {"prompt": "q", "responses": ["bad", "so so", "good"], "scores": [1, 2, 4.5]},
+    "answers and ranks beside them": {"prompt": "q", "answers": ["bad", "good"], "ranks": [2, 1]},
+    "answers with a rating inside": {
+        "instruction": "q",
+        "completions": [{"response": "good", "overall_score": 8.5}, {"response": "bad", "overall_score": 3}],
+    },
+    "answers with a rank inside": {
+        "prompt": "q",
+        "answers": [{"answer": "bad", "rank": 7}, {"answer": "good", "rank": 1}],
+    },
+    "two answers and a winner": {"question": "q", "response_a": "bad", "response_b": "good", "winner": "model_b"},
+    "two answers and three votes": {"prompt": "q", "response_a": "good", "response_b": "bad", "votes": ["A", "b", "a"]},
+    "two answers and counted votes": {"prompt": "q", "answer_1": "bad", "answer_2": "good", "votes": {"1": 1, "2": 4}},
+    "two answers and a number's sign": {
+        "context": [{"role": "user", "content": "q"}],
+        "response1": "good",
+        "response2": "bad",
+        "overall_preference": -2,
+    },
+    "two answers and the better one's number": {
+        "prompt": "q",
+        "response_0": "bad",
+        "response_1": "good",
+        "better_response_id": 1,
+    },
+    "two answers and two scores": {"question": "q", "answer_0": "bad", "answer_1": "good", "score_0": -1, "score_1": 1},
+    "two conversations and annotators": {
+        "conversation_a": [*TURNS, {"role": "assistant", "content": "good"}],
+        "conversation_b": [*TURNS, {"role": "assistant", "content": "bad"}],
+        "annotations": [{"overall_pref": "A-is-slightly-better"}, {"overall_pref": "tie"}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_same_pair(tmp_path, name):
+    assert said(one(tmp_path, LAYOUTS[name])) == ("q", "good", "bad")
+
+
+def test_the_margin_is_the_labels_own_difference_and_nan_where_it_is_not_known(tmp_path):
+    pair = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    rows = [
+        {**pair, "margin": 0.5},
+        {**pair, "prompt": "r", "score_chosen": 9, "score_rejected": 6},
+        {**pair, "prompt": "s", "metadata": "{'score_chosen': 4.0, 'score_rejected': 3.0}"},
+        {**pair, "prompt": "t", "metadata": "no Python"},
+    ]
+    margins = load(tmp_path, rows).train["margin"]
+    assert margins[:3] == [0.5, 3.0, 1.0]
+    assert math.isnan(margins[3])
+    assert one(tmp_path, LAYOUTS["answers and scores beside them"]).margin == 3.5
+    assert one(tmp_path, LAYOUTS["two answers and three votes"]).margin == pytest.approx(1 / 3)
+
+
+def test_all_pairs_of_4_scored_answers_are_6_and_the_tied_one_is_dropped(tmp_path):
+    row = {"prompt": "q", "responses": ["a", "b", "c", "d"], "scores": [1, 2, 2, 3]}
+    data = load(tmp_path, [row], pairs="all")
+    assert said(data.train_records[0])[1:] == ("d", "a")
+    assert len(data.train_records) == 5
+    assert data.ledger.train.dropped == {"tie: both answers have the same score": 1}
+
+
+def test_all_pairs_of_rows_that_have_only_one_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match=r"data\.pairs=all has no effect: rows.jsonl has one pair a row"):
+        one(tmp_path, LAYOUTS["columns"], pairs="all")
+
+
+def test_what_is_no_pair_is_dropped_with_its_reason(tmp_path):
+    rows = [
+        {"prompt": "kept", "chosen": "good", "rejected": "bad"},
+        {"prompt": "1", "chosen": "same ", "rejected": " same"},
+        {"prompt": "2", "chosen": "", "rejected": "bad"},
+        {"prompt": "3", "chosen": "good", "rejected": " "},
+        {"prompt": "4", "chosen": "x", "rejected": "y"},
+        {"prompt": "4", "chosen": "y", "rejected": "x"},
+        {"prompt": "5", "chosen": "good", "rejected": "bad " * 400},
+        {
+            "prompt": "6",
+            "chosen": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}, TURNS[1]],
+            "rejected": [{"role": "assistant", "content": "c"}],
+        },
+    ]
+    data = load(tmp_path, rows, max_length=200)
+    assert data.ledger.train.dropped == {
+        "chosen and rejected are equal": 1,
+        "empty chosen": 1,
+        "empty rejected": 1,
+        "contradictory: the same two answers preferred both ways round": 2,
+        "longer than max_length=200": 1,
+        "the sides part before the last answer": 1,
+    }
+    assert (data.ledger.train.rows, data.ledger.train.trained) == (8, 1)
+
+
+def test_votes_that_balance_are_a_tie_and_counted(tmp_path):
+    row = LAYOUTS["two answers and three votes"]
+    data = load(
+        tmp_path,
+        [row, {**row, "prompt": "r", "votes": ["a", "b"]}, {**row, "prompt": "s", "winner": None, "votes": ["tie"]}],
+    )
+    assert data.ledger.train.dropped == {"tie: as many votes for the one as for the other": 2}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "chosen": "good", "rejected": None}, "rejected: content is null"),
+        ({"chosen": "good", "rejected": "bad"}, "share no prompt"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "big"}, "margin is text"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1]}, "2 responses and 1 scores; expected as many"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1, None]}, "the score of answer 2 is null"),
+        ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "x"}, "names none of the two answers"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(tmp_path, row, message):
+    # the first row shows the columns; the second one is broken
+    whole = {name: value if value is not None else "x" for name, value in row.items()}
+    with pytest.raises(DataError, match=rf"rows\.jsonl:\d.*{message}"):
+        load(tmp_path, [whole, row] if None in row.values() else [row])
+
+
+def test_both_sides_have_the_prompt_as_it_is_served_and_end_with_the_end_token(tmp_path):
+    data = load(tmp_path, [{"prompt": "what is it?", "chosen": "good", "rejected": "bad"}])
+    row = data.train[0]
+    assert TOKENIZER.decode(row["prompt_ids"]) == "<|im_start|>user\nwhat is it?<|im_end|>\n<|im_start|>assistant\n"
+    assert TOKENIZER.decode(row["chosen_ids"]) == "good<|im_end|>"
+    assert TOKENIZER.decode(row["rejected_ids"]) == "bad<|im_end|>"
+    assert data.end_token_ids == [TOKENIZER.convert_tokens_to_ids("<|im_end|>")]
+    counts = data.ledger.train
+    answers = len(row["chosen_ids"]) + len(row["rejected_ids"])
+    assert (counts.samples, counts.supervised_tokens) == (2, answers)
+    assert counts.tokens == 2 * len(row["prompt_ids"]) + answers
+    shown = preview_json(data, TOKENIZER)["samples"]
+    assert [(sample["side"], sample["supervised_text"]) for sample in shown] == [
+        ("chosen", ["good<|im_end|>"]),
+        ("rejected", ["bad<|im_end|>"]),
+    ]
+
+
+def test_pairs_are_a_liked_and_a_disliked_answer_to_a_recipe_that_takes_those(tmp_path):
+    data = load(tmp_path, [LAYOUTS["columns"]], kind="labelled_completion")
+    assert data.kind == "labelled_completion"
+    assert [(TOKENIZER.decode(row["completion_ids"]), row["label"]) for row in data.train] == [
+        ("good<|im_end|>", True),
+        ("bad<|im_end|>", False),
+    ]
+    labelled = load(tmp_path, [{"prompt": "q", "completion": "good", "label": True}], kind="labelled_completion")
+    assert labelled.train[0]["label"] is True
+
+
+def test_a_pair_is_a_prompt_to_a_recipe_that_takes_prompts(tmp_path):
+    data = load(tmp_path, [LAYOUTS["transcripts"]], kind="prompt")
+    assert TOKENIZER.decode(data.train[0]["prompt_ids"]).endswith("q<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("task", ["word_sequence_reversal", "chain_sum", "spell_backward", "letter_counting"])
+def test_a_task_gives_its_right_answer_against_a_wrong_one_that_its_scorer_scores_lower(task):
+    config = DataConfig(path=f"reasoning_gym/{task}", size=40, held_out_size=20)
+    data = load_data(config, "preference", bpe_tokenizer())
+    assert data.ledger.train.trained == 40
+    for record in data.train_records:
+        _, right, wrong = said(record)
+        assert data.score(right, record.metadata) - data.score(wrong, record.metadata) == pytest.approx(record.margin)
+        assert record.margin > 0
+    again = load_data(config, "preference", bpe_tokenizer(), seed=1)
+    assert [said(record) for record in again.held_out_records] == [said(record) for record in data.held_out_records]
+    assert [said(record) for record in again.train_records] != [said(record) for record in data.train_records]
+
+
+def test_wrong_answers_are_as_often_longer_as_shorter():
+    data = load_data(DataConfig(path="reasoning_gym/word_sequence_reversal", size=200), "preference", bpe_tokenizer())
+    longer = sum(len(row["rejected_ids"]) > len(row["chosen_ids"]) for row in data.train)
+    shorter = sum(len(row["rejected_ids"]) < len(row["chosen_ids"]) for row in data.train)
+    assert abs(longer - shorter) < 40  # of 200: two standard deviations of a fair coin are 28
