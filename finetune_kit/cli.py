@@ -146,7 +146,7 @@ def check(
 
     room = budget.read_size(memory) if memory else None
     tokenizer = load_tokenizer(settings.model, weights=measure)
-    data = load_data(settings.data, "prompt_completion", tokenizer, seed=settings.train.seed)
+    data = load_data(settings.data, settings.kind, tokenizer, seed=settings.train.seed)
     planned = plan(settings, data)
     if measure:
         from finetune_kit.training.trial import measure_step

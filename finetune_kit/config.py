@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from finetune_kit import values
 from finetune_kit.errors import SettingsError
@@ -51,7 +51,9 @@ class ModelConfig:
 
 @dataclass
 class LoraConfig:
-    r: int = setting(16, "rank of the adapter", within="[1, inf)")
+    r: int = setting(
+        16, "rank of the adapter; 0, not for lora_sft: no adapter, all weights are trained", within="[0, inf)"
+    )
     lora_alpha: int = setting(
         32, "the update is scaled by lora_alpha / r (/ sqrt(r) with use_rslora)", within="[1, inf)"
     )
@@ -162,9 +164,11 @@ SECTIONS: dict[str, type] = {
 class RecipeConfig:
     """What every recipe's Config has.
 
-    `recipe` names it for people, `recipe_word` finds it again: a built-in's name, or a path. `origins` maps a dotted
-    key to where its value came from; absent: the recipe.
+    `kind`: the kind of record that it trains on (data/records.py). `recipe` names it for people, `recipe_word` finds it
+    again: a built-in's name, or a path. `origins` maps a dotted key to where its value came from; absent: the recipe.
     """
+
+    kind: ClassVar[str] = "prompt_completion"
 
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
@@ -241,7 +245,9 @@ def check(config: RecipeConfig) -> None:
                 raise SettingsError(
                     f"{_named(config, leaf.key)}: expected a number in {leaf.within}, found {number:g}."
                 )
-    train = config.train
+    lora, train = getattr(config, "lora", None), config.train
+    if lora is not None and lora.r == 0 and config.kind == "prompt_completion":
+        raise SettingsError(f"{_named(config, 'lora.r')}: 0 trains all weights.", "Run full_sft")
     if train.max_steps == 0:
         raise SettingsError(f"{_named(config, 'train.max_steps')}: 0 trains nothing.", "Use check instead of run.")
     for name, unset in (("early_stopping_patience", None), ("metric_for_best_model", "loss")):

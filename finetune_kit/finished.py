@@ -94,7 +94,7 @@ def compare_run(run: FinishedRun) -> Report:
     """The run's model against its base on the held-out rows."""
     config = run.config
     tokenizer = tokenizer_of(run)
-    data = load_data(config.data, "prompt_completion", tokenizer, seed=config.train.seed)
+    data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     if run.is_adapter:
         model = model_of(run)
         with model.disable_adapter():
@@ -130,7 +130,7 @@ def compare_adapters(run: FinishedRun, folders: list[Path]) -> Adapters:
     for folder in columns.values():
         check_adapter(folder)
     config, tokenizer, base = run.config, tokenizer_of(run), own_model(run)
-    data = load_data(config.data, "prompt_completion", tokenizer, seed=config.train.seed)
+    data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     model = load_base(base)
     for folder in columns.values():
         check_base(base, folder)  # before the long part

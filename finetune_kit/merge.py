@@ -160,7 +160,7 @@ def _exact(run: FinishedRun, tokenizer: Any, probe: list[int]) -> tuple[PreTrain
 
 def _best(run: FinishedRun, tokenizer: Any, candidate: str, size: int | None) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The candidate that is nearest to the adapter on its 4-bit base, with the measurements of all."""
-    data = load_data(run.config.data, "prompt_completion", tokenizer, seed=run.config.train.seed)
+    data = load_data(run.config.data, run.config.kind, tokenizer, seed=run.config.train.seed)
     evaluate = replace(run.config.evaluate, general_text=False)
     if size is not None:
         data = replace(data, held_out=data.held_out.select(range(min(size, len(data.held_out)))))

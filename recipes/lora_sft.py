@@ -48,7 +48,7 @@ def run(config: Config) -> Artifact:
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = load_tokenizer(config.model)
-    data = load_data(config.data, "prompt_completion", tokenizer, seed=config.train.seed)
+    data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
     trainer = build(SFTTrainer, SFTConfig, config, policy, tokenizer, data)
     before = measure(policy, tokenizer, data, config.evaluate, telling("before"))

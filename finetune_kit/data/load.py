@@ -350,6 +350,17 @@ def _scorer(held_out: list[Record], config: DataConfig) -> Callable[[str, dict[s
     return lambda completion, metadata: scorers[metadata["task"]](completion, metadata)
 
 
+def placeholder(kind: str) -> datasets.Dataset:
+    """Rows of text for a trainer of TRL that takes no tokens: it tokenises these, and is given ours afterwards."""
+    import datasets
+
+    rows: dict[str, list[dict[str, Any]]] = {
+        "preference": [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+        "labelled_completion": [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)],
+    }
+    return datasets.Dataset.from_list(rows[kind])
+
+
 def _dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
     import datasets
 

@@ -194,9 +194,11 @@ def _saved_vocabulary(base: PreTrainedModel, folder: Path) -> int | None:
 def load_policy(
     model: ModelConfig, lora: LoraConfig | None = None, *, trained_in_full: bool = False, seed: int = 0
 ) -> Any:
-    """The model to train: with an adapter where `lora` is given, else in full."""
+    """The model to train: with an adapter where `lora` is given and its rank is not 0, else in full."""
     from transformers import set_seed
 
+    if lora is not None and lora.r == 0:
+        lora, trained_in_full = None, True
     if lora is not None and lora.init_from:
         check_base(model, adapters.adopt(lora))
     base = load_base(model, trained_in_full)
@@ -215,6 +217,8 @@ def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: b
     import torch
     from transformers import AutoModelForCausalLM
 
+    if lora is not None and lora.r == 0:
+        lora, trained_in_full = None, True
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(
             load_model_config(model),

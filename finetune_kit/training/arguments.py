@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune_kit.config import RecipeConfig, TrainConfig
-from finetune_kit.data.load import Data
+from finetune_kit.data.load import Data, placeholder
 from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.evaluation.metrics import choose_metrics
 from finetune_kit.model import packed
@@ -39,19 +39,43 @@ INERT = {
 }
 
 
-def build(trainer_class: Any, config_class: Any, config: RecipeConfig, policy: Any, tokenizer: Any, data: Data) -> Any:
-    """A TRL trainer over samples that already are tokens and labels. Settings that cannot act raise SettingsError."""
+def build(
+    trainer_class: Any,
+    config_class: Any,
+    config: RecipeConfig,
+    policy: Any,
+    tokenizer: Any,
+    data: Data,
+    rows: Any = None,
+    tokenises: bool = False,
+    parts: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> Any:
+    """A TRL trainer over samples that already are tokens. Settings that cannot act raise SettingsError.
+
+    `rows`: the training rows (a datasets.Dataset) under the names that this trainer reads; data.train where it reads
+    those. `tokenises`: it takes text alone when it is made, so it is given ours afterwards. `parts`: what else it is
+    made with (ref_model). `arguments`: of `config_class`, from the recipe's own settings.
+    """
     from transformers import PrinterCallback
 
-    arguments = make_arguments(config_class, config, data)
-    check_parts(trainer_class, arguments, policy)
+    trainer_config = make_arguments(config_class, config, data, **arguments)
+    check_parts(trainer_class, trainer_config, policy)
     trained = [(parameter, parameter.data) for parameter in policy.parameters() if parameter.requires_grad]
+    rows = data.train if rows is None else rows
     try:
-        trainer = trainer_class(model=policy, args=arguments, train_dataset=data.train, processing_class=tokenizer)
+        trainer = trainer_class(
+            model=policy,
+            args=trainer_config,
+            train_dataset=placeholder(data.kind) if tokenises else rows,
+            processing_class=tokenizer,
+            **parts or {},
+        )
     except (ValueError, ImportError) as error:
         if not config.train.extra:
             raise
         raise SettingsError(f"{trainer_class.__name__} refuses train.extra: {error}") from None
+    trainer.train_dataset = rows
     begin(config, data.ledger)
     trainer.remove_callback(PrinterCallback)  # it prints the logs as a dict; progress.py says them
     for parameter, weights in trained:  # TRL rounds adapters of quantised models to bfloat16
@@ -105,9 +129,10 @@ def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int
     }
 
 
-def make_arguments(config_class: Any, config: RecipeConfig, data: Data) -> Any:
-    """An instance of `config_class`; what it refuses by itself is a SettingsError, too."""
-    arguments = training_arguments(config_class, config, data)
+def make_arguments(config_class: Any, config: RecipeConfig, data: Data, **own: Any) -> Any:
+    """An instance of `config_class`; `own`: arguments from the recipe's own settings. What it refuses by itself is a
+    SettingsError, too."""
+    arguments = {**training_arguments(config_class, config, data), **own}
     try:
         return config_class(**arguments)
     except (ValueError, TypeError) as error:

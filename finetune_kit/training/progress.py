@@ -15,8 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)  # what a run says on the way
 
-KEPT = ("epoch", "loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy")
-
 
 def peak_memory_gib() -> float:
     """Highest memory so far: of the GPU where there is one, else of this process."""
@@ -81,7 +79,7 @@ class Record:
         now, tokens = time.perf_counter(), logs.get("num_tokens", 0.0)
         rate = (tokens - self.last_tokens) / max(now - self.last_time, 1e-9)
         self.last_time, self.last_tokens = now, tokens
-        line = {"step": state.global_step, **{name: logs[name] for name in KEPT if name in logs}}
+        line = {"step": state.global_step, **{name: value for name, value in logs.items() if name != "num_tokens"}}
         line |= {"tokens": tokens, "tokens_per_second": round(rate, 1), "seconds": round(now - self.started, 2)}
         line["peak_memory_gib"] = round(peak_memory_gib(), 3)
         self.write(line)
