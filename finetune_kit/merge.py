@@ -21,19 +21,18 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from finetune_kit.artifact import TOLERANCE, card_metadata, probe_logits, reload_logits, without_paths
 from finetune_kit.config import EvaluateConfig, to_yaml
 from finetune_kit.data.load import Data, load_data
 from finetune_kit.errors import DataError, NumericsError, ResourceError, SettingsError
 from finetune_kit.evaluation.compare import measure
-from finetune_kit.evaluation.loss import IGNORED, Row, general_rows
+from finetune_kit.evaluation.divergence import Positions, choose_positions, divergence, log_probs
+from finetune_kit.evaluation.loss import general_rows
 from finetune_kit.finished import FinishedRun, open_run, tokenizer_of
-from finetune_kit.generation import evaluation_mode
 from finetune_kit.model.load import base_record, load_adapted, load_dequantised
 from finetune_kit.run_folder import versions
 from finetune_kit.training.progress import telling
@@ -42,16 +41,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-Item = TypeVar("Item")
-Positions = list[tuple[list[int], list[int]]]  # rows of (token ids, positions whose next token is supervised)
-
 AUTO = "auto"
 CANDIDATES = ("base", "dequantised")  # in the order they are measured; the second one usually wins, and is then at hand
 INTO = {"base": "base", "dequantised": "dequantised base"}  # for people
 RULE = "lowest KL(trained || candidate) per supervised token"
-ROWS = 64  # rows that the KL is taken over, spread evenly
-POSITIONS = 512  # positions in those rows, spread evenly
-LOG_PROBS = 2**26  # most log-probabilities kept: 256 MiB in float32
 PROBE = 64  # tokens that prove the saved model
 
 
@@ -219,58 +212,6 @@ def merged_in_place(adapted: Any) -> PreTrainedModel:
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
         model: PreTrainedModel = adapted.merge_and_unload()
     return model.eval()
-
-
-def choose_positions(rows: Sequence[Row], vocabulary: int) -> Positions:
-    """At most POSITIONS supervised positions in at most ROWS rows, both spread evenly; fewer where the vocabulary is so
-    large that their log-probabilities would be more than LOG_PROBS numbers."""
-    some = _spread([row for row in rows if any(label != IGNORED for label in row[1][1:])], ROWS)
-    places = [
-        (index, at - 1)
-        for index, (_, labels) in enumerate(some)
-        for at in range(1, len(labels))
-        if labels[at] != IGNORED
-    ]
-    chosen: dict[int, list[int]] = {}
-    for index, at in _spread(places, min(POSITIONS, max(1, LOG_PROBS // vocabulary))):
-        chosen.setdefault(index, []).append(at)
-    return [(list(some[index][0][: positions[-1] + 1]), positions) for index, positions in chosen.items()]
-
-
-def _spread(items: Sequence[Item], count: int) -> list[Item]:
-    """`count` of the items at even distances, or all of them."""
-    count = min(count, len(items))
-    return [items[number * len(items) // count] for number in range(count)]
-
-
-def log_probs(model: Any, rows: Positions) -> Iterator[torch.Tensor]:
-    """For each row the log-probabilities (positions, vocabulary) of the next token, float32 on the CPU."""
-    import torch
-
-    with evaluation_mode(model):
-        for ids, positions in rows:
-            kept = torch.tensor(positions, device=model.device)
-            logits = model(torch.tensor([ids], device=model.device), logits_to_keep=kept, use_cache=False).logits[0]
-            if len(logits) != len(kept):  # a model that knows no logits_to_keep gives them all
-                logits = logits[kept]
-            yield logits.float().log_softmax(-1).cpu()
-
-
-def divergence(model: Any, rows: Positions, trained: torch.Tensor) -> dict[str, float]:
-    """KL(trained || model) in nats: mean over the positions and largest; and the share that has the same top token."""
-    import torch
-
-    wanted = trained.split_with_sizes([len(positions) for _, positions in rows])
-    kl, same = [], []
-    for ours, theirs in zip(log_probs(model, rows), wanted, strict=True):
-        # never below 0 but by rounding
-        kl.append((theirs.exp() * (theirs - ours)).sum(-1, dtype=torch.float64).clamp_min(0))
-        same.append(ours.argmax(-1) == theirs.argmax(-1))
-    every = torch.cat(kl)
-    if not every.isfinite().all():
-        raise NumericsError("A merged model's probabilities are not finite.", "Look at the run's weights and report.")
-    shares = torch.cat(same).double().mean()
-    return {"kl_per_token": float(every.mean()), "kl_largest": float(every.max()), "same_top_token": float(shares)}
 
 
 def _scores(model: Any, tokenizer: Any, data: Data, evaluate: EvaluateConfig, name: str) -> dict[str, float]:

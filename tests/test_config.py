@@ -216,7 +216,8 @@ def test_a_wrong_type_in_yaml_names_file_and_line(tmp_path: Path) -> None:
     [
         ("learning_rate=5", "train.learning_rate (command line): expected a number in [0, 1], found 5."),
         ("learning_rate=-0.1", "train.learning_rate (command line): expected a number in [0, 1], found -0.1."),
-        ("lora.r=0", "lora.r (command line): expected a number in [1, inf), found 0."),
+        ("lora.r=-1", "lora.r (command line): expected a number in [0, inf), found -1."),
+        ("lora.r=0", "lora.r (command line): 0 trains all weights."),
         ("lora_dropout=1", "lora.lora_dropout (command line): expected a number in [0, 1), found 1."),
         ("num_train_epochs=0", "train.num_train_epochs (command line): expected a number in (0, inf), found 0."),
         ("weights=[1, -1]", "data.weights (command line): expected a number in [0, inf), found -1."),

@@ -16,14 +16,11 @@ from finetune_kit.data.chat import IGNORED
 from finetune_kit.data.load import load_data
 from finetune_kit.errors import NumericsError, ResourceError, SettingsError
 from finetune_kit.evaluation.compare import measure
+from finetune_kit.evaluation.divergence import LOG_PROBS, choose_positions, divergence, log_probs
 from finetune_kit.finished import FinishedRun, compare_run, model_of, open_run
 from finetune_kit.merge import (
-    LOG_PROBS,
     Merged,
     candidate_of,
-    choose_positions,
-    divergence,
-    log_probs,
     merge,
     merged_in_place,
     notes_of,

@@ -4,36 +4,47 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import EvaluateConfig
 from finetune_kit.data.chat import render_prompt
-from finetune_kit.data.records import prompt_of, reference_of
+from finetune_kit.data.records import LabelledCompletion, prompt_of, reference_of
 from finetune_kit.errors import DataError, SettingsError
+from finetune_kit.evaluation import preferences
+from finetune_kit.evaluation.divergence import Positions, choose_positions, log_probs
+from finetune_kit.evaluation.intervals import ALIKE, entry
 from finetune_kit.evaluation.loss import general_rows, row_losses
 from finetune_kit.evaluation.metrics import choose_metrics, score_rows
 from finetune_kit.generation import Completion, generate
 
 if TYPE_CHECKING:
-    import numpy as np
+    import torch
 
 Progress = Callable[[str, int, int], None]  # what is measured, rows done, rows in all
 
 SAMPLES = 8  # answers kept in report.json: the first rows, whatever they show
 MARGIN = 8  # tokens beyond the longest held-out answer before a generation is cut off
 LARGEST_EXPONENT = 700.0  # exp(710) is no float: a model that far gone has a loss but no perplexity
-ALIKE = 1e-4  # nats a token (for perplexity: share) below which two losses are the same: rounding moves them that much
 
 
 @dataclass
 class Measurement:
-    """What one model did on the held-out rows. Lists named alike have one entry a row, in the order of the data."""
+    """What one model did on the held-out rows. Lists named alike have one entry a row, in the order of the data.
+
+    Of pairs and labelled answers `nll` and `tokens` are those of the chosen (liked) answers; `paired`: the rejected
+    ones' lists have the same rows, so that a row is a pair.
+    """
 
     metrics: dict[str, list[float]] = field(default_factory=dict)  # scores of the answers, the main one first
     nll: list[float] = field(default_factory=list)  # nats, of each held-out row
     tokens: list[int] = field(default_factory=list)  # supervised tokens of each held-out row
+    rejected_nll: list[float] = field(default_factory=list)  # nats, of each rejected or disliked answer
+    rejected_tokens: list[int] = field(default_factory=list)
+    paired: bool = False
+    positions: Positions = field(default_factory=list)  # where distributions were taken, in chosen answers
+    log_probs: torch.Tensor | None = None  # (positions, vocabulary), those distributions
     general_nll: list[float] = field(default_factory=list)  # nats, of each paragraph of the general text
     general_tokens: list[int] = field(default_factory=list)
     where: list[str] = field(default_factory=list)  # of each answered row
@@ -68,10 +79,12 @@ class Report:
     samples: list[dict[str, Any]]
     decoding: dict[str, Any]
     seconds: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)  # what a method adds to the report, under its own keys
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json: numbers, texts, lists and dicts only."""
-        return dict(vars(self))
+        content = dict(vars(self))
+        return {**content, **content.pop("details")}
 
 
 def measure(
@@ -80,17 +93,19 @@ def measure(
     data: Any,
     config: EvaluateConfig,
     progress: Progress | None = None,
+    distributions: bool = True,
 ) -> Measurement:
     """Loss on all held-out rows, answers to the first `config.size` held-out prompts, loss on the general text.
 
-    `data` is a `data.load.Data`. Plain text has no prompts and gets the losses only. The model's mode, its generation
-    settings and the random state are left as they were.
+    `data` is a `data.load.Data`. Plain text has no prompts and gets the losses only; prompts alone have no losses. The
+    model's mode, its generation settings and the random state are left as they were. `distributions`: of preferences,
+    also keep the next-token distributions at some positions, for the KL divergence.
     Raises SettingsError (a metric that cannot act), DataError (nothing to measure), NumericsError (a loss or a score
     that is no number, with its row), ResourceError (memory, or a metric's package).
     """
     started = time.perf_counter()
     measurement = Measurement()
-    if data.kind == "prompt_completion" and config.size > 0:
+    if data.kind != "text" and config.size > 0:
         metrics = choose_metrics(config.metrics, data, config.hub_metrics)  # before the work: it may refuse
         _answer(measurement, model, tokenizer, data, config, progress)
         _score(measurement, metrics, data)
@@ -99,6 +114,8 @@ def measure(
         named = ", ".join(config.metrics + config.hub_metrics)
         raise SettingsError(f"evaluate.metrics ({named}) has no effect: {reason}.", "Leave it out.")
     _losses(measurement, model, tokenizer, data, config, progress)
+    if measurement.rejected_nll and distributions:
+        _distributions(measurement, model, data)
     measurement.seconds = time.perf_counter() - started
     return measurement
 
@@ -112,7 +129,7 @@ def _answer(
     progress: Progress | None,
 ) -> None:
     """Greedy answers to the first `config.size` held-out prompts."""
-    records = data.held_out_records[: config.size]
+    records = _asked(data)[: config.size]
     turns = [prompt_of(record) for record in records]
     measurement.where = [record.where for record in records]
     measurement.prompts = [str(before[-1]["content"]) if before else "" for before in turns]
@@ -134,10 +151,15 @@ def _answer(
     measurement.decoding = {"do_sample": False, "max_new_tokens": longest, "end_tokens": ends}
 
 
+def _asked(data: Any) -> list[Any]:
+    """The held-out records whose prompts are answered: of labelled answers the liked ones."""
+    return [item for item in data.held_out_records if not isinstance(item, LabelledCompletion) or item.label]
+
+
 def _score(measurement: Measurement, metrics: list[Any], data: Any) -> None:
     """Every metric's score of every answer."""
     predictions = [completion.text for completion in measurement.completions]
-    metadata = [record.metadata for record in data.held_out_records[: len(predictions)]]
+    metadata = [record.metadata for record in _asked(data)[: len(predictions)]]
     for metric in metrics:
         scores = score_rows(metric, predictions, measurement.references, metadata, measurement.where)
         measurement.metrics[metric.name] = scores
@@ -147,18 +169,30 @@ def _losses(
     measurement: Measurement, model: Any, tokenizer: Any, data: Any, config: EvaluateConfig, progress: Progress | None
 ) -> None:
     """Loss of every held-out row, and of the general text."""
-    rows, where = [], []
-    for row in data.held_out:
-        rows.append((row["input_ids"], row["labels"]))
-        where.append(_where(data, row["row"]))
-    told = _told(progress, "held-out loss", len(rows))
-    measurement.nll, measurement.tokens = row_losses(model, rows, where, config.batch_size, told)
-    if sum(measurement.tokens) == 0:
-        raise DataError("No held-out row has a supervised token, so there is no loss to measure.")
+    chosen, rejected = preferences.sides(data)
+    if data.kind != "prompt":
+        rows, where = [row for row, _ in chosen], [_where(data, index) for _, index in chosen]
+        told = _told(progress, "held-out loss", len(rows))
+        measurement.nll, measurement.tokens = row_losses(model, rows, where, config.batch_size, told)
+        if sum(measurement.tokens) == 0:
+            raise DataError("No held-out row has a supervised token, so there is no loss to measure.")
+    if rejected:
+        measurement.paired = data.kind == "preference"
+        others, names = [row for row, _ in rejected], [_where(data, index) for _, index in rejected]
+        measurement.rejected_nll, measurement.rejected_tokens = row_losses(model, others, names, config.batch_size)
     if config.general_text:
         general = general_rows(tokenizer)
         names = [f"general text, paragraph {number}" for number in range(1, len(general) + 1)]
         measurement.general_nll, measurement.general_tokens = row_losses(model, general, names, config.batch_size)
+
+
+def _distributions(measurement: Measurement, model: Any, data: Any) -> None:
+    """The model's next-token distributions at some positions of the chosen answers."""
+    import torch
+
+    rows = [row for row, _ in preferences.sides(data)[0]]
+    measurement.positions = choose_positions(rows, model.config.get_text_config().vocab_size)
+    measurement.log_probs = torch.cat(list(log_probs(model, measurement.positions)))
 
 
 def _where(data: Any, row: int) -> str:
@@ -170,25 +204,30 @@ def _told(progress: Progress | None, what: str, total: int) -> Callable[[int], N
     return None if progress is None else lambda done: progress(what, done, total)
 
 
-def compare(before: Measurement, after: Measurement, config: EvaluateConfig) -> Report:
+def compare(before: Measurement, after: Measurement, config: EvaluateConfig, beta: float = 1.0) -> Report:
     """The differences after - before on the same rows, each with a 95 % interval from a paired bootstrap over rows.
 
     A metric is better or worse when the interval lies on one side of 0; "no difference" otherwise. The main metric is
-    the first score of the answers, or the held-out loss where none was scored.
+    the first score of the answers, or, where none was scored, the preference accuracy or the held-out loss. `beta`:
+    of the method that trained on preferences; the model before is its reference.
     """
-    same = ("tokens", "general_tokens", "where", "references", "decoding")
+    same = ("tokens", "rejected_tokens", "general_tokens", "where", "references", "decoding")
     differing = [name for name in same if getattr(before, name) != getattr(after, name)]
     if differing or before.metrics.keys() != after.metrics.keys():
         raise ValueError(f"before and after were not measured on the same rows in the same way: {differing}")
     entries = [
-        _entry(name, before.metrics[name], after.metrics[name], config, higher_is_better=True)
-        for name in before.metrics
+        entry(name, before.metrics[name], after.metrics[name], config, higher_is_better=True) for name in before.metrics
     ]
+    entries += preferences.entries(before, after, config, beta)
     entries += _loss_entries("held_out", before.nll, after.nll, before.tokens, config)
     entries += _loss_entries("general_text", before.general_nll, after.general_nll, before.general_tokens, config)
     if before.completions:
         was, now = ([float(completion.ended) for completion in side.completions] for side in (before, after))
-        entries.append(_entry("answers_ended", was, now, config, higher_is_better=True))
+        entries.append(entry("answers_ended", was, now, config, higher_is_better=True))
+        was, now = ([float(len(item.ids)) for item in side.completions] for side in (before, after))
+        entries.append(entry("answer_tokens", was, now, config, higher_is_better=None))
+    if not entries:
+        raise DataError("Nothing was measured.", "Leave evaluate.size or evaluate.general_text as it is.")
     main = entries[0]
     wins, ties, losses = _win_tie_loss(before, after)
     return Report(
@@ -212,88 +251,21 @@ def _loss_entries(
     """The loss (nats a token) and, for held-out rows, the perplexity; nothing where nothing was measured."""
     if not any(tokens):
         return []
-    loss = _entry(f"{name}_loss", before, after, config, weights=tokens, alike=ALIKE)
+    loss = entry(f"{name}_loss", before, after, config, weights=tokens, alike=ALIKE)
     sides = (before, after)
     worst = max(nll / count for side in sides for nll, count in zip(side, tokens, strict=True) if count)
     if name != "held_out" or worst > LARGEST_EXPONENT:
         return [loss]
-    perplexity = _entry("held_out_perplexity", before, after, config, weights=tokens, alike=ALIKE, perplexity=True)
+    perplexity = entry("held_out_perplexity", before, after, config, weights=tokens, alike=ALIKE, perplexity=True)
     return [loss, perplexity]
-
-
-def _entry(
-    name: str,
-    before: Sequence[float],
-    after: Sequence[float],
-    config: EvaluateConfig,
-    *,
-    weights: Sequence[int] | None = None,
-    higher_is_better: bool = False,
-    alike: float = 0.0,
-    perplexity: bool = False,
-) -> dict[str, Any]:
-    """One line of the report: sum(values) / sum(weights) on both sides (a mean if no weights are given)."""
-    import numpy as np
-
-    rows = [index for index in range(len(before)) if weights is None or weights[index] > 0]
-    columns = [before, after, weights or [1] * len(before)]
-    table = np.array([[column[index] for index in rows] for column in columns], dtype=np.float64)
-    was, now, difference = (float(value) for value in _values(table.sum(axis=1), perplexity))
-    interval = bootstrap_interval(table, config.bootstrap_samples, perplexity=perplexity)
-    negligible = alike * (was if perplexity else 1.0)
-    return {
-        "name": name,
-        "before": was,
-        "after": now,
-        "difference": difference,
-        "interval": interval,
-        "n": len(rows),
-        "higher_is_better": higher_is_better,
-        "verdict": _verdict(difference, interval, higher_is_better, negligible),
-    }
-
-
-def _values(sums: np.ndarray, perplexity: bool) -> tuple[Any, Any, Any]:
-    """before, after and after - before from the sums (3, …) of before, after and weights."""
-    import numpy as np
-
-    was, now = sums[0] / sums[2], sums[1] / sums[2]
-    if perplexity:
-        was, now = np.exp(was), np.exp(now)
-    return was, now, now - was
-
-
-def bootstrap_interval(
-    table: np.ndarray, samples: int, *, perplexity: bool = False, seed: int = 0
-) -> list[float] | None:
-    """95 % percentile interval of after - before, rows drawn with replacement, both sides together.
-
-    `table` is (3, n): before, after, weight of each row. None for fewer than 2 rows. Source: Efron and Tibshirani,
-    An Introduction to the Bootstrap (1993), chapter 13.
-    """
-    import numpy as np
-
-    n = table.shape[1]
-    if n < 2:
-        return None
-    generator = np.random.default_rng(seed)
-    sums = np.stack([table[:, generator.integers(n, size=n)].sum(axis=1) for _ in range(samples)], axis=1)
-    low, high = np.percentile(_values(sums, perplexity)[2], [2.5, 97.5])
-    return [float(low), float(high)]
-
-
-def _verdict(difference: float, interval: list[float] | None, higher_is_better: bool, negligible: float) -> str:
-    if interval is None:
-        return "too few rows to tell"
-    if interval[0] <= 0 <= interval[1] or abs(difference) <= negligible:
-        return "no difference"
-    return "better" if (difference > 0) == higher_is_better else "worse"
 
 
 def _gains(before: Measurement, after: Measurement) -> list[float]:
     """By how much each row of the main metric got better (scores, or nats a token)."""
     for name in before.metrics:
         return [now - was for was, now in zip(before.metrics[name], after.metrics[name], strict=True)]
+    if before.paired:
+        return preferences.margins(before, after)
     rows = zip(before.nll, after.nll, before.tokens, strict=True)
     gains = [(was - now) / tokens for was, now, tokens in rows if tokens]
     return [0.0 if abs(gain) <= ALIKE else gain for gain in gains]
@@ -315,10 +287,17 @@ def _sentence(entries: list[dict[str, Any]], wins: int, ties: int, losses: int) 
         f"{opening}: {main['name']} {main['before']:.3f} → {main['after']:.3f} "
         f"(difference {main['difference']:+.3f}{span}; {main['n']} rows: {wins} won, {ties} tied, {losses} lost)."
     )
-    others = {"general_text_loss": "General text got worse", "answers_ended": "Fewer answers end by themselves"}
-    for entry in entries[1:]:
-        if entry["verdict"] == "worse" and entry["name"] in others:
-            text += f" {others[entry['name']]}: {entry['before']:.3f} → {entry['after']:.3f}."
+    others = {
+        "general_text_loss": {"worse": "General text got worse"},
+        "answers_ended": {"worse": "Fewer answers end by themselves"},
+        "answer_tokens": {"higher": "Answers got longer, tokens", "lower": "Answers got shorter, tokens"},
+    }
+    if any(line["name"] == "preference_accuracy" for line in entries):
+        others["held_out_loss"] = {"worse": "The chosen answers became less likely, nats a token"}
+    for line in entries[1:]:
+        said = others.get(line["name"], {}).get(line["verdict"])
+        if said:
+            text += f" {said}: {line['before']:.3f} → {line['after']:.3f}."
     return text
 
 
@@ -338,18 +317,27 @@ def _samples(before: Measurement, after: Measurement) -> list[dict[str, Any]]:
 
 
 def held_out_scores(
-    model: Any, tokenizer: Any, data: Any, config: EvaluateConfig, metric: str = "loss"
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    config: EvaluateConfig,
+    metric: str = "loss",
+    start: Measurement | None = None,
+    beta: float = 1.0,
 ) -> dict[str, float]:
     """{"loss": nats a token} on the held-out rows, with the mean of one more metric of the report where it is named.
 
-    Raises SettingsError for a metric that these data do not have.
+    With `start`, the measurement before training, of pairs: the sigmoid loss of DPO at `beta` (arXiv 2305.18290,
+    equation 7) and the preference accuracy. Raises SettingsError for a metric that these data do not have.
     """
     answered = config if metric != "loss" else replace(config, size=0, metrics=[], hub_metrics=[])
-    measurement = measure(model, tokenizer, data, replace(answered, general_text=False))
+    measurement = measure(model, tokenizer, data, replace(answered, general_text=False), distributions=False)
     scores = {"loss": measurement.loss}
-    if metric != "loss":
+    if start is not None and start.paired:
+        scores = preferences.scores(start, measurement, beta)
+    if metric not in scores:
         if metric not in measurement.metrics:
-            known = ", ".join(["loss", *measurement.metrics])
+            known = ", ".join([*scores, *measurement.metrics])
             raise SettingsError(f"train.metric_for_best_model={metric} is not measured here.", f"Known: {known}")
         scores[metric] = sum(measurement.metrics[metric]) / len(measurement.metrics[metric])
     return scores

@@ -238,9 +238,10 @@ def check_best_metric(config: RecipeConfig, data: Data) -> None:
     name = config.train.metric_for_best_model
     if name == "loss":
         return
-    answered = data.kind == "prompt_completion" and config.evaluate.size > 0
+    answered = data.kind != "text" and config.evaluate.size > 0
     metrics = choose_metrics(config.evaluate.metrics, data, config.evaluate.hub_metrics) if answered else []
-    known = ["loss", *(metric.name for metric in metrics)]
+    paired = ["preference_accuracy"] if data.kind == "preference" else []
+    known = ["loss", *paired, *(metric.name for metric in metrics)]
     if name not in known:
         raise SettingsError(f"train.metric_for_best_model={name} is not measured here.", f"Known: {', '.join(known)}")
 

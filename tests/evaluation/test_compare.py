@@ -9,7 +9,8 @@ import torch
 
 from finetune_kit.config import EvaluateConfig
 from finetune_kit.errors import DataError, NumericsError, SettingsError
-from finetune_kit.evaluation.compare import Measurement, bootstrap_interval, compare, held_out_scores, measure
+from finetune_kit.evaluation.compare import Measurement, compare, held_out_scores, measure
+from finetune_kit.evaluation.intervals import bootstrap_interval
 from finetune_kit.generation import Completion
 from tests.fixtures_evaluation import byte_tokenizer, held_out, tiny_llama
 
@@ -140,7 +141,12 @@ def test_one_row_is_too_few_to_tell():
 
 def test_a_loss_of_900_nats_a_token_has_no_perplexity_instead_of_an_infinite_one():
     report = compare(scored([0.0] * 3, [10.0] * 3), scored([0.0] * 3, [4500.0] * 3), CONFIG)
-    assert [entry["name"] for entry in report.metrics] == ["exact_match", "held_out_loss", "answers_ended"]
+    assert [entry["name"] for entry in report.metrics] == [
+        "exact_match",
+        "held_out_loss",
+        "answers_ended",
+        "answer_tokens",
+    ]
 
 
 def test_forgetting_and_answers_that_no_longer_end_are_said_in_the_verdict():
@@ -167,6 +173,7 @@ def test_measuring_twice_gives_no_difference_and_report_json_that_is_plain_json(
         "held_out_perplexity",
         "general_text_loss",
         "answers_ended",
+        "answer_tokens",
     ]
     assert {(entry["difference"], entry["verdict"]) for entry in report.metrics} == {(0.0, "no difference")}
     assert [entry["n"] for entry in report.metrics] == [6, 9, 9, 7, 6]
