@@ -22,6 +22,12 @@ LABELS: dict[str, str] = {
     "held_out_perplexity": "held-out perplexity",
     "general_text_loss": "general-text loss, nats/token",
     "answers_ended": "answers that end by themselves",
+    "answer_tokens": "length of an answer, tokens",
+    "preference_accuracy": "preference accuracy (implicit reward)",
+    "reward_margin": "implicit reward, chosen - rejected",
+    "chosen_is_likelier": "chosen likelier than rejected",
+    "rejected_loss": "loss of rejected answers, nats/token",
+    "kl_to_reference": "KL to the reference, nats/token",
 }
 PRINTED_SAMPLES = 3
 COLOURS = {"better": "green", "worse": "red"}
@@ -31,8 +37,9 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30  # room for their labels
 
 
 def label_of(entry: dict[str, Any]) -> str:
-    """A metric's name in words, with the direction that is good."""
-    return f"{LABELS.get(entry['name'], entry['name'])} {'↑' if entry['higher_is_better'] else '↓'}"
+    """A metric's name in words, with the direction that is good, if one is."""
+    arrow = {True: " ↑", False: " ↓", None: ""}[entry["higher_is_better"]]
+    return f"{LABELS.get(entry['name'], entry['name'])}{arrow}"
 
 
 def numbers_of(entry: dict[str, Any]) -> list[str]:

@@ -4,15 +4,15 @@ A batch of padded rows reaches the model. Its padding is dropped, rows that begi
 beginning once, and what is left is laid end to end as one row of n tokens. The layers run over those; in attention each
 segment sees its own beginning and itself. Behind the backbone the hidden states are laid out as the caller expects:
 padded rows, or, where labels are given, only the positions in front of a label, so that the language-model head runs
-nowhere else.
+nowhere else; what TRL's fused head says of those positions is laid out in padded rows again.
 
-Everything above the backbone is unchanged, and no forward is replaced: one hook before the model, one behind the
+Everything above the backbone is unchanged, and no forward is replaced: hooks before and behind the model and behind the
 backbone, and one attention function of transformers' AttentionInterface.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Plan:
 
     tokens: (n,), packed token -> its place in the flattened padded batch. positions: (n,), each token's place in its
     row. places: (b, t), padded place -> packed token, 0 where padded. real: (b, t), true where a token is.
-    selected: (s,), packed tokens whose hidden state the caller wants; None: all, in the padded layout.
+    selected: (s,), packed tokens whose hidden state the caller wants; None: all, in the padded layout. wanted:
+    (b, t - 1), true in front of a label; s in number.
     """
 
     segments: tuple[Segment, ...]
@@ -47,6 +48,7 @@ class Plan:
     places: torch.Tensor
     real: torch.Tensor
     selected: torch.Tensor | None = None
+    wanted: torch.Tensor | None = None
 
 
 def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool) -> Plan:
@@ -159,7 +161,8 @@ def attend(
 
 
 def enable(model: Any) -> str:
-    """Turn the packed forward on for a causal language model, adapter or not, if it proves equal on the loaded weights.
+    """Turn the packed forward on for a language model or a sequence classifier, adapter or not, if it proves equal on
+    the loaded weights.
 
     Returns "" where it is on, else the reason why the padded forward stays. It acts on calls with a batch of more than
     padding to drop and without a cache; generation is as before.
@@ -167,19 +170,23 @@ def enable(model: Any) -> str:
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if causal.device.type != "cpu":
         return f"the packed forward is not proven on {causal.device.type} yet"
-    before = causal.config._attn_implementation
+    config = causal.base_model.config  # a classifier's backbone has one of its own
+    before = config._attn_implementation
     if before != "sdpa":
         return f"the packed forward needs sdpa attention, not {before}"
     _register()
+    # a classifier finds a row's last token in the padded batch: it is packed behind that, in front of the backbone
+    outer = causal.base_model if hasattr(causal, "score") else model
     handles = [
-        model.register_forward_pre_hook(_pack, with_kwargs=True),
+        outer.register_forward_pre_hook(_pack, with_kwargs=True),
         causal.base_model.register_forward_hook(_unpack, with_kwargs=True),
+        outer.register_forward_hook(_lay_out, with_kwargs=True),
     ]
     reason = _disproof(model, causal)
     if reason:
         for handle in handles:
             handle.remove()
-        causal.config._attn_implementation = before
+        config._attn_implementation = before
     return reason
 
 
@@ -195,6 +202,8 @@ def _pack(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     """Before the model: replace a padded batch by its packed row; None leaves a call as it is."""
     import torch
 
+    if len(args) == 1 and kwargs.get("input_ids") is None:
+        args, kwargs = (), {**kwargs, "input_ids": args[0]}
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     causal = module.get_base_model() if hasattr(module, "get_base_model") else module
     config = causal.config
@@ -215,7 +224,7 @@ def _pack(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         wanted = (labels[:, 1:] != -100) & plan.real[:, :-1]
         if not bool(wanted.any()):
             return None
-        plan = Plan(plan.segments, plan.tokens, plan.positions, plan.places, plan.real, plan.places[:, :-1][wanted])
+        plan = replace(plan, selected=plan.places[:, :-1][wanted], wanted=wanted)
         # the losses above shift labels by one: the first has nothing before it
         kwargs["labels"] = torch.cat([labels.new_full((1,), -100), labels[:, 1:][wanted]])[None]
     kwargs["input_ids"] = ids.flatten()[plan.tokens][None]
@@ -250,6 +259,19 @@ def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     return output
 
 
+def _lay_out(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Behind the model: what TRL's fused head says of each label, (1, s) -> (b, t - 1) with zeros elsewhere."""
+    plan = kwargs.get("packed")
+    if plan is None or plan.wanted is None or getattr(output, "log_probs", None) is None:
+        return output
+    for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
+        found = getattr(output, name)
+        if found is not None:
+            setattr(output, name, found.new_zeros(plan.wanted.shape).masked_scatter(plan.wanted, found[0]))
+    output.label_mask = plan.wanted
+    return output
+
+
 def _disproof(model: Any, causal: Any) -> str:
     """Why the packed forward is not to be trusted on the loaded weights; "" if it gives the padded one's numbers.
 
@@ -265,25 +287,30 @@ def _disproof(model: Any, causal: Any) -> str:
     mask = torch.ones_like(ids)
     mask[1, 20:] = 0
     mask[3, 5:] = 0
+    ids[mask == 0] = causal.config.get_text_config().pad_token_id or 0  # a classifier finds a row's end by it
     moved = ids.clone()
     moved[0, 14] = (moved[0, 14] + 1) % causal.config.get_text_config().vocab_size
+    real = mask.bool()
+
+    def numbers(ids: torch.Tensor) -> list[torch.Tensor]:
+        """A row's log-probabilities, or its scores."""
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        scores = logits.dim() == 2
+        return [row if scores else row.log_softmax(-1)[keep] for row, keep in zip(logits, real, strict=True)]
+
     try:
         with torch.no_grad():
-            padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
-            causal.config._attn_implementation = ATTENTION
-            packed = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
-            other = model(input_ids=moved, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
+            padded = numbers(ids)
+            causal.base_model.config._attn_implementation = ATTENTION
+            packed, other = numbers(ids), numbers(moved)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         return f"this model does not take a packed row ({type(error).__name__})"
     finally:
         model.train(was_training)
-    real = mask.bool()
-    difference = float((packed - padded)[real].abs().max())
+    difference = max(float((one - two).abs().max()) for one, two in zip(packed, padded, strict=True))
     if not difference <= TOLERANCE:
         return f"packed and padded log-probabilities differ by {difference:.1e} on this model"
-    if (
-        not torch.equal(packed[1:][real[1:]], other[1:][real[1:]])
-        and float((packed[1:] - other[1:])[real[1:]].abs().max()) > TOLERANCE / 10
-    ):
+    moved_too = max(float((one - two).abs().max()) for one, two in zip(packed[1:], other[1:], strict=True))
+    if moved_too > TOLERANCE / 10:
         return "a change in one row moves another one on this model"
     return ""

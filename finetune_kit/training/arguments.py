@@ -75,7 +75,8 @@ def build(
         if not config.train.extra:
             raise
         raise SettingsError(f"{trainer_class.__name__} refuses train.extra: {error}") from None
-    trainer.train_dataset = rows
+    if tokenises:
+        trainer.train_dataset = rows
     begin(config, data.ledger)
     trainer.remove_callback(PrinterCallback)  # it prints the logs as a dict; progress.py says them
     for parameter, weights in trained:  # TRL rounds adapters of quantised models to bfloat16

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
@@ -193,3 +194,59 @@ def test_a_row_that_moves_another_is_noticed_and_the_padded_forward_kept(monkeyp
     model = make(FAMILIES["llama"])
     assert "differ" in packed.enable(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def pairs_of_rows() -> list[list[int]]:
+    """Eight rows of four pairs, 30 to 9 tokens: the two of a pair begin with the same 8 to 20 tokens."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, 97, (count,), generator=generator).tolist()
+
+    prompts = [draw(length) for length in (8, 12, 16, 20)]
+    return [prompt + draw(length) for length in (10, 1) for prompt in prompts]
+
+
+def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_a_classifier_and_their_gradients_equal_the_padded_models(family: str) -> None:
+    torch.manual_seed(0)
+    config = copy.deepcopy(FAMILIES[family])
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    inputs = padded(pairs_of_rows())
+
+    def scores_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        scores = model(**inputs).logits[:, 0]
+        scores.square().sum().backward()
+        return scores.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected, gradient = scores_and_gradient()
+    assert packed.enable(model) == ""
+    seen: list[int] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda m, i, o: seen.append(o.shape[1]))
+    scores, packed_gradient = scores_and_gradient()
+    assert float((scores - expected).abs().max()) < 1e-5
+    assert float((packed_gradient - gradient).norm() / gradient.norm()) < 1e-5
+    assert seen == [8 + 12 + 16 + 20 + 4 * (10 + 1)]  # each prompt once
+
+
+def test_log_probabilities_of_trls_head_are_laid_out_in_padded_rows() -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, inputs = make(FAMILIES["llama"]), batch()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    expected = model(**inputs, fused_lm_head=True)
+    assert packed.enable(model) == ""
+    found = model(**inputs, fused_lm_head=True)
+    assert found.log_probs.shape == (5, 29)
+    assert float((found.log_probs - expected.log_probs).abs().max()) < 1e-5
+    assert torch.equal(found.label_mask, expected.label_mask)
+    assert torch.equal(found.is_top1, expected.is_top1)
