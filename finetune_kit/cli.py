@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import shlex
 import sys
 import traceback
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from finetune_kit import recipe as recipes
+from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, leaves, resolve
 from finetune_kit.errors import FinetuneKitError, NumericsError, ResourceError, SettingsError
 
@@ -39,6 +42,8 @@ def main() -> NoReturn:
     """Run the command line; a user's mistake ends with its message and exit code, a bug of ours with its traceback."""
     # names that transformers and TRL will rename one day, used by themselves: nothing that a user could mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not needed
+    os.environ.setdefault("TQDM_DISABLE", "1")  # training/progress.py says how far a run is
     try:
         # without standalone mode a typer.Exit comes back as its code, and a command's end as None
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
@@ -66,7 +71,9 @@ def _read(word: str, config_file: Path | None, words: list[str] | None) -> tuple
     recipe = recipes.load(word)
     if recipe.settings and config_file:
         raise SettingsError(f"{word} and --config {config_file} are both settings files.", "Give one of them.")
-    return recipe, resolve(recipe.config_class, recipe.word, config_file or recipe.settings, words or [])
+    settings = resolve(recipe.config_class, recipe.word, config_file or recipe.settings, words or [])
+    start_from_run(settings)
+    return recipe, settings
 
 
 @app.command("list")

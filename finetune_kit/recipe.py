@@ -16,11 +16,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, check, recipe_of_yaml
 from finetune_kit.errors import ResourceError, SettingsError
 
 LIST = "python -m finetune_kit list"
-BUILTIN = ("full_sft", "lora_sft", "qlora_sft")  # in reading order; each is recipes/<name>.py
+BUILTIN = ("full_sft", "lora_sft", "qlora_sft", "dpo")  # in reading order; each is recipes/<name>.py
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Recipe:
     def run(self, config: RecipeConfig) -> Any:
         """The recipe's artifact. Settings that cannot be are refused before anything is read."""
         check(config)
+        start_from_run(config)
         return self.module.run(config)
 
 

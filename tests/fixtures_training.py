@@ -1,9 +1,9 @@
 """Runs of the built-in recipes on the tiny model: `train` does a whole one here, `fit_only` its training alone."""
 
+import contextlib
 import itertools
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,7 @@ from finetune_kit import recipe as recipes
 from finetune_kit.artifact import Artifact
 from finetune_kit.config import RecipeConfig, resolve
 from finetune_kit.data.load import Data, load_data
-from finetune_kit.evaluation.compare import held_out_scores
-from finetune_kit.model.load import load_policy, load_tokenizer
 from finetune_kit.run_folder import claim
-from finetune_kit.training.arguments import build
 from finetune_kit.training.fit import fit
 
 torch.set_num_threads(1)
@@ -38,6 +35,13 @@ ROWS = [{"prompt": f"{n} + {n * n} =", "completion": f"{n + n * n}" + " exactly"
 def write_rows(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return path
+
+
+def furnish_pairs(folder: Path, tiny_model: Path, pairs: list[dict[str, Any]]) -> Path:
+    """A folder with `tiny` (the model) and `rows.jsonl` (pairs)."""
+    (folder / "tiny").symlink_to(tiny_model, target_is_directory=True)
+    write_rows(folder / "rows.jsonl", pairs)
+    return folder
 
 
 def settings(recipe: str, folder: Path, *words: str) -> RecipeConfig:
@@ -73,6 +77,7 @@ class Trained:
     config: RecipeConfig
     history: list[dict[str, float]]
     start: dict[str, torch.Tensor]
+    score: Any
 
     @property
     def folder(self) -> Path:
@@ -92,24 +97,35 @@ class Trained:
         return largest_difference(self.start, self.weights)
 
 
-def prepare(recipe: str, folder: Path, *words: str) -> Trained:
-    """Everything up to the first step of a recipe, by the recipe's own parts."""
-    from trl import SFTConfig, SFTTrainer
+class _Prepared(Exception):
+    """Everything before the first step is done."""
 
-    config = settings(recipe, folder, *words)
-    tokenizer = load_tokenizer(config.model)
-    data = load_data(config.data, "prompt_completion", tokenizer, seed=config.train.seed)
-    lora = getattr(config, "lora", None)
-    policy = load_policy(config.model, lora, trained_in_full=lora is None, seed=config.train.seed)
-    trainer = build(SFTTrainer, SFTConfig, config, policy, tokenizer, data)
-    return Trained(trainer.model, trainer, tokenizer, data, config, [], trainable(policy))
+
+def prepare(recipe: str, folder: Path, *words: str) -> Trained:
+    """Everything up to the first step of a recipe, by the recipe itself."""
+    found, config = recipes.load(recipe), settings(recipe, folder, *words)
+    seen: dict[str, Any] = {}
+
+    def load(*given: Any, **named: Any) -> Data:
+        seen["data"] = load_data(*given, **named)
+        return seen["data"]
+
+    def stop(trainer: Any, train: Any, score: Any) -> None:
+        seen["trainer"], seen["score"] = trainer, score
+        raise _Prepared
+
+    found.module.load_data, found.module.fit = load, stop  # type: ignore[attr-defined]
+    with contextlib.suppress(_Prepared):
+        found.run(config)
+    trainer = seen["trainer"]
+    start = trainable(trainer.model)
+    return Trained(trainer.model, trainer, trainer.processing_class, seen["data"], config, [], start, seen["score"])
 
 
 def fit_only(recipe: str, folder: Path, *words: str, score: Any = None) -> Trained:
-    """Training without the measurements around it and without the artifact (about 0.2 s)."""
+    """Training without the measurement after it and without the artifact (about 0.3 s)."""
     run = prepare(recipe, folder, *words)
-    own = partial(held_out_scores, tokenizer=run.tokenizer, data=run.data, config=run.config.evaluate)
-    run.history = fit(run.trainer, run.config.train, score or own)
+    run.history = fit(run.trainer, run.config.train, score or run.score)
     return run
 
 

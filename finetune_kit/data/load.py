@@ -354,6 +354,7 @@ def placeholder(kind: str) -> datasets.Dataset:
     """Rows of text for a trainer of TRL that takes no tokens: it tokenises these, and is given ours afterwards."""
     import datasets
 
+    datasets.disable_progress_bars()  # of the trainer's work on these
     rows: dict[str, list[dict[str, Any]]] = {
         "preference": [{"prompt": "a", "chosen": "b", "rejected": "c"}],
         "labelled_completion": [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)],

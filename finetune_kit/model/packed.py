@@ -203,7 +203,8 @@ def _pack(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     import torch
 
     if len(args) == 1 and kwargs.get("input_ids") is None:
-        args, kwargs = (), {**kwargs, "input_ids": args[0]}
+        kwargs = {**kwargs, "input_ids": args[0]}
+        args = ()
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     causal = module.get_base_model() if hasattr(module, "get_base_model") else module
     config = causal.config

@@ -1,0 +1,86 @@
+"""Direct preference optimisation: answers that people chose become likelier than those they rejected.
+
+What it does
+    Trains a policy on pairs of answers, without a reward model and without sampling. The reference is the policy as it
+    starts: its log-probabilities are computed once and kept. With an adapter (the default) only that is trained;
+    lora.r=0 trains all weights.
+
+Objective
+    reward(x, y) = beta * (log p(y | x) - log p_reference(y | x))
+    minimise  - log sigmoid(reward(x, chosen) - reward(x, rejected))        loss_type=[sigmoid]; at the start ln 2
+    beta small: far from the reference; beta large: close to it.
+
+Data in
+    kind preference: prompt with chosen and rejected, whole conversations, hh-rlhf transcripts, scored or ranked
+    answers, two answers and votes, reasoning_gym/<task> (the right answer against a wrong one).
+
+Artifact out
+    an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.
+
+What to watch
+    rewards/accuracies rises above 0.5 and rewards/margins grow. logps/chosen falling a little is usual; the report says
+    so in words, and falling with worse answers means: a smaller learning_rate, a larger beta, or
+    loss_type=[sigmoid,sft], which holds the chosen answers up. Answers that grow longer without being better are the
+    length bias of the pairs.
+
+Paper
+    DPO: Rafailov et al. 2023 (arXiv 2305.18290). The other losses carry TRL's names.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from finetune_kit.artifact import Artifact, save
+from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.data.load import load_data
+from finetune_kit.evaluation.compare import compare, held_out_scores, measure
+from finetune_kit.model.load import load_policy, load_tokenizer
+from finetune_kit.training.arguments import build
+from finetune_kit.training.fit import fit
+from finetune_kit.training.progress import telling
+from finetune_kit.training.reference import frozen_copy, set_reference
+
+
+@dataclass
+class Config(RecipeConfig):
+    kind: ClassVar[str] = "preference"
+    lora: LoraConfig = section(LoraConfig)
+    train: TrainConfig = section(TrainConfig, learning_rate=5e-5, warmup_steps=0.1)
+    beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, inf)")
+    loss_type: list[str] = setting(["sigmoid"], "loss by TRL's name, or several added up: sigmoid, ipo, hinge, sft, …")
+    loss_weights: list[float] = setting([], "of several losses; unset: 1 each", within="[0, inf)")
+    label_smoothing: float = setting(
+        0.0, "share of pairs that may be the wrong way round; of loss_type=[robust]", "share", within="[0, 0.5)"
+    )
+    precompute_ref_log_probs: bool = setting(True, "compute the reference's log-probabilities once and keep them")
+
+
+def run(config: Config) -> Artifact:
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = load_tokenizer(config.model)
+    pairs = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
+    policy = load_policy(config.model, config.lora, seed=config.train.seed)
+    trainer = build(
+        DPOTrainer,
+        DPOConfig,
+        config,
+        policy,
+        tokenizer,
+        pairs,
+        tokenises=True,
+        parts=frozen_copy(policy, config),
+        beta=config.beta,
+        loss_type=config.loss_type,
+        loss_weights=config.loss_weights or None,
+        label_smoothing=config.label_smoothing,
+        precompute_ref_log_probs=config.precompute_ref_log_probs,
+    )
+    set_reference(trainer, config, pairs)
+    before = measure(policy, tokenizer, pairs, config.evaluate, telling("before"))
+    scores = partial(held_out_scores, start=before, beta=config.beta)
+    history = fit(trainer, config.train, partial(scores, tokenizer=tokenizer, data=pairs, config=config.evaluate))
+    after = measure(trainer.model, tokenizer, pairs, config.evaluate, telling("after"))
+    report = compare(before, after, config.evaluate, config.beta)
+    return save(trainer.model, tokenizer, config, pairs, report, history)
