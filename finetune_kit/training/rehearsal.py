@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import types
 import warnings
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,7 @@ def step_bytes(policy: Any, batch: Batch, setting: Setting) -> int:
     `policy`: on the meta device, in the types that training has; it is left as it is. The blocks of a model are alike,
     so two and three of them are run and the rest is a straight line: until the gradient has left the last block the
     most grows with each block's activations, from then on with each block's gradients.
+    Raises RuntimeError where the model's code cannot run on tensors without content.
     """
     count = len(_blocks(policy))
     if count <= 3:
@@ -83,7 +85,7 @@ def _rehearse(policy: Any, count: int, batch: Batch, setting: Setting) -> tuple[
     policy, blocks = _copy(policy, count)
     causal = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     _as_in_training(policy, causal, batch, setting)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _quiet_torch(), FakeTensorMode(allow_non_fake_inputs=True):
         _give_shapes(policy)
         live = Live(policy)
         if len(blocks):
@@ -96,6 +98,17 @@ def _rehearse(policy: Any, count: int, batch: Batch, setting: Setting) -> tuple[
                 loss = _loss(causal, batch, setting)
             loss.backward()
     return live.most[0], live.most[1]
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Where a fake tensor cannot do something, torch logs a page besides raising the error."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _copy(policy: Any, count: int) -> tuple[Any, torch.nn.ModuleList]:

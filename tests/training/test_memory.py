@@ -1,0 +1,269 @@
+"""Memory is predicted from shapes: to the byte where tensors stay, and the step that is rehearsed is the real one."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig, TrainerCallback
+
+from finetune_kit.config import LoraConfig, ModelConfig
+from finetune_kit.data.load import load_data
+from finetune_kit.model.load import empty_policy, load_tokenizer
+from finetune_kit.training.memory import four_bit, longest_batch, memory, optimizer_state, settle_types, weights
+from finetune_kit.training.rehearsal import Batch, Live, Setting, _rehearse, step_bytes
+from tests.fixtures_training import Trained, prepare, settings, write_rows
+
+
+def stored(tensors: Iterable[Any]) -> int:
+    """Bytes of the storages behind tensors, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def held(model: Any) -> Iterator[torch.Tensor]:
+    """Every tensor that a model keeps: parameters, buffers, and the state of quantised weights."""
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            yield from (value for value in vars(part).values() if isinstance(value, torch.Tensor)) if part else ()
+
+
+def empty(model: ModelConfig, lora: LoraConfig | None) -> tuple[Any, list[str]]:
+    policy = empty_policy(model, lora, trained_in_full=lora is None)
+    return policy, settle_types(policy, model)
+
+
+def planned(run: Trained) -> dict[str, int]:
+    policy, _ = empty(run.config.model, getattr(run.config, "lora", None))
+    return memory(run.config, run.data, policy)
+
+
+class Counting(TrainerCallback):  # type: ignore[misc]  # transformers ships no types here
+    """What lies in gradients when the optimizer is about to step, and in its state when it has."""
+
+    gradients = state = 0
+
+    def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.gradients = stored(p.grad for p in model.parameters() if p.grad is not None)
+
+    def on_optimizer_step(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
+        states = getattr(optimizer, "optimizer", optimizer).state.values()
+        self.state = stored(value for state in states for value in state.values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("full_sft", []),
+        ("lora_sft", []),
+        ("lora_sft", ["use_dora=true", "modules_to_save=[lm_head]"]),
+        ("qlora_sft", []),
+        ("qlora_sft", ["target_modules=[q_proj]", "bnb_4bit_use_double_quant=false"]),
+    ],
+)
+def test_weights_and_gradients_and_state_are_exact_to_the_byte(home: Path, recipe: str, words: list[str]) -> None:
+    run, counting = prepare(recipe, home, "max_steps=1", *words), Counting()
+    parts = planned(run)
+    assert parts["weights"] == stored(held(run.model))
+    run.trainer.add_callback(counting)
+    run.trainer.train()
+    assert (parts["gradients"], parts["optimizer_state"]) == (counting.gradients, counting.state)
+
+
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "adafactor", "sgd"]
+)
+def test_each_optimizer_s_state_is_exact_to_the_byte(home: Path, optim: str) -> None:
+    # matrices of 8192, 4096 and 2048 weights: above, at and below what 8 bits begin with; and an embedding
+    run, counting = prepare("full_sft", home, "max_steps=1", f"optim={optim}"), Counting()
+    run.trainer.add_callback(counting)
+    run.trainer.train()
+    assert optimizer_state(empty(run.config.model, None)[0], optim) == counting.state
+
+
+def test_4_bit_weights_take_half_a_byte_and_their_scales() -> None:
+    assert four_bit(64 * 256, double=False) == 8192 + 64 + 4 * 256
+    assert four_bit(64 * 256, double=True) == 8192 + 64 + 256 + 4 + 4 + 1024
+    assert four_bit(65, double=False) == 33 + 64 + 4 * 2
+    assert four_bit(4096 * 14336, double=True) / (4096 * 14336) == pytest.approx(4.127 / 8, abs=2e-4)  # QLoRA's bits
+
+
+# the step
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("full_sft", ("gradient_accumulation_steps=2",)),
+        ("full_sft", ("padding_free=false", "gradient_checkpointing=true")),
+        ("lora_sft", ()),
+        ("lora_sft", ("padding_free=false",)),
+        ("lora_sft", ("gradient_checkpointing=true",)),
+        ("qlora_sft", ()),
+    ],
+)
+def test_the_step_that_is_rehearsed_is_the_real_one(home: Path, recipe: str, words: tuple[str, ...]) -> None:
+    # every row goes into one batch, so that the longest batch is the one that is trained
+    run = prepare(recipe, home, "per_device_train_batch_size=8", "data.size=8", *words)
+    parts = planned(run)
+    assert parts["gradients"] + parts["activations"] == pytest.approx(most_alive(run), rel=0.02)
+
+
+def most_alive(run: Trained) -> int:
+    """Most bytes alive in the trainer's own forward and backward pass, the weights aside."""
+    run.trainer.create_optimizer()
+    passes = run.config.train.gradient_accumulation_steps
+    batch = next(iter(run.trainer.get_train_dataloader()))
+    live = Live(run.model)
+    live.known |= {tensor.untyped_storage()._cdata for tensor in held(run.model)}
+    run.trainer.model.train()
+    if run.config.train.gradient_checkpointing:
+        run.model.gradient_checkpointing_enable()
+    with live:
+        for _ in range(passes):
+            run.trainer.training_step(run.trainer.model, dict(batch), 8)
+    return max(live.most)
+
+
+@pytest.mark.parametrize(
+    ("batch", "lora", "checkpointing"),
+    [
+        (Batch(1, 8, False, 7), None, False),  # the gradients of six blocks are the most
+        (Batch(8, 128, True, 100), None, False),  # their activations are
+        (Batch(8, 128, True, 100), LoraConfig(), True),
+    ],
+    ids=["full 1 x 8", "full 8 x 128", "lora 8 x 128 checkpointed"],
+)
+def test_three_blocks_tell_what_six_need(
+    tmp_path: Path, tiny_model: Path, batch: Batch, lora: LoraConfig | None, checkpointing: bool
+) -> None:
+    policy, _ = empty(shapes(tmp_path, tiny_model, LlamaConfig(**{**LLAMA, "num_hidden_layers": 6})), lora)
+    setting = Setting(checkpointing, accumulates=lora is None and batch.rows == 8, on_gpu=False)
+    assert step_bytes(policy, batch, setting) == pytest.approx(max(_rehearse(policy, 6, batch, setting)), rel=0.005)
+    assert len(list(policy.parameters())) == (57 if lora is None else 57 + 2 * 6 * 7)  # the policy is as it was
+
+
+def test_on_a_gpu_a_step_keeps_half_the_activations_and_one_tile_of_logits(tmp_path: Path, tiny_model: Path) -> None:
+    policy, _ = empty(shapes(tmp_path, tiny_model, LlamaConfig(**{**LLAMA, "vocab_size": 65536})), LoraConfig())
+    on_cpu, on_gpu = (
+        step_bytes(policy, Batch(4, 256, False, 1000), Setting(False, False, on_gpu=on_gpu)) for on_gpu in (False, True)
+    )
+    assert on_gpu < on_cpu / 5  # the CPU's head has eight tiles of logits at once, in float32
+    short = step_bytes(policy, Batch(4, 256, False, 500), Setting(False, False, on_gpu=True))
+    assert on_gpu - short == pytest.approx(500 * 32768 * 2, rel=0.1)  # logits only where a label is, in bfloat16
+
+
+def test_packed_text_goes_through_in_one_row(home: Path) -> None:
+    (home / "book.txt").write_text("\n\n".join(f"The {n}th line says {n} times {n} is {n * n}." for n in range(99)))
+    run = prepare("lora_sft", home, f"data.path={home / 'book.txt'}", "max_length=64")
+    batch = longest_batch(run.config, run.data, run.model)
+    assert (batch.rows, batch.width, batch.end_to_end, batch.plan) == (1, 64, True, None)
+
+
+# settings
+
+
+SETTINGS = {
+    "per_device_train_batch_size=2": {"activations": "less"},
+    "gradient_checkpointing=true": {"activations": "less"},
+    "max_length=64": {"activations": "less"},
+    "padding_free=false": {"activations": "more"},
+    "packing=true": {"activations": "more"},  # one row of 1024 tokens; unpacked, four rows that begin alike have 900
+    "optim=sgd": {"optimizer_state": "less"},
+    "optim=adafactor": {"optimizer_state": "less"},
+    "lora.r=32": {"weights": "more", "gradients": "more", "optimizer_state": "more", "activations": "more"},
+}
+
+
+@pytest.mark.parametrize("word", SETTINGS)
+def test_a_setting_moves_its_own_part_of_the_memory(home: Path, word: str) -> None:
+    write_rows(home / "rows.jsonl", [{"prompt": f"{n}?", "completion": "and so on " * 20} for n in range(12)])
+    usual, other = (sizes(home, *words) for words in ((), (word,)))
+    moved = {name: "less" if other[name] < usual[name] else "more" for name in usual if other[name] != usual[name]}
+    moved.pop("heap", None)  # it follows the activations
+    assert moved == SETTINGS[word]
+
+
+def sizes(home: Path, *words: str) -> dict[str, int]:
+    config = settings("lora_sft", home, *words)
+    data = load_data(config.data, "prompt_completion", load_tokenizer(config.model))
+    return memory(config, data, empty_policy(config.model, config.lora, trained_in_full=False))  # type: ignore[attr-defined]
+
+
+def test_a_mixture_of_experts_is_counted_without_activations_and_said_so(
+    home: Path, tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = prepare("lora_sft", home)
+    run.config.model = shapes(tmp_path, tiny_model, MixtralConfig(**LLAMA, num_local_experts=4))
+    run.config.lora.target_modules = ["q_proj"]  # type: ignore[attr-defined]  # lora_sft has them
+    parts = planned(run)
+    assert parts["activations"] == parts["heap"] == 0
+    assert "activations are not counted" in caplog.text
+    assert parts["weights"] > 4 * 4 * 4 * 3 * 64 * 128  # four blocks of four experts of three float32 matrices
+
+
+# published shapes
+
+LLAMA = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+
+def shapes(folder: Path, tiny_model: Path, config: Any, **words: Any) -> ModelConfig:
+    """A model of which there is only config.json and a tokenizer."""
+    target = folder / "shapes"
+    target.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (target / name).write_bytes((tiny_model / name).read_bytes())
+    config.save_pretrained(target)
+    return ModelConfig(name_or_path=str(target), **words)
+
+
+def counted(policy: Any) -> tuple[int, int]:
+    """(all parameters, trained ones)."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def test_llama_3_1_8b_has_8_030_261_248_parameters_and_needs_exactly_16_7_gb_with_lora(
+    home: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    run = prepare("lora_sft", home, "per_device_train_batch_size=1")
+    run.config.model = shapes(tmp_path, tiny_model, LlamaConfig(**LLAMA_8B), dtype="bfloat16")
+    policy, _ = empty(run.config.model, LoraConfig())
+    assert counted(policy) == (8_030_261_248 + 41_943_040, 41_943_040)
+    parts = planned(run)
+    rotation = 4 * 128  # rotary frequencies, one for every second of a head's 128 numbers, kept twice
+    # the base in bfloat16; the adapter, its gradients and AdamW's two moments in float32, a step's number a tensor
+    assert parts["weights"] == 2 * 8_030_261_248 + 4 * 41_943_040 + rotation
+    assert parts["gradients"] == 4 * 41_943_040
+    assert parts["optimizer_state"] == 2 * 4 * 41_943_040 + 4 * 2 * 7 * 32
+    assert 2**27 < parts["activations"] < 2**30  # one short row
+
+
+def test_llama_3_1_8b_in_4_bits_has_6_4_gb_and_its_embeddings_in_float32(tmp_path: Path, tiny_model: Path) -> None:
+    model = shapes(tmp_path, tiny_model, LlamaConfig(**LLAMA_8B), load_in_4bit=True)
+    policy, quantised = empty(model, LoraConfig())
+    static = weights(policy, model, quantised) + 4 * 41_943_040 + optimizer_state(policy, "auto")
+    # published figures keep embeddings, head and norms in bfloat16; prepare_model_for_kbit_training makes them float32
+    unquantised = 2 * 128256 * 4096 + 65 * 4096
+    assert static - 2 * unquantised == pytest.approx(6.4e9, rel=0.01)
