@@ -76,14 +76,18 @@ class Record:
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:  # the trainer's summary at the end
             return
-        now, tokens = time.perf_counter(), logs.get("num_tokens", 0.0)
-        rate = (tokens - self.last_tokens) / max(now - self.last_time, 1e-9)
-        self.last_time, self.last_tokens = now, tokens
+        now = time.perf_counter()
         line = {"step": state.global_step, **{name: value for name, value in logs.items() if name != "num_tokens"}}
-        line |= {"tokens": tokens, "tokens_per_second": round(rate, 1), "seconds": round(now - self.started, 2)}
-        line["peak_memory_gib"] = round(peak_memory_gib(), 3)
+        said = f"loss {logs['loss']:.4f}"
+        if "num_tokens" in logs:  # not every trainer counts them
+            rate = (logs["num_tokens"] - self.last_tokens) / max(now - self.last_time, 1e-9)
+            line |= {"tokens": logs["num_tokens"], "tokens_per_second": round(rate, 1)}
+            said += f"  {rate:,.0f} tokens/s"
+            self.last_tokens = logs["num_tokens"]
+        self.last_time = now
+        line |= {"seconds": round(now - self.started, 2), "peak_memory_gib": round(peak_memory_gib(), 3)}
         self.write(line)
-        self._advance(f"loss {logs['loss']:.4f}  {rate:,.0f} tokens/s", state)
+        self._advance(said, state)
 
     def write(self, line: dict[str, float]) -> None:
         self.history.append(line)

@@ -25,11 +25,24 @@ ALIKE = 1e-4  # relative difference of two float32 log-probabilities of a whole 
 
 
 def frozen_copy(policy: Any, config: Any) -> dict[str, Any]:
-    """What a DPOTrainer is made with as its reference: nothing where an adapter is trained, whose reference is the
+    """What a trainer of TRL is made with as its reference: nothing where an adapter is trained, whose reference is the
     model without it, or where the numbers are computed beforehand; else the start once more, frozen."""
-    if is_adapter(policy) or config.precompute_ref_log_probs:
+    if is_adapter(policy) or _precomputed(config):
         return {}
     return {"ref_model": load_base(config.model, trained_in_full=True).requires_grad_(False)}
+
+
+def release_copy(trainer: Any, config: Any) -> None:
+    """Let go of the frozen copy of an adapter that TRL adds, where it is not needed: a fresh adapter's start is the
+    model without it, and numbers computed beforehand need no model at all."""
+    policy = trainer.model
+    needed = config.lora.init_from and not _precomputed(config)
+    if is_adapter(policy) and "ref" in policy.peft_config and not needed:
+        policy.delete_adapter("ref")
+
+
+def _precomputed(config: Any) -> bool:
+    return bool(getattr(config, "precompute_ref_log_probs", False))
 
 
 def set_reference(trainer: Any, config: Any, data: Data) -> None:
@@ -37,8 +50,7 @@ def set_reference(trainer: Any, config: Any, data: Data) -> None:
 
     With config.precompute_ref_log_probs the training pairs get TRL's columns ref_chosen_logps and ref_rejected_logps
     (nats, summed over an answer). They are kept in the user's cache under a key of model, adapter to start from,
-    arithmetic and tokens, so that another run on the same pairs reads them. The frozen copy of an adapter that TRL adds
-    is let go where it is not needed: a fresh adapter's start is the model without it.
+    arithmetic and tokens, so that another run on the same pairs reads them.
 
     Raises NumericsError unless every implicit reward is 0 before the first step, and the sigmoid loss ln 2: a policy
     trained against another reference is pulled towards that one without a word. Raises SettingsError for a loss that
@@ -49,15 +61,9 @@ def set_reference(trainer: Any, config: Any, data: Data) -> None:
             f"label_smoothing has no effect on loss_type={config.loss_type}.",
             "Take loss_type=[robust] (arXiv 2403.00409), or leave it out.",
         )
-    policy = trainer.model
-    if (
-        is_adapter(policy)
-        and "ref" in policy.peft_config
-        and (config.precompute_ref_log_probs or not config.lora.init_from)
-    ):
-        policy.delete_adapter("ref")
+    release_copy(trainer, config)
     if config.precompute_ref_log_probs:
-        found = _log_probs(policy, config, data)
+        found = _log_probs(trainer.model, config, data)
         for side, column in COLUMNS.items():
             trainer.train_dataset = trainer.train_dataset.add_column(column, found[side].tolist())
     _prove(trainer, config)

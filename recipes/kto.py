@@ -1,0 +1,79 @@
+"""KTO: single answers, each liked or not, make a policy likelier to write the liked ones.
+
+What it does
+    Trains a policy on answers that carry one label each, as thumbs up and down do; no pairs are needed. The reference
+    is the policy as it starts. With an adapter (the default) only that is trained; lora.r=0 trains all weights.
+
+Objective
+    reward(x, y) = beta * (log p(y | x) - log p_reference(y | x))        z = beta * KL(p || p_reference), of the batch
+    minimise  desirable_weight * (1 - sigmoid(reward - z))   of liked answers
+            + undesirable_weight * (1 - sigmoid(z - reward)) of the others        at the start 0.5 a row, weights 1
+
+Data in
+    kind labelled_completion: prompt, completion, label (true or false); a pair of answers is taken as one of each.
+
+Artifact out
+    an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.
+
+What to watch
+    rewards/chosen rises above rewards/rejected. kl near 0 for long: a higher learning_rate. Many more of one label than
+    of the other: bring desirable_weight * liked to 1 to 4/3 of undesirable_weight * disliked. Batches below 8 rows make
+    a noisy z.
+
+Paper
+    KTO: Ethayarajh et al. 2024 (arXiv 2402.01306).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from finetune_kit.artifact import Artifact, save
+from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.data.load import load_data
+from finetune_kit.evaluation.compare import compare, held_out_scores, measure
+from finetune_kit.model.load import load_policy, load_tokenizer
+from finetune_kit.training.arguments import build
+from finetune_kit.training.fit import fit
+from finetune_kit.training.pairs import rotated
+from finetune_kit.training.progress import telling
+from finetune_kit.training.reference import frozen_copy, release_copy
+
+
+@dataclass
+class Config(RecipeConfig):
+    kind: ClassVar[str] = "labelled_completion"
+    lora: LoraConfig = section(LoraConfig)
+    train: TrainConfig = section(TrainConfig, learning_rate=5e-5, warmup_steps=0.1, per_device_train_batch_size=16)
+    beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, inf)")
+    desirable_weight: float = setting(1.0, "weight of the liked answers", within="(0, inf)")
+    undesirable_weight: float = setting(1.0, "weight of the others", within="(0, inf)")
+
+
+def run(config: Config) -> Artifact:
+    from trl import KTOConfig, KTOTrainer
+
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
+    policy = load_policy(config.model, config.lora, seed=config.train.seed)
+    trainer = build(
+        KTOTrainer,
+        KTOConfig,
+        config,
+        policy,
+        tokenizer,
+        data,
+        rows=rotated(data, config.train),
+        tokenises=True,
+        parts=frozen_copy(policy, config),
+        beta=config.beta,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+    )
+    release_copy(trainer, config)
+    before = measure(policy, tokenizer, data, config.evaluate, telling("before"))
+    scores = partial(held_out_scores, start=before, beta=config.beta)
+    history = fit(trainer, config.train, partial(scores, tokenizer=tokenizer, data=data, config=config.evaluate))
+    after = measure(trainer.model, tokenizer, data, config.evaluate, telling("after"))
+    report = compare(before, after, config.evaluate, config.beta)
+    return save(trainer.model, tokenizer, config, data, report, history)

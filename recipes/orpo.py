@@ -1,0 +1,63 @@
+"""ORPO: supervised fine-tuning and preference in one, without a reference model.
+
+What it does
+    Trains a policy on the chosen answers as lora_sft would, and at the same time moves the odds from the rejected to
+    the chosen ones. There is no reference: one model, one stage. lora.r=0 trains all weights.
+
+Objective
+    odds(y | x) = p / (1 - p)        p: geometric mean of the answer's token probabilities
+    minimise  - (1 / N) * sum over tokens of prompt and chosen answer of log p(token)
+              - beta * log sigmoid(log(odds(chosen | x) / odds(rejected | x)))
+
+Data in
+    kind preference: prompt with chosen and rejected, whole conversations, hh-rlhf transcripts, scored or ranked
+    answers, two answers and votes, reasoning_gym/<task> (the right answer against a wrong one).
+
+Artifact out
+    an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.
+
+What to watch
+    nll_loss falls as in supervised training, log_odds_chosen rises. If the answers are learned and the odds are not, a
+    larger beta. The loss counts the prompt's tokens, as the authors' code does.
+
+Paper
+    ORPO: Hong et al. 2024 (arXiv 2403.07691). The trainer is in trl.experimental.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from finetune_kit.artifact import Artifact, save
+from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.data.load import load_data
+from finetune_kit.evaluation.compare import compare, held_out_scores, measure
+from finetune_kit.model.load import load_policy, load_tokenizer
+from finetune_kit.training.arguments import build
+from finetune_kit.training.fit import fit
+from finetune_kit.training.pairs import masked_pairs
+from finetune_kit.training.progress import telling
+
+
+@dataclass
+class Config(RecipeConfig):
+    kind: ClassVar[str] = "preference"
+    lora: LoraConfig = section(LoraConfig)
+    train: TrainConfig = section(TrainConfig, learning_rate=5e-4, warmup_steps=0.05)
+    beta: float = setting(0.1, "weight of the odds ratio (the paper's lambda)", within="(0, inf)")
+
+
+def run(config: Config) -> Artifact:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    tokenizer = load_tokenizer(config.model)
+    pairs = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
+    policy = load_policy(config.model, config.lora, seed=config.train.seed)
+    rows = masked_pairs(pairs)
+    trainer = build(ORPOTrainer, ORPOConfig, config, policy, tokenizer, pairs, rows, tokenises=True, beta=config.beta)
+    before = measure(policy, tokenizer, pairs, config.evaluate, telling("before"))
+    scores = partial(held_out_scores, start=before, beta=config.beta)
+    history = fit(trainer, config.train, partial(scores, tokenizer=tokenizer, data=pairs, config=config.evaluate))
+    after = measure(trainer.model, tokenizer, pairs, config.evaluate, telling("after"))
+    report = compare(before, after, config.evaluate, config.beta)
+    return save(trainer.model, tokenizer, config, pairs, report, history)
