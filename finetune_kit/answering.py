@@ -14,7 +14,7 @@ from typing import Any
 from finetune_kit.data.chat import end_token_ids, render_prompt
 from finetune_kit.data.records import Message
 from finetune_kit.errors import DataError, SettingsError
-from finetune_kit.finished import FinishedRun, model_of, own_model, tokenizer_of
+from finetune_kit.finished import FinishedRun, check_writes, model_of, own_model, tokenizer_of
 from finetune_kit.generation import Completion, generate
 from finetune_kit.model.load import load_base, load_model_config
 from finetune_kit.prompt_file import Line, answered, append_answers, read_prompts
@@ -109,6 +109,7 @@ def prepare(run: FinishedRun, decoding: Decoding, system: str | None = None) -> 
     `system` takes the place of the run's own system prompt. Raises SettingsError for settings that cannot be.
     """
     check(decoding)
+    check_writes(run)
     tokenizer = tokenizer_of(run)
     if system and _is_bare(run, tokenizer):
         raise SettingsError("--system has no effect: this run was trained on bare prompts.", "Leave it out.")

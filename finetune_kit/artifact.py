@@ -11,12 +11,15 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_kit.ancestry import ANCESTRY, ancestors, as_text
 from finetune_kit.config import ModelConfig, RecipeConfig, to_yaml
 from finetune_kit.data.load import Data
+from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError
 from finetune_kit.evaluation.compare import Report
 from finetune_kit.evaluation.report import write_html
@@ -27,22 +30,30 @@ from finetune_kit.run_folder import versions
 if TYPE_CHECKING:
     import torch
 
-TOLERANCE = 1e-4  # largest difference of a float32 logit after saving and loading
+TOLERANCE = 1e-4  # largest difference of a float32 logit or score after saving and loading
+REWARDS = "AutoModelForSequenceClassification"
+REWARD_USE = (
+    "It gives one number to a prompt with its answer, both in the chat template; only differences between answers to "
+    f"one prompt mean something. Load it with {REWARDS}, num_labels=1, and the tokenizer's pad_token_id in its config.",
+)
 
 # Run as `python -c` in a fresh process, so that nothing of this package can help the weights along.
 RELOAD = """
 import json
 import sys
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-folder, base, revision, attention, quantised, dtype, device, probe = sys.argv[1:]
-AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(
+folder, base, revision, attention, quantised, dtype, device, auto_class, probe = sys.argv[1:]
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+rewards = auto_class == "AutoModelForSequenceClassification"
+quantise = transformers.BitsAndBytesConfig
+model = getattr(transformers, auto_class).from_pretrained(
     base,
+    **({"num_labels": 1} if rewards else {}),
     revision=revision or None,
     attn_implementation=attention or None,
-    quantization_config=BitsAndBytesConfig.from_dict(json.loads(quantised)) if quantised else None,
+    quantization_config=quantise.from_dict(json.loads(quantised)) if quantised else None,
     dtype=getattr(torch, dtype),
     device_map={"": device},
     use_safetensors=True,
@@ -50,6 +61,9 @@ model = AutoModelForCausalLM.from_pretrained(
 for module in model.modules():  # bitsandbytes would round to bfloat16 on some CPUs
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False
+if rewards:  # its head is trained in float32, whatever the other weights are in
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.score.float().register_forward_pre_hook(lambda head, given: (given[0].float(),))
 if base != folder:
     from peft import PeftModel
     model = PeftModel.from_pretrained(model, folder)
@@ -75,10 +89,10 @@ def save(
     """Write the run's folder and prove that it can be read back. Raises NumericsError where it cannot."""
     folder = Path(config.train.output_dir or "")
     save_weights(model, tokenizer, config, data.end_token_ids, folder)
-    difference = reload_difference(model, config, folder, data.train[0]["input_ids"][:64])
+    difference = reload_difference(model, config, folder, probe_of(model, data))
     if not difference <= TOLERANCE:
         raise NumericsError(
-            f"What was saved in {folder} is not what was trained: its logits differ by {difference:.3g} after loading.",
+            f"What was saved in {folder} is not what was trained: loaded, its outputs differ by {difference:.3g}.",
             "The folder is kept for inspection. Please report this with its run.yaml.",
         )
     results = {**report.to_json(), "reload_max_logit_difference": difference}
@@ -89,22 +103,26 @@ def save(
         "ledger": data.ledger.to_json(),
     }
     write_html(report, history, run, folder / "report.html")
-    (folder / "README.md").write_text(card(config, data, results), encoding="utf-8")
+    line = [*ancestors(config), _entry(config, data, results)]
+    (folder / ANCESTRY).write_text(json.dumps(line, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "README.md").write_text(card(config, data, results, line), encoding="utf-8")
     return Artifact(folder, report)
 
 
 def save_weights(model: Any, tokenizer: Any, config: RecipeConfig, end_token_ids: list[int], folder: Path) -> None:
     """Adapter or model as safetensors, tokenizer with its template, generation config that knows where to stop."""
-    generation = model.generation_config
-    generation.eos_token_id, generation.pad_token_id = end_token_ids, tokenizer.pad_token_id
+    generation = None if auto_class(model) == REWARDS else model.generation_config
+    if generation is not None:
+        generation.eos_token_id, generation.pad_token_id = end_token_ids, tokenizer.pad_token_id
     if is_adapter(model):
         adapter = model.peft_config[model.active_adapter]
         adapter.base_model_name_or_path = public_name(config.model.name_or_path)
         adapter.revision = config.model.revision
         # embeddings are saved where modules_to_save names them; to find out more, PEFT would ask the Hub
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter])
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, of placeholders and a local path
-        generation.save_pretrained(folder)
+        if generation is not None:
+            generation.save_pretrained(folder)
         record = json.dumps(base_record(config.model), indent=1, ensure_ascii=False)
         (folder / BASE_RECORD).write_text(record, encoding="utf-8")
     else:
@@ -112,17 +130,33 @@ def save_weights(model: Any, tokenizer: Any, config: RecipeConfig, end_token_ids
     tokenizer.save_pretrained(folder)
 
 
+def auto_class(model: Any) -> str:
+    """The auto class of transformers that loads a model like this one."""
+    names = type(model.get_base_model() if is_adapter(model) else model).__name__
+    return REWARDS if names.endswith("ForSequenceClassification") else "AutoModelForCausalLM"
+
+
+def probe_of(model: Any, data: Data) -> list[int]:
+    """Tokens of a training row that prove the saved model: the first ones, or all where the last one's score counts."""
+    ids = next(iter(sequences(data.train[0]).values()))[0]
+    return list(ids if auto_class(model) == REWARDS else ids[:64])
+
+
 def reload_difference(model: Any, config: RecipeConfig, folder: Path, probe: list[int]) -> float:
     """Largest difference of a logit of `probe` between the model in memory and the saved one in a new process."""
     expected = probe_logits(model, probe)
     base = resolve_name(config.model.name_or_path) if is_adapter(model) else ""
     quantised = model.config.quantization_config.to_json_string(use_diff=False) if config.model.load_in_4bit else ""
-    got = reload_logits(config.model, folder, probe, model.dtype, model.device, base=base, quantised=quantised)
+    kind = auto_class(model)
+    got = reload_logits(
+        config.model, folder, probe, model.dtype, model.device, base=base, quantised=quantised, kind=kind
+    )
     return float((got - expected).abs().max())
 
 
 def probe_logits(model: Any, probe: list[int]) -> torch.Tensor:
-    """Logits (1, tokens, vocabulary) of token ids, float32 on the CPU. The model is left in evaluation mode."""
+    """Logits (1, tokens, vocabulary) of token ids, or their score (1, 1), float32 on the CPU. The model is left in
+    evaluation mode."""
     import torch
 
     with torch.inference_mode():
@@ -139,16 +173,19 @@ def reload_logits(
     *,
     base: str = "",
     quantised: str = "",
+    kind: str = "AutoModelForCausalLM",
 ) -> torch.Tensor:
     """The same of what `folder` holds, in a fresh process: an adapter on `base`, or a whole model where it is "".
+
+    `kind`: the auto class of transformers that loads it.
 
     Raises NumericsError where transformers or PEFT cannot load it.
     """
     import torch
     from safetensors.torch import load_file, save_file
 
-    kind = str(dtype).removeprefix("torch.")
-    same = (model.revision or "", model.attn_implementation or "", quantised, kind, str(device))
+    weights = str(dtype).removeprefix("torch.")
+    same = (model.revision or "", model.attn_implementation or "", quantised, weights, str(device), kind)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "probe.safetensors"
         save_file({"ids": torch.tensor([probe])}, path)
@@ -185,8 +222,22 @@ def _file_name(path: str) -> str:
     return local.name if local.exists() else path
 
 
-def card(config: RecipeConfig, data: Data, results: dict[str, Any]) -> str:
-    """The model card: metadata, the before/after table, data and settings; facts of this run only."""
+def _entry(config: RecipeConfig, data: Data, results: dict[str, Any]) -> dict[str, Any]:
+    """This run in the line that a run which starts from it will come from."""
+    shown = without_paths(config)
+    sources = shown.data.path
+    lora = getattr(shown, "lora", None)
+    return {
+        "recipe": config.recipe,
+        "start": (lora.init_from if lora else None) or shown.model.name_or_path,
+        "data": [sources] if isinstance(sources, str) else sources,
+        "fingerprint": data.ledger.fingerprint,
+        "verdict": results["verdict"],
+    }
+
+
+def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequence[dict[str, Any]] = ()) -> str:
+    """The model card: metadata, the before/after table, the runs it comes from, data and settings; facts only."""
     shown = without_paths(config)
     base, sources = shown.model.name_or_path, shown.data.path
     rows = [
@@ -200,9 +251,10 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any]) -> str:
         rows.append(f"| {metric['name']} | {values} | {spread} | {metric['n']} | {metric['verdict']} |")
     settings = to_yaml(shown, versions())
     ledger = data.ledger.to_json()
+    task, use = ("text-classification", [*REWARD_USE, ""]) if "gate" in results else ("text-generation", [])
     return "\n".join(
         [
-            card_metadata(config, "peft" if hasattr(config, "lora") else "transformers", [config.recipe]),
+            card_metadata(config, "peft" if hasattr(config, "lora") else "transformers", [config.recipe], task),
             f"# {config.recipe} of {base}",
             "",
             results["verdict"],
@@ -213,8 +265,10 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any]) -> str:
             f"Data: {', '.join([sources] if isinstance(sources, str) else sources)}, "
             f"fingerprint {ledger['fingerprint'][:16]}. Before and after were measured on the same held-out rows with "
             "the same decoding; intervals are paired bootstraps over rows. After saving, a fresh process loaded this "
-            f"folder and reproduced the logits to {results['reload_max_logit_difference']:.1e}.",
+            f"folder and reproduced its outputs to {results['reload_max_logit_difference']:.1e}.",
             "",
+            *use,
+            *(["## Where it comes from", "", *as_text(line), ""] if len(line) > 1 else []),
             "## Settings",
             "",
             "```yaml",
@@ -225,14 +279,14 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any]) -> str:
     )
 
 
-def card_metadata(config: RecipeConfig, library: str, tags: list[str]) -> str:
+def card_metadata(config: RecipeConfig, library: str, tags: list[str], task: str = "text-generation") -> str:
     """The YAML at the top of a card, as the Hub reads it: licence of the base, library, tags, base model."""
     import yaml
 
     metadata: dict[str, Any] = {
         "license": base_license(config.model) or "other",
         "library_name": library,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task,
         "tags": ["finetune_kit", *tags],
     }
     base = public_name(config.model.name_or_path)

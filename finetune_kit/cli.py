@@ -250,7 +250,8 @@ def run(
     print_report(artifact.report, out)
     out.print(f"\nThe run is in {folder}: report.html has the curves and all samples.", markup=False)
     command = "python -m finetune_kit"
-    out.print(f'Next: {command} generate {folder} "…"    {command} evaluate {folder}', markup=False)
+    ask = "" if "gate" in artifact.report.details else f'{command} generate {folder} "…"    '
+    out.print(f"Next: {ask}{command} evaluate {folder}", markup=False)
     if require == "improved" and not artifact.report.improved:
         raise NumericsError(f"--require improved: {artifact.report.verdict}", f"The run is kept in {folder}.")
 

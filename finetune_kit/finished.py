@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from finetune_kit.data.load import load_data
 from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.evaluation.compare import Report, compare
 from finetune_kit.evaluation.compare import measure as measure_model
+from finetune_kit.evaluation.rewards import compare_rewards, measure_rewards
 from finetune_kit.model.adapters import detach
 from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
+from finetune_kit.model.reward import is_classifier, load_saved, load_scorer
 from finetune_kit.training.progress import telling
 
 BASE = "base"  # its column among the adapters
@@ -29,6 +32,12 @@ class FinishedRun:
     @property
     def is_adapter(self) -> bool:
         return (self.folder / "adapter_config.json").is_file()
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Its model scores answers and writes none."""
+        saved = self.folder / ("adapter_config.json" if self.is_adapter else "config.json")
+        return saved.is_file() and is_classifier(json.loads(saved.read_text(encoding="utf-8")))
 
 
 def open_run(folder: Path, words: list[str]) -> FinishedRun:
@@ -90,8 +99,19 @@ def _refuse_its_code(folder: Path) -> None:
         )
 
 
+def check_writes(run: FinishedRun) -> None:
+    """Raises SettingsError for a run whose model scores answers and writes none."""
+    if run.is_reward_model:
+        raise SettingsError(
+            f"{run.folder} is a reward model: it scores answers and writes none.",
+            f"Measure it: python -m finetune_kit evaluate {run.folder}, or train a policy against it: run ppo",
+        )
+
+
 def compare_run(run: FinishedRun) -> Report:
     """The run's model against its base on the held-out rows."""
+    if run.is_reward_model:
+        return _compare_rewards(run)
     config = run.config
     tokenizer = tokenizer_of(run)
     data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
@@ -103,6 +123,21 @@ def compare_run(run: FinishedRun) -> Report:
         before = measure_model(load_base(config.model), tokenizer, data, config.evaluate)
         model = model_of(run)
     return compare(before, measure_model(model, tokenizer, data, config.evaluate), config.evaluate)
+
+
+def _compare_rewards(run: FinishedRun) -> Report:
+    """The run's scores against those of its base under the random head that training began with."""
+    config, tokenizer = run.config, tokenizer_of(run)
+    data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
+    head = (tokenizer, data.end_token_ids, config.train.seed)
+    if run.is_adapter:
+        model = load_saved(config.model, run.folder, *head)
+        with model.disable_adapter():
+            before = measure_rewards(model, tokenizer, data, config.evaluate)
+    else:
+        before = measure_rewards(load_scorer(config.model, *head), tokenizer, data, config.evaluate)
+        model = load_saved(config.model, run.folder, *head)
+    return compare_rewards(before, measure_rewards(model, tokenizer, data, config.evaluate), data, config.evaluate)
 
 
 @dataclass
@@ -126,6 +161,7 @@ def compare_adapters(run: FinishedRun, folders: list[Path]) -> Adapters:
     Everything is measured on the run's held-out rows, with its tokenizer and template. Raises SettingsError for an
     adapter that is none, or that was made for another base.
     """
+    check_writes(run)
     columns = _columns(run, folders)
     for folder in columns.values():
         check_adapter(folder)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_kit.ancestry import ANCESTRY
 from finetune_kit.artifact import TOLERANCE, card_metadata, probe_logits, reload_logits, without_paths
 from finetune_kit.config import EvaluateConfig, to_yaml
 from finetune_kit.data.load import Data, load_data
@@ -32,7 +33,7 @@ from finetune_kit.errors import DataError, NumericsError, ResourceError, Setting
 from finetune_kit.evaluation.compare import measure
 from finetune_kit.evaluation.divergence import Positions, choose_positions, divergence, log_probs
 from finetune_kit.evaluation.loss import general_rows
-from finetune_kit.finished import FinishedRun, open_run, tokenizer_of
+from finetune_kit.finished import FinishedRun, check_writes, open_run, tokenizer_of
 from finetune_kit.model.load import base_record, load_adapted, load_dequantised
 from finetune_kit.run_folder import versions
 from finetune_kit.training.progress import telling
@@ -107,6 +108,7 @@ def _open(folder: Path, out: Path, candidate: str, max_shard_size: str, size: in
     run = open_run(folder, [])
     if not run.is_adapter:
         raise SettingsError(f"{folder} holds no adapter: nothing to merge.")
+    check_writes(run)
     if candidate not in (AUTO, *CANDIDATES):
         raise SettingsError(f"--candidate {candidate}: expected {', '.join(CANDIDATES)} or {AUTO}.")
     if not run.config.model.load_in_4bit and (candidate != AUTO or size is not None):
@@ -272,6 +274,8 @@ def _save(model: Any, tokenizer: Any, run: FinishedRun, folder: Path, max_shard_
     model.generation_config = GenerationConfig.from_pretrained(run.folder)
     model.save_pretrained(folder, max_shard_size=max_shard_size.replace(" ", "").upper())
     tokenizer.save_pretrained(folder)
+    if (run.folder / ANCESTRY).is_file():
+        shutil.copy(run.folder / ANCESTRY, folder)
     for path in folder.glob("*.safetensors"):  # written for their owner alone; what serves them may be another user
         path.chmod((folder / "config.json").stat().st_mode)
 

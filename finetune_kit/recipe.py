@@ -21,7 +21,15 @@ from finetune_kit.config import RecipeConfig, check, recipe_of_yaml
 from finetune_kit.errors import ResourceError, SettingsError
 
 LIST = "python -m finetune_kit list"
-BUILTIN = ("full_sft", "lora_sft", "qlora_sft", "dpo", "kto", "orpo")  # in reading order; each is recipes/<name>.py
+BUILTIN = (
+    "full_sft",
+    "lora_sft",
+    "qlora_sft",
+    "reward_model",
+    "dpo",
+    "kto",
+    "orpo",
+)  # in reading order; each is recipes/<name>.py
 
 
 @dataclass(frozen=True)

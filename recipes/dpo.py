@@ -75,6 +75,7 @@ def run(config: Config) -> Artifact:
         loss_type=config.loss_type,
         loss_weights=config.loss_weights or None,
         label_smoothing=config.label_smoothing,
+        disable_dropout=not config.lora.lora_dropout,
         precompute_ref_log_probs=config.precompute_ref_log_probs,
     )
     set_reference(trainer, config, pairs)

@@ -69,6 +69,7 @@ def run(config: Config) -> Artifact:
         beta=config.beta,
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
+        disable_dropout=not config.lora.lora_dropout,
     )
     release_copy(trainer, config)
     before = measure(policy, tokenizer, data, config.evaluate, telling("before"))

@@ -53,8 +53,18 @@ def run(config: Config) -> Artifact:
     tokenizer = load_tokenizer(config.model)
     pairs = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
-    rows = masked_pairs(pairs)
-    trainer = build(ORPOTrainer, ORPOConfig, config, policy, tokenizer, pairs, rows, tokenises=True, beta=config.beta)
+    trainer = build(
+        ORPOTrainer,
+        ORPOConfig,
+        config,
+        policy,
+        tokenizer,
+        pairs,
+        rows=masked_pairs(pairs),
+        tokenises=True,
+        beta=config.beta,
+        disable_dropout=not config.lora.lora_dropout,
+    )
     before = measure(policy, tokenizer, pairs, config.evaluate, telling("before"))
     scores = partial(held_out_scores, start=before, beta=config.beta)
     history = fit(trainer, config.train, partial(scores, tokenizer=tokenizer, data=pairs, config=config.evaluate))

@@ -356,8 +356,8 @@ def placeholder(kind: str) -> datasets.Dataset:
 
     datasets.disable_progress_bars()  # of the trainer's work on these
     rows: dict[str, list[dict[str, Any]]] = {
-        "preference": [{"prompt": "a", "chosen": "b", "rejected": "c"}],
-        "labelled_completion": [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)],
+        "preference": [{"prompt": "a", "chosen": " b", "rejected": " c"}],
+        "labelled_completion": [{"prompt": "a", "completion": " b", "label": label} for label in (True, False)],
     }
     return datasets.Dataset.from_list(rows[kind])
 

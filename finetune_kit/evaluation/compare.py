@@ -84,7 +84,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The content of report.json: numbers, texts, lists and dicts only."""
         content = dict(vars(self))
-        return {**content, **content.pop("details")}
+        return {**content.pop("details"), **content}
 
 
 def measure(
@@ -290,9 +290,9 @@ def _sentence(entries: list[dict[str, Any]], wins: int, ties: int, losses: int) 
     others = {
         "general_text_loss": {"worse": "General text got worse"},
         "answers_ended": {"worse": "Fewer answers end by themselves"},
-        "answer_tokens": {"higher": "Answers got longer, tokens", "lower": "Answers got shorter, tokens"},
     }
     if any(line["name"] == "preference_accuracy" for line in entries):
+        others["answer_tokens"] = {"higher": "Answers got longer, tokens", "lower": "Answers got shorter, tokens"}
         others["held_out_loss"] = {"worse": "The chosen answers became less likely, nats a token"}
     for line in entries[1:]:
         said = others.get(line["name"], {}).get(line["verdict"])

@@ -21,10 +21,11 @@ LABELS: dict[str, str] = {
     "held_out_loss": "held-out loss, nats/token",
     "held_out_perplexity": "held-out perplexity",
     "general_text_loss": "general-text loss, nats/token",
+    "pair_loss": "loss of a pair, nats",
     "answers_ended": "answers that end by themselves",
     "answer_tokens": "length of an answer, tokens",
-    "preference_accuracy": "preference accuracy (implicit reward)",
-    "reward_margin": "implicit reward, chosen - rejected",
+    "preference_accuracy": "preference accuracy",
+    "reward_margin": "reward, chosen - rejected",
     "chosen_is_likelier": "chosen likelier than rejected",
     "rejected_loss": "loss of rejected answers, nats/token",
     "kl_to_reference": "KL to the reference, nats/token",
@@ -128,6 +129,7 @@ def write_html(report: Report, history: list[dict[str, Any]], run: dict[str, Any
         "<h2>Loss while training</h2>",
         loss_curves(history),
         _samples_html(report),
+        _rewards_html(report.details),
         *(_facts(name, value) for name, value in run.items() if name != "recipe"),
     ]
     page = (
@@ -177,6 +179,48 @@ def _samples_html(report: Report) -> str:
             f'<div class="sides">{"".join(sides)}</div></section>'
         )
     return f"<h2>The first {len(blocks)} answers side by side</h2>" + "".join(blocks)
+
+
+def _rewards_html(details: dict[str, Any]) -> str:
+    """What a reward model's report has besides: its gate, the reliability plot, other rules, the worst mistakes."""
+    if "calibration" not in details:
+        return ""
+    shown = {key: details[key] for key in ("gate", "length_rule", "length_correlation", "scores", "turned_round")}
+    shown |= {"end_token": details["end_token"], "accuracy_by_margin": details["accuracy_by_margin"]}
+    mistakes = "".join(
+        f'<section class="sample"><h3>{escape(pair["where"])}</h3><pre>{escape(pair["prompt"])}</pre>'
+        '<div class="sides">'
+        + "".join(
+            f"<div><h4>{side} <small>score {score:.3f}</small></h4><pre>{escape(pair[side])}</pre></div>"
+            for side, score in zip(("chosen", "rejected"), pair["scores"], strict=True)
+        )
+        + "</div></section>"
+        for pair in details["mistakes"]
+    )
+    return (
+        "<h2>How sure, and how often right</h2>"
+        + reliability_plot(details["calibration"])
+        + _facts("what else could explain the scores", shown)
+        + (f"<h2>Held-out pairs on which it is most surely wrong</h2>{mistakes}" if mistakes else "")
+    )
+
+
+def reliability_plot(calibration: dict[str, Any]) -> str:
+    """Share of pairs that are right by win probability, with 95 % intervals; the line is perfect calibration."""
+    scale = _Scale(0.5, 1.0, 0.0, 1.0)
+    marks = []
+    for item in calibration["bins"]:
+        x, low, high = scale.x(item["confidence"]), *(scale.y(end) for end in item["interval"])
+        marks.append(f'<line class="held-out" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
+        marks.append(f'<circle class="held-out" cx="{x:.1f}" cy="{scale.y(item["accuracy"]):.1f}" r="3.5"/>')
+    perfect = " ".join(f"{scale.x(share):.1f},{scale.y(share):.1f}" for share in (0.5, 1.0))
+    description = f"Share of pairs that are right by win probability; calibration error {calibration['error']:.3f}"
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{description}">{_axes(scale)}'
+        f'<polyline class="training" points="{perfect}"/>{"".join(marks)}</svg>'
+        f"<figcaption>right, by the win probability of the preferred answer (0.5 to 1); line: perfectly calibrated; "
+        f"expected calibration error {calibration['error']:.3f}</figcaption></figure>"
+    )
 
 
 def _facts(name: str, value: Any) -> str:
@@ -292,6 +336,7 @@ figure { margin: 0; } svg { width: 100%; max-width: 40rem; height: auto; display
 svg text { fill: var(--dim); font-size: 11px; } .grid { stroke: var(--line); stroke-width: 1; }
 polyline { fill: none; stroke-width: 2; } polyline.training { stroke: var(--train); }
 polyline.held-out { stroke: var(--held); }
+line.held-out { stroke: var(--held); }
 circle.held-out { fill: var(--held); } circle.training { fill: var(--train); }
 .key { margin-right: .75rem; } .key::before { content: ""; display: inline-block; width: 1rem; height: .2rem;
   margin-right: .35rem; vertical-align: middle; }

@@ -14,14 +14,15 @@ from finetune_kit.errors import SettingsError
 if TYPE_CHECKING:
     from peft import PeftModel
 
+REWARD_HEADS = ("classifier", "score")  # what PEFT trains and saves of a sequence-classification model
 OTHER_BASE = "Name the base that it was trained on: model.name_or_path."
 
 
 def linear_layers(model: Any) -> list[str]:
-    """Full names of the linear layers, the language-model head left out."""
+    """Full names of the linear layers, the head left out: the language model's, or the one that gives a reward."""
     import torch
 
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() or getattr(model, "score", None)
     return [
         name
         for name, module in model.named_modules()
@@ -86,26 +87,29 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     return sum(sizes), sum(sizes)
 
 
-def attach(model: Any, lora: LoraConfig) -> PeftModel:
-    """The model with a fresh float32 adapter: B is zero, so it still computes what it did."""
+def attach(model: Any, lora: LoraConfig, task_type: str = "CAUSAL_LM") -> PeftModel:
+    """The model with a fresh float32 adapter: B is zero, so it still computes what it did.
+
+    `task_type` SEQ_CLS trains and saves a classification head beside it; without it PEFT would save no head.
+    """
     import peft
 
     check_targets(model, lora)
     if model.get_input_embeddings().weight.device.type == "meta":
-        return peft.get_peft_model(model, peft_config(lora), low_cpu_mem_usage=True)
-    return peft.get_peft_model(model, peft_config(lora))
+        return peft.get_peft_model(model, peft_config(lora, task_type), low_cpu_mem_usage=True)
+    return peft.get_peft_model(model, peft_config(lora, task_type))
 
 
-def peft_config(lora: LoraConfig) -> Any:
+def peft_config(lora: LoraConfig, task_type: str = "CAUSAL_LM") -> Any:
     import peft
 
     return peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=_wanted(lora),
-        modules_to_save=lora.modules_to_save or None,
+        modules_to_save=list(lora.modules_to_save) or None,  # PEFT appends the head's names to the list it is given
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
@@ -125,8 +129,8 @@ def adopt(lora: LoraConfig) -> Path:
     saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
         asked, default, has = getattr(lora, name), getattr(LoraConfig(), name), saved[name]
-        if name == "modules_to_save":
-            has = has or []
+        if name == "modules_to_save":  # PEFT adds the names of heads by itself
+            has = [module for module in has or [] if saved["task_type"] != "SEQ_CLS" or module not in REWARD_HEADS]
         same = sorted(asked) == sorted(has) if isinstance(asked, list) and isinstance(has, list) else asked == has
         # dropout is a matter of training, not of the adapter's shape
         if name == "lora_dropout" or same:
@@ -146,6 +150,34 @@ def go_on(model: Any, lora: LoraConfig, folder: Path) -> PeftModel:
     config = peft.PeftConfig.from_pretrained(folder)
     config.lora_dropout, config.inference_mode = lora.lora_dropout, False
     return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+
+
+def put_in(model: Any, lora: LoraConfig, folder: Path) -> PeftModel:
+    """A reward model that starts as the backbone of the causal language model with the adapter of `folder`.
+
+    The adapter of a reward model goes on, its head included; of another one the language-model head stays behind.
+    Raises SettingsError where a weight of the adapter has no place in the model.
+    """
+    import peft
+    from safetensors.torch import load_file
+
+    if json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["task_type"] == "SEQ_CLS":
+        return go_on(model, lora, folder)
+    lora.modules_to_save = [name for name in lora.modules_to_save if name.rsplit(".", 1)[-1] != "lm_head"]
+    adapted = attach(model, lora, "SEQ_CLS")
+    weights = load_file(folder / "adapter_model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "lm_head" not in name.split(".")}
+    start = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    without = {name for name in start if ".lora_" in name} - kept.keys()
+    # PEFT asks for the head, too, which starts as it is
+    unknown = peft.set_peft_model_state_dict(adapted, {**start, **kept}).unexpected_keys
+    if unknown or without:
+        raise SettingsError(
+            f"lora.init_from={folder}: {len(unknown)} of its weights have no place in this model, and {len(without)} "
+            f"places no weight: {sorted([*unknown, *without])[0]}.",
+            OTHER_BASE,
+        )
+    return adapted
 
 
 def load_adapter(model: Any, folder: str) -> PeftModel:

@@ -119,9 +119,14 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_base(model: ModelConfig, trained_in_full: bool = False) -> PreTrainedModel:
-    """The causal language model on its device, in evaluation mode; with model.load_in_4bit quantised while it loads."""
-    from transformers import AutoModelForCausalLM
+def load_base(
+    model: ModelConfig, trained_in_full: bool = False, auto_class: str = "AutoModelForCausalLM", **own: Any
+) -> PreTrainedModel:
+    """The causal language model on its device, in evaluation mode; with model.load_in_4bit quantised while it loads.
+
+    `auto_class`: of transformers, for another head. `own`: further settings of the model's config, such as num_labels.
+    """
+    import transformers
     from transformers.utils.logging import disable_progress_bar
 
     quantised = {}
@@ -135,9 +140,10 @@ def load_base(model: ModelConfig, trained_in_full: bool = False) -> PreTrainedMo
     disable_progress_bar()
     with _said_plainly(model):
         source = _from(model, weights=True)
-        base = AutoModelForCausalLM.from_pretrained(
+        base: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(
             **source,
             **quantised,
+            **own,
             adapter_kwargs={"local_files_only": source["local_files_only"]},  # it looks for an adapter there, too
             dtype=weight_dtype(model, trained_in_full),
             attn_implementation=model.attn_implementation,

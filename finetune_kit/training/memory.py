@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import ModelConfig, RecipeConfig
 from finetune_kit.data.load import Data
+from finetune_kit.data.tokenise import sequences
 from finetune_kit.evaluation.compare import MARGIN
 from finetune_kit.evaluation.loss import IGNORED, LOGITS
 from finetune_kit.model import packed
@@ -196,27 +197,28 @@ def step_beyond(
 
 
 def longest_batch(config: RecipeConfig, data: Data, policy: Any) -> Batch:
-    """The batch that would need most: as many rows as are taken together, the longest ones."""
+    """The batch that would need most: as many rows as are taken together, the longest ones; a pair has two samples."""
     import torch
 
     from finetune_kit.training.rehearsal import Batch
 
     rows, _ = micro_batch(config.train, data.packed)
-    ids, labels = data.train["input_ids"], data.train["labels"]
+    samples = [list(sequences(row).values()) for row in data.train]
     if data.packed:  # TRL lays the rows of a batch end to end, too
-        width = min(rows * config.data.max_length, sum(map(len, ids)))
+        width = min(rows * config.data.max_length, sum(len(ids) for row in samples for ids, _ in row))
         return Batch(1, width, False, width - 1, end_to_end=True)
-    longest = sorted(range(len(ids)), key=lambda row: -len(ids[row]))[:rows]
-    lengths = [len(ids[row]) for row in longest]
-    width = lengths[0]
-    scored = sum(label != IGNORED for row in longest for label in labels[row][1:])
+    samples.sort(key=lambda row: -max(len(ids) for ids, _ in row))
+    longest = [sample for row in samples[:rows] for sample in row]
+    lengths = [len(ids) for ids, _ in longest]
+    width = max(lengths)
+    scored = sum(label != IGNORED for _, labels in longest for label in labels[1:])
     plan = None
     unpadded = config.train.padding_free and not config.train.neftune_noise_alpha and device().type == "cpu"
     if unpadded and policy.config._attn_implementation == "sdpa":
-        padded = torch.tensor([list(ids[row]) + [0] * (width - len(ids[row])) for row in longest])
+        padded = torch.tensor([list(ids) + [0] * (width - len(ids)) for ids, _ in longest])
         mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
         plan = packed.make_plan(padded, mask, share=True)
-    return Batch(len(longest), width, lengths[-1] < width, scored, plan=plan)
+    return Batch(len(longest), width, min(lengths) < width, scored, plan=plan)
 
 
 def evaluation(config: RecipeConfig, data: Data, policy: Any) -> int:
@@ -227,10 +229,10 @@ def evaluation(config: RecipeConfig, data: Data, policy: Any) -> int:
     """
     shape = policy.config.get_text_config()
     size = policy.get_input_embeddings().weight.element_size()
-    rows = data.held_out["input_ids"]
+    rows = [ids for row in data.held_out for ids, _ in sequences(row).values()]
     scoring = 4 * min(LOGITS, sum(sorted(map(len, rows))[-config.evaluate.batch_size :]) * shape.vocab_size)
     scoring += 8 * max(map(len, rows), default=0) * shape.vocab_size
-    if config.evaluate.size == 0 or data.kind != "prompt_completion" or not len(rows):
+    if config.evaluate.size == 0 or data.kind == "text" or not rows:
         return int(scoring)
     together = min(config.evaluate.batch_size, config.evaluate.size, len(rows))
     length = max(map(len, rows)) + (config.evaluate.max_new_tokens or MARGIN)

@@ -176,7 +176,7 @@ def test_measuring_twice_gives_no_difference_and_report_json_that_is_plain_json(
         "answer_tokens",
     ]
     assert {(entry["difference"], entry["verdict"]) for entry in report.metrics} == {(0.0, "no difference")}
-    assert [entry["n"] for entry in report.metrics] == [6, 9, 9, 7, 6]
+    assert [entry["n"] for entry in report.metrics] == [6, 9, 9, 7, 6, 6]
     content = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert content["rows"] == {"held_out": 9, "answered": 6}
     assert content["decoding"] == {"do_sample": False, "max_new_tokens": 8 + 8, "end_tokens": ["<|im_end|>"]}

@@ -154,6 +154,11 @@ def test_losses_of_trl_train_by_name(home: Path, loss: str) -> None:
     assert run.losses[-1] < run.losses[0]
 
 
+def test_dropout_of_the_adapter_acts_although_trl_switches_dropout_off_by_default(home: Path) -> None:
+    words = ("learning_rate=5e-3", "max_steps=4")
+    assert fit_only("dpo", home, *words).losses != fit_only("dpo", home, "lora.lora_dropout=0.5", *words).losses
+
+
 def test_weights_of_two_losses_act(home: Path) -> None:
     both = fit_only("dpo", home, "loss_type=[sigmoid, sft]", "loss_weights=[1, 0]", "max_steps=1")
     assert both.losses[0] == pytest.approx(math.log(2), abs=1e-5)

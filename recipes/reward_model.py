@@ -1,0 +1,80 @@
+"""Reward model: one number for a whole answer, higher for the answer that people would choose.
+
+What it does
+    Puts a head with a single output on a language model and trains it, with an adapter or in full, so that of two
+    answers to one prompt the chosen one gets the higher score. PPO maximises that score, so the report says whether it
+    is good enough: better than chance, and better than judging by length alone.
+
+Objective
+    Bradley-Terry: p(chosen beats rejected) = sigmoid(r(chosen) - r(rejected)), r read at the end token
+    minimise - mean log sigmoid(r(chosen) - r(rejected) - margin) + c * mean (r(chosen) + r(rejected))^2
+    margin: 0, or the labels' own with margins=true.  c: center_rewards_coefficient, keeps scores around 0
+
+Data in
+    kind preference: prompt/chosen/rejected, whole conversations, hh-rlhf transcripts, scored or ranked answers, votes.
+
+Artifact out
+    adapter_model.safetensors with the head (or model.safetensors with lora.r=0), tokenizer, report with its gate, card.
+
+What to watch
+    accuracy rises from 0.5 and loss falls from ln 2 = 0.693. Training accuracy near 1 with a held-out loss that rises:
+    too many epochs, rewards get sure of themselves. Held-out accuracy no better than the length rule's: it has learned
+    length. Real preferences are noisy: 0.6 to 0.75 is what small models reach on them.
+
+Paper
+    Ouyang et al. 2022 (arXiv 2203.02155), Touvron et al. 2023 (arXiv 2307.09288: margins), Eisenstein et al. 2023
+    (arXiv 2312.09244: centred rewards).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from finetune_kit.artifact import Artifact, save
+from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.data.load import load_data
+from finetune_kit.evaluation.rewards import compare_rewards, held_out_rewards, measure_rewards
+from finetune_kit.model.load import load_tokenizer
+from finetune_kit.model.reward import load_reward_model
+from finetune_kit.training.arguments import build
+from finetune_kit.training.fit import fit
+from finetune_kit.training.pairs import whole_pairs
+from finetune_kit.training.progress import telling
+
+
+@dataclass
+class Config(RecipeConfig):
+    kind: ClassVar[str] = "preference"
+
+    lora: LoraConfig = section(LoraConfig)
+    train: TrainConfig = section(TrainConfig, learning_rate=2e-4, warmup_steps=0.05)
+    center_rewards_coefficient: float = setting(
+        0.01, "weight of mean (r(chosen) + r(rejected))^2, which keeps scores around 0; 0: off", within="[0, inf)"
+    )
+    margins: bool = setting(False, "ask for a difference as large as the labels' margin; every row must have one")
+
+
+def run(config: Config) -> Artifact:
+    from trl import RewardConfig, RewardTrainer
+
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
+    rows = whole_pairs(data, config.margins)
+    model = load_reward_model(config.model, config.lora, tokenizer, data.end_token_ids, seed=config.train.seed)
+    trainer = build(
+        RewardTrainer,
+        RewardConfig,
+        config,
+        model,
+        tokenizer,
+        data,
+        rows=rows,
+        center_rewards_coefficient=config.center_rewards_coefficient or None,
+        disable_dropout=not config.lora.lora_dropout,  # TRL would switch the adapter's dropout off, too
+    )
+    before = measure_rewards(model, tokenizer, data, config.evaluate, telling("before"))
+    history = fit(
+        trainer, config.train, partial(held_out_rewards, tokenizer=tokenizer, data=data, config=config.evaluate)
+    )
+    after = measure_rewards(trainer.model, tokenizer, data, config.evaluate, telling("after"))
+    return save(trainer.model, tokenizer, config, data, compare_rewards(before, after, data, config.evaluate), history)

@@ -1,0 +1,251 @@
+"""reward_model: Bradley-Terry on pairs, from the first row to the proven artifact and its gate."""
+
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from finetune_kit import recipe as recipes
+from finetune_kit.answering import Decoding
+from finetune_kit.answering import prepare as prepare_answering
+from finetune_kit.artifact import Artifact, reload_difference
+from finetune_kit.data.load import load_data
+from finetune_kit.errors import DataError, SettingsError
+from finetune_kit.evaluation.rewards import measure_rewards
+from finetune_kit.finished import compare_adapters, compare_run, open_run
+from finetune_kit.merge import merge
+from finetune_kit.model.load import load_tokenizer
+from finetune_kit.model.reward import load_saved, score_rows
+from tests import fixtures_training
+from tests.conftest import furnish
+from tests.fixtures_training import settings, train, write_rows
+
+WORDS = ("red", "blue", "green", "tall", "old", "small")
+
+
+def pairs(count: int, **columns: Any) -> list[dict[str, Any]]:
+    """The chosen answer has the word good somewhere, the rejected one another word in its place."""
+    draw = random.Random(0)
+    rows = []
+    for number in range(count):
+        words = draw.choices(WORDS, k=draw.randint(1, 3))
+        at = draw.randint(0, len(words))
+        sides = {
+            side: " ".join([*words[:at], word, *words[at:]])
+            for side, word in (("chosen", "good"), ("rejected", draw.choice(WORDS)))
+        }
+        rows.append({"prompt": f"say {number}", **sides, **columns})
+    return rows
+
+
+@pytest.fixture
+def paired(home: Path) -> Path:
+    """A folder with the tiny model and 40 pairs in rows.jsonl."""
+    write_rows(home / "rows.jsonl", pairs(40))
+    return home
+
+
+@pytest.fixture(scope="module")
+def good_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Artifact:
+    """A whole run, 80 steps of 8 pairs, the held-out loss after 40 and 80. Read only."""
+    home = furnish(tmp_path_factory.mktemp("good"), tiny_model)
+    write_rows(home / "rows.jsonl", pairs(400))
+    words = ("max_steps=80", "learning_rate=5e-3", "per_device_train_batch_size=8", "held_out_size=64", "eval_steps=40")
+    return train("reward_model", home, *words)
+
+
+def loss_of(trainer: Any, scores: list[float], **inputs: torch.Tensor) -> float:
+    """The trainer's loss of a batch whose first half is chosen, with scores chosen by hand."""
+    logits = torch.tensor(scores)[:, None]
+    batch = {"attention_mask": torch.ones(len(scores), 1, dtype=torch.long), **inputs}
+    return float(trainer.compute_loss(lambda **_: SimpleNamespace(logits=logits), batch))
+
+
+def test_the_tiny_model_learns_to_prefer_the_word_good_on_over_90_percent_of_held_out_pairs(good_run: Artifact) -> None:
+    accuracy = next(entry for entry in good_run.report.metrics if entry["name"] == "preference_accuracy")
+    assert accuracy["after"] > 0.9
+    assert accuracy["verdict"] == "better"
+    gate = json.loads((good_run.folder / "report.json").read_text())["gate"]
+    assert gate["passed"]
+    assert gate["length_rule_accuracy"] < 0.8
+    assert gate["interval"][0] > 0.8
+
+
+def test_the_first_loss_is_within_0_05_of_ln_2_and_held_out_losses_are_recorded(good_run: Artifact) -> None:
+    lines = [json.loads(line) for line in (good_run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(math.log(2), abs=0.05)
+    watched = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in watched] == [40, 80]
+    after = next(entry["after"] for entry in good_run.report.metrics if entry["name"] == "pair_loss")
+    assert after == pytest.approx(min(line["eval_loss"] for line in watched), abs=1e-6)
+
+
+def test_the_folder_holds_the_adapter_with_its_head_and_a_fresh_process_gave_the_same_score(good_run: Artifact) -> None:
+    from safetensors.torch import load_file
+
+    report = json.loads((good_run.folder / "report.json").read_text())
+    assert report["reload_max_logit_difference"] <= 1e-4
+    saved = load_file(good_run.folder / "adapter_model.safetensors")
+    assert [tuple(weight.shape) for name, weight in saved.items() if "score" in name] == [(1, 64)]
+    assert json.loads((good_run.folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    assert not (good_run.folder / "generation_config.json").exists()
+    card = (good_run.folder / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert "enough for PPO" in card
+    assert "How sure, and how often right" in (good_run.folder / "report.html").read_text()
+
+
+def test_the_reload_test_notices_a_head_that_is_not_the_saved_one(good_run: Artifact) -> None:
+    run = open_run(good_run.folder, [])
+    tokenizer = load_tokenizer(run.config.model, saved=run.folder)
+    model = load_saved(run.config.model, run.folder, tokenizer, [tokenizer.eos_token_id])
+    model.get_base_model().score.modules_to_save["default"].weight.data.add_(0.01)
+    assert reload_difference(model, run.config, run.folder, [40, 41, 42, 3]) > 1e-3
+
+
+def test_evaluate_measures_the_same_numbers_again(good_run: Artifact) -> None:
+    again = compare_run(open_run(good_run.folder, []))
+    for then, now in zip(good_run.report.metrics, again.metrics, strict=True):
+        assert (now["before"], now["after"]) == pytest.approx((then["before"], then["after"]), abs=1e-5)
+    assert again.details["gate"] == good_run.report.details["gate"]
+
+
+def test_generate_merge_and_adapters_beside_it_are_refused_with_what_to_do(good_run: Artifact, tmp_path: Path) -> None:
+    run = open_run(good_run.folder, [])
+    for refused in (
+        lambda: prepare_answering(run, Decoding()),
+        lambda: merge(good_run.folder, tmp_path / "merged"),
+        lambda: compare_adapters(run, [good_run.folder]),
+    ):
+        with pytest.raises(SettingsError, match=r"scores answers and writes none(.|\n)*finetune_kit evaluate"):
+            refused()
+
+
+def test_a_full_run_saves_a_whole_model_that_scores_the_same_and_is_measured_again(paired: Path) -> None:
+    run = train("reward_model", paired, "lora.r=0", "learning_rate=1e-3", "max_steps=4")
+    assert json.loads((run.folder / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    assert json.loads((run.folder / "report.json").read_text())["reload_max_logit_difference"] <= 1e-4
+    again = compare_run(open_run(run.folder, []))
+    assert [entry["after"] for entry in again.metrics] == pytest.approx(
+        [entry["after"] for entry in run.report.metrics], abs=1e-5
+    )
+    with pytest.raises(SettingsError, match="writes none"):
+        prepare_answering(open_run(run.folder, []), Decoding())
+
+
+def test_a_whole_run_on_a_4_bit_base_reloads_within_1e_4(paired: Path) -> None:
+    run = train("reward_model", paired, "load_in_4bit=true", "learning_rate=1e-2")
+    assert json.loads((run.folder / "report.json").read_text())["reload_max_logit_difference"] <= 1e-4
+
+
+def test_the_loss_is_the_formula_on_scores_chosen_by_hand(paired: Path) -> None:
+    scores = [1.0, -0.5, 0.25, 0.5]  # two chosen, two rejected: differences 0.75 and -1
+    plain = -sum(math.log(1 / (1 + math.exp(-difference))) for difference in (0.75, -1.0)) / 2
+    off = fixtures_training.prepare("reward_model", paired, "center_rewards_coefficient=0").trainer
+    assert loss_of(off, scores) == pytest.approx(plain)
+    assert loss_of(off, [0.0] * 4) == pytest.approx(math.log(2))
+    centred = fixtures_training.prepare("reward_model", paired, "center_rewards_coefficient=0.1").trainer
+    assert loss_of(centred, scores) == pytest.approx(plain + 0.1 * (1.25**2 + 0.0**2) / 2)
+    margins = torch.tensor([0.5, 2.0])
+    asked = -sum(math.log(1 / (1 + math.exp(-difference))) for difference in (0.25, -3.0)) / 2
+    assert loss_of(off, scores, margin=margins) == pytest.approx(asked)
+
+
+def test_rows_are_prompt_and_answer_to_the_end_token_and_padding_free_gives_the_padded_loss(paired: Path) -> None:
+    losses = []
+    for word in ("padding_free=true", "padding_free=false"):
+        parts = fixtures_training.prepare("reward_model", paired, word)
+        trainer, first = parts.trainer, parts.data.train[0]
+        assert trainer.train_dataset[0]["rejected_ids"] == first["prompt_ids"] + first["rejected_ids"]
+        assert first["chosen_ids"][-1] == parts.tokenizer.eos_token_id
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert "margin" not in batch
+        losses.append(float(trainer.compute_loss(parts.model, dict(batch))))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_a_large_center_rewards_coefficient_keeps_the_mean_score_of_a_pair_nearer_to_0(paired: Path) -> None:
+    means = []
+    for coefficient in (0, 10):
+        parts = fixtures_training.prepare(
+            "reward_model", paired, f"center_rewards_coefficient={coefficient}", "max_steps=10", "learning_rate=5e-3"
+        )
+        with torch.no_grad():  # as a head would be that gives every answer a high score
+            parts.model.get_base_model().score.modules_to_save["default"].weight.add_(0.05)
+        parts.trainer.train()
+        scores = measure_rewards(parts.model, parts.tokenizer, parts.data, parts.config.evaluate)
+        means.append(abs(sum(scores.chosen + scores.rejected)) / len(scores.chosen))
+    assert means[1] < 0.2 * means[0]
+
+
+def test_margins_reach_the_batch_and_ask_for_a_larger_difference(home: Path) -> None:
+    write_rows(home / "rows.jsonl", pairs(40, margin=3.0))
+    with_margins, without = (
+        fixtures_training.prepare("reward_model", home, "margins=true"),
+        fixtures_training.prepare("reward_model", home, "margins=false"),
+    )
+    batch = next(iter(with_margins.trainer.get_train_dataloader()))
+    assert batch["margin"].tolist() == [3.0] * 4
+    start = float(with_margins.trainer.compute_loss(with_margins.model, dict(batch)))
+    assert start == pytest.approx(math.log(1 + math.exp(3)), abs=0.1)
+    assert "margin" not in without.trainer.train_dataset.column_names
+
+
+def test_margins_that_a_row_lacks_are_refused_with_the_row(home: Path) -> None:
+    rows = pairs(40, margin=1.0)
+    del rows[5]["margin"]
+    write_rows(home / "rows.jsonl", rows)
+    with pytest.raises(SettingsError, match=r"1 of \d+ training pairs have no margin, such as rows.jsonl:6"):
+        fixtures_training.prepare("reward_model", home, "margins=true", "data.held_out_size=0")
+
+
+def test_the_adapter_s_dropout_acts_where_it_is_asked_for(paired: Path) -> None:
+    shares = []
+    for words in (("lora.lora_dropout=0.5",), ()):
+        recipe = recipes.load("reward_model")
+        recipe.module.save = lambda model, *_: model  # type: ignore[attr-defined]
+        model = recipe.run(settings("reward_model", paired, "max_steps=1", *words))
+        layer = model.get_base_model().model.layers[0].mlp.up_proj
+        shares.append(getattr(layer.lora_dropout["default"], "p", 0.0))
+    assert shares == [0.5, 0.0]
+
+
+def test_training_goes_on_from_the_adapter_of_a_finished_lora_sft_run(lora_run: Artifact, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    home = lora_run.folder.parent
+    rows = write_rows(tmp_path / "pairs.jsonl", pairs(40))
+    parts = fixtures_training.prepare(
+        "reward_model", home, f"lora.init_from={lora_run.folder}", f"data.path={rows}", f"output_dir={tmp_path / 'run'}"
+    )
+    name, weight = next(iter(load_file(lora_run.folder / "adapter_model.safetensors").items()))
+    assert torch.equal(parts.model.get_parameter(name.replace(".weight", ".default.weight")), weight)
+
+
+def test_pairs_without_a_side_and_pairs_that_are_all_equal_are_refused(home: Path) -> None:
+    write_rows(home / "rows.jsonl", [{"prompt": "q", "chosen": f"a{n}"} for n in range(20)])
+    with pytest.raises(DataError, match="this recipe needs preference rows"):
+        fixtures_training.prepare("reward_model", home)
+    write_rows(home / "rows.jsonl", [{"prompt": f"q{n}", "chosen": "a", "rejected": "a"} for n in range(20)])
+    with pytest.raises(DataError, match="chosen and rejected are equal"):
+        fixtures_training.prepare("reward_model", home)
+
+
+def test_saved_scores_are_those_of_the_model_in_memory_by_the_package_too(good_run: Artifact) -> None:
+    run = open_run(good_run.folder, [])
+    tokenizer = load_tokenizer(run.config.model, saved=run.folder)
+    data = load_data(run.config.data, run.config.kind, tokenizer, seed=run.config.train.seed)
+    model = load_saved(run.config.model, run.folder, tokenizer, data.end_token_ids)
+    good, bad = (
+        score_rows(model, [[*row["prompt_ids"], *row[side]] for row in data.held_out])
+        for side in ("chosen_ids", "rejected_ids")
+    )
+    margin = sum(x - y for x, y in zip(good, bad, strict=True)) / len(good)
+    assert margin == pytest.approx(
+        next(e["after"] for e in good_run.report.metrics if e["name"] == "reward_margin"), abs=1e-4
+    )
