@@ -29,6 +29,7 @@ BUILTIN = (
     "dpo",
     "kto",
     "orpo",
+    "ppo",
 )  # in reading order; each is recipes/<name>.py
 
 

@@ -62,7 +62,7 @@ def test_a_command_typed_wrong_ends_with_2_and_says_how_settings_are_written(wor
 def test_list_names_every_recipe_with_its_first_line_in_reading_order() -> None:
     said = cli("list")
     assert said.code == 0
-    assert lines_of(said)[: len(recipes.BUILTIN)] == [f"{name:<12}{recipes.summary(name)}" for name in recipes.BUILTIN]
+    assert lines_of(said)[: len(recipes.BUILTIN)] == [f"{name:<15}{recipes.summary(name)}" for name in recipes.BUILTIN]
 
 
 @pytest.mark.parametrize("name", recipes.BUILTIN)

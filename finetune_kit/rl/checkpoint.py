@@ -1,0 +1,76 @@
+"""Checkpoints of PPO: tensors as safetensors, numbers as JSON, nothing that could run when it is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finetune_kit.errors import SettingsError
+
+TENSORS, NUMBERS = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """tensors: weights and optimizer by parameter name, on the CPU. numbers: step, KL coefficient, and what the run
+    must have in common with the one that goes on. scheduler: its own state."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+    scheduler: dict[str, Any]
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
+    """`folder`/checkpoint-<step>, whole or not at all; the `keep` newest are left. Returns its path."""
+    from safetensors.torch import save_file
+
+    target = folder / f"checkpoint-{snapshot.numbers['step']}"
+    half = folder / f"{target.name}.part"
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}, half / TENSORS)
+    content = {**snapshot.numbers, "scheduler": snapshot.scheduler}
+    (half / NUMBERS).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    half.replace(target)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / NUMBERS).is_file() and path.suffix != ".part"]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def read_checkpoint(path: Path) -> Snapshot:
+    """Raises SettingsError where no PPO checkpoint is there."""
+    from safetensors.torch import load_file
+
+    if not (path / NUMBERS).is_file() or not (path / TENSORS).is_file():
+        raise SettingsError(f"{path} is no checkpoint of PPO: {NUMBERS} and {TENSORS} belong to it.")
+    numbers = json.loads((path / NUMBERS).read_text(encoding="utf-8"))
+    scheduler = numbers.pop("scheduler")
+    return Snapshot(load_file(path / TENSORS), numbers, scheduler)
+
+
+def optimizer_tensors(optimizer: Any, names: list[str]) -> dict[str, Tensor]:
+    """AdamW's state by parameter name and entry; `names` in the order that the optimizer got the parameters."""
+    state = optimizer.state_dict()["state"].items()
+    return {f"optimizer.{names[at]}.{key}": value for at, entry in state for key, value in entry.items()}
+
+
+def load_optimizer(optimizer: Any, names: list[str], tensors: dict[str, Tensor]) -> None:
+    """Put such tensors back; a parameter without any starts anew."""
+    entries: dict[int, dict[str, Tensor]] = {}
+    for at, name in enumerate(names):
+        kept = {key: tensors.get(f"optimizer.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        if kept["step"] is not None:
+            entries[at] = {key: value.clone() for key, value in kept.items() if value is not None}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})

@@ -1,0 +1,399 @@
+"""PPO: sample completions, score them, and move the policy towards the better ones, never far from the reference.
+
+One update, in the order of this file: rollout (sample, reward, look at each token once) -> advantages -> epochs of
+mini-batches -> watchdogs. All randomness follows from (seed, update), so that a run goes on from a checkpoint as if it
+had never stopped. The arithmetic is in rl/math.py, each equation with its source.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune_kit.data.load import Data
+from finetune_kit.data.records import prompt_of
+from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
+from finetune_kit.model import packed
+from finetune_kit.model.load import computes_in_bfloat16, device
+from finetune_kit.rl import math as ppo
+from finetune_kit.rl.checkpoint import Snapshot, load_optimizer, optimizer_tensors, read_checkpoint, write_checkpoint
+from finetune_kit.rl.rewards import Rewards
+from finetune_kit.rl.rollout import Reference, Rows, Sampled, lay_out, look, passes, sample, shuffled
+from finetune_kit.rl.settings import PPOSettings, check_prompts, check_settings
+from finetune_kit.rl.value import NAME, build_value, value_parameters
+from finetune_kit.rl.watch import CAUSES, collapse
+from finetune_kit.training.guard import CAUSES as NOT_FINITE
+from finetune_kit.training.progress import Record, peak_memory_gib
+
+
+@dataclass
+class Rollout:
+    """One process's part of an update: b completions, laid out to t tokens; all tensors (b, t), 0 where masked."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def rows(self, chosen: list[int]) -> Rows:
+        """Some of its rows as the model takes them."""
+        picked = [self.prompts[row] for row in chosen], [self.completions[row] for row in chosen]
+        return lay_out(*picked, self.mask.shape[1], self.mask.device)
+
+
+class PPOTrainer:
+    """Trains `policy` on the prompts of `data` for `rewards`; `train()` returns the lines of metrics.jsonl.
+
+    Raises SettingsError (batch sizes that do not divide, settings that cannot act), DataError (a prompt too long).
+    """
+
+    def __init__(self, policy: Any, tokenizer: Any, data: Data, rewards: Rewards, config: PPOSettings) -> None:
+        from accelerate import Accelerator
+        from transformers import get_scheduler
+
+        cpu = device().type == "cpu"
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if computes_in_bfloat16() else "no")
+        self.model, self.tokenizer, self.data, self.rewards, self.config = policy, tokenizer, data, rewards, config
+        self.is_main = self.accelerator.is_main_process
+        check_settings(config, self.accelerator.num_processes)
+        self.share = config.batch_size // self.accelerator.num_processes  # completions of this process in an update
+        self.prompts: list[list[int]] = [list(ids) for ids in data.train["prompt_ids"]]
+        check_prompts(self.prompts, data, policy, config.max_new_tokens)
+        self.reference = Reference(policy)
+        self.value = build_value(config.value_model, policy, config.model, config.value_init_from, config.train.seed)
+        policy.eval()  # dropout off, in sampling and in training: the ratio would otherwise measure it
+        self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad and f".{NAME}." not in name}
+        self.trained |= value_parameters(self.value, policy)
+        if config.train.gradient_checkpointing:
+            policy.gradient_checkpointing_enable()
+        self.padded_because = packed.enable(policy) if config.train.padding_free else "train.padding_free=false"
+        train, every = config.train, self.trained.values()
+        self.optimizer = torch.optim.AdamW(every, train.learning_rate, eps=1e-5, weight_decay=train.weight_decay)
+        epochs = math.ceil(train.num_train_epochs * len(self.prompts) / config.batch_size)
+        self.updates = train.max_steps if train.max_steps > 0 else epochs
+        warmup = train.warmup_steps if train.warmup_steps >= 1 else train.warmup_steps * self.updates
+        self.scheduler = get_scheduler(train.lr_scheduler_type, self.optimizer, math.ceil(warmup), self.updates)
+        self.step = 0
+        self.kl_coef = config.kl_coef
+        self.constant = 0  # updates in a row in which all scores were alike
+        self.varied = False  # whether they ever were not
+
+    def train(self) -> list[dict[str, float]]:
+        """All updates, from where this trainer is. The value is saved beside the policy, which is left without it.
+
+        Raises NumericsError (not finite, or a watchdog) and DataError (a reward), the last good state in a checkpoint.
+        """
+        folder, train = Path(self.config.train.output_dir or ""), self.config.train
+        folder.mkdir(parents=True, exist_ok=True)
+        self.record = Record(folder)
+        if self.is_main:
+            self.record.on_train_begin(None, SimpleNamespace(max_steps=self.updates), None)
+            self._announce()
+        good = before = self.snapshot()
+        try:
+            while self.step < self.updates:
+                try:
+                    line = self.update()
+                    self._log(line)
+                    if (reason := self._why_stop(line)) is not None:
+                        raise NumericsError(f"{reason}, at update {self.step}.", CAUSES)
+                except (NumericsError, DataError) as error:
+                    # what is wrong with `before` shows in what it samples: the state ahead of it is the last good one
+                    path = self._keep(good)
+                    raise type(error)(f"{error.message} The last good state is in {path}.", error.fix) from None
+                if self.constant >= self.config.max_constant_updates:
+                    self.record.say(f"All completions of {self.constant} updates scored alike: nothing more to learn.")
+                    break
+                good, before = before, self.snapshot()
+                if train.save_steps and self.step % train.save_steps == 0:
+                    self._keep(before)
+        finally:
+            self.record.close()
+        self._put_value_aside(folder)
+        return self.record.history
+
+    def update(self) -> dict[str, float]:
+        """One update of the policy and the value; returns what it was like, by the field's names."""
+        started = time.perf_counter()
+        orders = [self._order(epoch) for epoch in range(self.config.num_ppo_epochs)]
+        rollout, line = self._roll_out(orders[0])
+        scored = time.perf_counter()
+        self.step += 1
+        line |= self._optimise(rollout, orders)
+        line["learning_rate"] = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        if (target := self.config.adaptive_kl_target) is not None:
+            batch, horizon = self.config.batch_size, self.config.adaptive_kl_horizon
+            self.kl_coef = ppo.adaptive_kl_coef(self.kl_coef, line["objective/kl"], target, batch, horizon)
+        ended = time.perf_counter()
+        whole = max(ended - started, 1e-9)
+        line["time/update"] = whole
+        line["time/scoring"] = (scored - started) / whole - line["time/generation"] / whole
+        line["time/generation"] /= whole
+        line["time/training"] = (ended - scored) / whole
+        return {"step": self.step, "epoch": self.step * self.config.batch_size / len(self.prompts), **line}
+
+    def _roll_out(self, order: list[list[list[int]]]) -> tuple[Rollout, dict[str, float]]:
+        """Sample, reward, and look at each token once with policy, value and reference.
+
+        Rows are looked at in the micro-batches of the first epoch, so that there the ratio is exactly 1.
+        """
+        config, started = self.config, time.perf_counter()
+        chosen = self._next_prompts()
+        prompts = [self.prompts[row] for row in chosen]
+        sampled = sample(
+            self.model,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            end_token_ids=self.data.end_token_ids,
+            temperature=config.temperature,
+            seed=self._seed("sampling"),
+            batch_size=config.evaluate.batch_size,
+        )
+        generation = time.perf_counter() - started
+        scores, parts = self._score(chosen, sampled)
+        completions = [completion.ids for completion in sampled]
+        width = max(map(len, completions))
+        mask = lay_out(prompts, completions, width, self.model.device).mask
+        blank = torch.zeros(mask.shape, device=mask.device)
+        rollout = Rollout(prompts, completions, mask, *(blank.clone() for _ in range(4)))
+        ref_logprobs, entropy = blank.clone(), blank.clone()
+        with torch.no_grad():
+            for rows in [micro for mini in order for micro in mini]:
+                laid = rollout.rows(rows)
+                with self.accelerator.autocast():
+                    seen = look(self.model, laid, config.temperature, self.value, entropy=True)
+                    with self.reference():
+                        ref_logprobs[rows] = look(self.model, laid, config.temperature).logprobs
+                assert seen.entropy is not None
+                assert seen.values is not None
+                rollout.logprobs[rows], rollout.values[rows], entropy[rows] = seen.logprobs, seen.values, seen.entropy
+        ended = torch.tensor([completion.ended for completion in sampled], device=mask.device)
+        penalised = scores - config.missing_eos_penalty * (~ended)
+        kl = ppo.KL_ESTIMATORS[config.kl_estimator](rollout.logprobs, ref_logprobs)
+        rewards = ppo.token_rewards(penalised, kl, mask, self.kl_coef)
+        if config.whiten_rewards:
+            rewards = ppo.whiten(rewards, mask, shift_mean=False, total=self._total)
+        rollout.advantages, rollout.returns = ppo.gae(rewards, rollout.values, mask, config.gamma, config.lam)
+        if config.whiten_advantages:
+            rollout.advantages = ppo.whiten(rollout.advantages, mask, total=self._total)
+
+        def mean(values: Tensor) -> float:
+            """Over completions; `values` (b,)."""
+            return float(self._total(values.float().sum()) / config.batch_size)
+
+        far, per_row = mean((kl * mask).sum(1)), mean(scores)
+        line = {
+            "objective/kl": far,
+            "objective/kl_coef": self.kl_coef,
+            "objective/entropy": mean(-(rollout.logprobs * mask).sum(1)),
+            "objective/scores": per_row,
+            "objective/scores_std": math.sqrt(max(0.0, mean((scores - per_row) ** 2))),
+            "objective/non_score_reward": -self.kl_coef * far,
+            "objective/rlhf_reward": mean(penalised) - self.kl_coef * far,
+            **{f"reward/{name}": mean(values) for name, values in parts.items()},
+            "policy/entropy_avg": float(ppo.masked_mean(entropy, mask, self._total)),
+            "val/explained_variance": ppo.explained_variance(rollout.values, rollout.returns, mask, self._total),
+            "completions/mean_length": mean(mask.sum(1)),
+            "completions/ended": mean(ended),
+            "time/generation": generation,
+        }
+        return rollout, line
+
+    def _optimise(self, rollout: Rollout, orders: list[list[list[list[int]]]]) -> dict[str, float]:
+        """Epochs of mini-batches. Gradients are of the mean over all tokens of a mini-batch, over all processes."""
+        config = self.config
+        sums: dict[str, float] = {}
+        steps = 0
+        stopped = False
+        for mini in (mini for order in orders for mini in order):
+            tokens = self._total(torch.stack([rollout.mask[rows].sum() for rows in mini]).sum())
+            figures = torch.zeros(6, device=rollout.mask.device)
+            for rows in mini:
+                with self._recomputing():
+                    loss, parts = self._loss(rollout, rows)
+                    (loss / tokens).backward()
+                figures += torch.stack(parts).detach()
+            figures = self._total(figures) / tokens
+            names = ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "policy/approxkl_avg", "val/ratio")
+            found = dict(zip((*names, "val/clipfrac_avg"), figures.tolist(), strict=True))
+            stopped = config.target_kl is not None and found["policy/approxkl_avg"] > config.target_kl
+            if stopped and steps:
+                self.optimizer.zero_grad()
+                break
+            found["grad_norm"] = self._move()
+            found["loss"] = found["loss/policy_avg"] + config.vf_coef * found["loss/value_avg"]
+            steps += 1
+            sums = {name: sums.get(name, 0.0) + number for name, number in found.items()}
+        line = {name: number / steps for name, number in sums.items()}
+        return {**line, "policy/steps": steps, "policy/stopped_early": float(stopped)}
+
+    def _loss(self, rollout: Rollout, rows: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """The loss summed over the tokens of some rows, and its parts for the log, summed likewise."""
+        config = self.config
+        with self.accelerator.autocast():
+            entropy_bonus = config.entropy_coef > 0
+            seen = look(self.model, rollout.rows(rows), config.temperature, self.value, entropy=entropy_bonus)
+        assert seen.values is not None
+        mask, old, old_values = rollout.mask[rows], rollout.logprobs[rows], rollout.values[rows]
+        policy = ppo.policy_loss(seen.logprobs, old, rollout.advantages[rows], mask, config.cliprange)
+        value = ppo.value_loss(seen.values, old_values, rollout.returns[rows], mask, config.cliprange_value)
+        loss = policy.loss + config.vf_coef * value.loss
+        if seen.entropy is not None and entropy_bonus:
+            loss = loss - config.entropy_coef * ppo.masked_sum(seen.entropy, mask)
+        return loss, [policy.loss, value.loss, policy.clipped, policy.approxkl, policy.ratio, value.clipped]
+
+    def _move(self) -> float:
+        """One step of the optimizer; returns the gradient's norm. Raises NumericsError before a NaN moves a weight."""
+        parameters = [p for p in self.trained.values() if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            flat = self._total(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                parameter.grad = part.view_as(parameter)
+        limit = self.config.train.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm):
+            message = f"A gradient is not finite at update {self.step}; no weight has been moved by it."
+            raise NumericsError(message, NOT_FINITE)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _score(self, chosen: list[int], sampled: list[Sampled]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b,) scores, and those of each reward by name, of the completions' texts without their end tokens."""
+        ids = [completion.ids[:-1] if completion.ended else completion.ids for completion in sampled]
+        texts = [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in ids]
+        records = [self.data.train_records[self.data.train[row]["row"]] for row in chosen]
+        turns = [prompt_of(record) for record in records]
+        prompts = [str(before[-1]["content"]) if before else "" for before in turns]
+        where, failed = self.model.device, None
+        try:
+            scores, parts = self.rewards(prompts, texts, records)
+        except FinetuneKitError as error:
+            failed = error
+        # all processes stop with the one that cannot go on: alone it would leave them waiting
+        if self._total(torch.tensor(float(failed is not None), device=where)) > 0:
+            raise failed or NumericsError("The rewards of another process failed; its message says why.")
+        return torch.tensor(scores, device=where), {k: torch.tensor(v, device=where) for k, v in parts.items()}
+
+    def _why_stop(self, line: dict[str, float]) -> str | None:
+        """The watchdogs' word on an update; scores that once differed and now are all alike are no error."""
+        alike = line["objective/scores_std"] == 0 and self.config.batch_size > 1
+        self.constant = self.constant + 1 if alike else 0
+        self.varied = self.varied or not alike
+        return collapse(line, self.config, 0 if self.varied else self.constant)
+
+    def _next_prompts(self) -> list[int]:
+        """Rows of this process's prompts of this update."""
+        first = self.step * self.config.batch_size + self.accelerator.process_index * self.share
+        return passes(len(self.prompts), first, self.share, self.config.train.seed)
+
+    def _order(self, epoch: int) -> list[list[list[int]]]:
+        """Mini-batches of micro-batches of the rollout's rows, in the order of an epoch."""
+        rows = shuffled(self.share, self._seed("epoch"), epoch)
+        mini, micro = self.share // self.config.num_mini_batches, self.config.train.per_device_train_batch_size
+        batches = [rows[at : at + mini] for at in range(0, self.share, mini)]
+        return [[batch[at : at + micro] for at in range(0, mini, micro)] for batch in batches]
+
+    def _seed(self, purpose: str) -> int:
+        """A seed for this update and process, unlike those of other purposes."""
+        where: int = self.step * self.accelerator.num_processes + self.accelerator.process_index
+        return (self.config.train.seed * 1_000_003 + where) * 2 + (purpose == "sampling")
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        summed: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return summed
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """With train.gradient_checkpointing: activations are recomputed in backward. Dropout stays off."""
+        layers = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
+        for layer in layers:  # its own flag, not those of the dropouts in it
+            layer.training = True
+        yield
+        for layer in layers:
+            layer.training = False
+
+    def _announce(self) -> None:
+        count = sum(parameter.numel() for parameter in self.trained.values())
+        self.record.say(
+            f"{len(self.prompts):,} prompts; {self.updates} updates of {self.config.batch_size} completions; "
+            f"{count:,} parameters of policy and value trained, on {self.model.device.type}"
+        )
+        if self.padded_because and self.config.train.padding_free:
+            self.record.say(f"note: padded batches: {self.padded_because}")
+
+    def _log(self, line: dict[str, float]) -> None:
+        if not self.is_main:
+            return
+        if self.step == 1 or self.step == self.updates or self.step % self.config.train.logging_steps == 0:
+            seconds = round(time.perf_counter() - self.record.started, 2)
+            self.record.write({**line, "seconds": seconds, "peak_memory_gib": round(peak_memory_gib(), 3)})
+        self.record.say(
+            f"update {self.step}/{self.updates}  score {line['objective/scores']:.3f}  KL {line['objective/kl']:.2f}  "
+            f"entropy {line['policy/entropy_avg']:.2f}  length {line['completions/mean_length']:.0f}  "
+            f"ended {line['completions/ended']:.0%}  {line['time/update']:.1f} s"
+        )
+        self.record.on_step_end(None, SimpleNamespace(global_step=self.step), None)
+
+    def _keep(self, snapshot: Snapshot) -> Path:
+        """Write a checkpoint, by one process; returns where it is."""
+        folder = Path(self.config.train.output_dir or "")
+        return write_checkpoint(folder, snapshot, self.config.train.save_total_limit) if self.is_main else folder
+
+    def snapshot(self) -> Snapshot:
+        """Everything that the updates to come depend on, copied to the CPU."""
+        tensors = {f"weights.{name}": p.detach() for name, p in self.trained.items()}
+        tensors |= optimizer_tensors(self.optimizer, list(self.trained))
+        numbers = {"step": self.step, "kl_coef": self.kl_coef, "constant": self.constant, "varied": self.varied}
+        numbers |= {"batch_size": self.config.batch_size, "seed": self.config.train.seed, "prompts": len(self.prompts)}
+        return Snapshot({k: v.cpu().clone() for k, v in tensors.items()}, numbers, self.scheduler.state_dict())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put a snapshot back. Raises SettingsError where it is of a run with other prompts, batches or weights."""
+        here = self.snapshot()
+        for name in ("batch_size", "seed", "prompts"):
+            if snapshot.numbers[name] != here.numbers[name]:
+                was, now = snapshot.numbers[name], here.numbers[name]
+                raise SettingsError(f"The checkpoint was made with {name} {was}, this run has {now}.", "Set it back.")
+        weights = {name: snapshot.tensors.get(f"weights.{name}") for name in self.trained}
+        if differing := [n for n, w in weights.items() if w is None or w.shape != self.trained[n].shape]:
+            raise SettingsError(f"The checkpoint is of another policy or value: {differing[0]}.", "See its run.yaml.")
+        with torch.no_grad():
+            for name, weight in weights.items():
+                assert weight is not None
+                self.trained[name].copy_(weight)
+        load_optimizer(self.optimizer, list(self.trained), snapshot.tensors)
+        self.scheduler.load_state_dict(snapshot.scheduler)
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.step, self.kl_coef = int(snapshot.numbers["step"]), float(snapshot.numbers["kl_coef"])
+        self.constant, self.varied = int(snapshot.numbers["constant"]), bool(snapshot.numbers["varied"])
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint folder of this very run."""
+        self.restore(read_checkpoint(checkpoint))
+
+    def _put_value_aside(self, folder: Path) -> None:
+        """The value into value.safetensors, its adapter out of the policy: what is left is what is served."""
+        from safetensors.torch import save_file
+
+        if self.is_main:
+            tensors = value_parameters(self.value, self.model)
+            save_file(
+                {name: p.detach().cpu().contiguous() for name, p in tensors.items()}, folder / "value.safetensors"
+            )
+        if self.value.kind == "adapter":
+            self.model.delete_adapter(NAME)

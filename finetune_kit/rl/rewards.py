@@ -1,0 +1,248 @@
+"""Rewards: what a completion is worth. Each is a function score(prompts, completions, records) -> one number a row.
+
+`prompts` are the last turns before the answers, `completions` the answers without their end token, `records` the rows
+themselves (data/records.py: messages, tools, metadata). What a reward gives back is checked before it moves a weight.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune_kit.config import ModelConfig, setting
+from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt
+from finetune_kit.data.load import Data
+from finetune_kit.data.records import prompt_of
+from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
+from finetune_kit.model.load import load_model_config, load_tokenizer, public_name
+from finetune_kit.model.reward import is_classifier, load_saved, load_scorer, score_rows
+
+Score = Callable[[list[str], list[str], list[Any]], Sequence[float]]
+KNOWN = "Known: task (the data's own scorer), path/to/file.py:function, or a reward model's folder or Hub id."
+
+
+@dataclass
+class RewardConfig:
+    sources: list[str] = setting(
+        ["task"], "task (the data's own scorer), path/to/file.py:function, or a reward model's folder or Hub id"
+    )
+    weights: list[float] = setting([], "with several sources: what each is multiplied with; unset: 1 each")
+    batch_size: int = setting(16, "completions in one forward pass of a reward model", "rows", within="[1, inf)")
+    ignore_gate: bool = setting(False, "use a reward model although it did not pass its own test")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reward: its name in the log, its weight, and its function."""
+
+    name: str
+    weight: float
+    score: Score
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Several rewards, added up with their weights."""
+
+    parts: tuple[Part, ...]
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], records: list[Any]
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """(the weighted sum of each row, each part's own scores by name).
+
+        Raises DataError where a part raises or gives another number of scores than rows, NumericsError for a score
+        that is not finite; both name the row.
+        """
+        found = {part.name: checked(part, prompts, completions, records) for part in self.parts}
+        weights = [part.weight for part in self.parts]
+        rows = zip(*found.values(), strict=True)
+        return [sum(w * score for w, score in zip(weights, row, strict=True)) for row in rows], found
+
+
+def checked(part: Part, prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+    """The part's scores as floats, one a row."""
+    try:
+        given = part.score(list(prompts), list(completions), list(records))
+        scores = [float(score) for score in given]
+    except FinetuneKitError:
+        raise
+    except Exception as error:  # it is the user's function, and may raise anything
+        at = _first_refused(part, prompts, completions, records)
+        where = f"at {records[at].where} (completion {completions[at][:80]!r})" if at is not None else "on the batch"
+        raise DataError(
+            f"reward {part.name} raised {type(error).__name__} {where}: {error}",
+            "It must return one number for any completion, an empty one included.",
+        ) from error
+    if len(scores) != len(completions):
+        raise DataError(
+            f"reward {part.name} returned {len(scores)} scores for {len(completions)} completions.",
+            "Return one number a completion, in their order.",
+        )
+    for score, completion, record in zip(scores, completions, records, strict=True):
+        if not math.isfinite(score):
+            raise NumericsError(
+                f"reward {part.name} is {score} at {record.where} (completion {completion[:80]!r}).",
+                "Let it return a finite number for any completion.",
+            )
+    return scores
+
+
+def _first_refused(part: Part, prompts: list[str], completions: list[str], records: list[Any]) -> int | None:
+    """The first row that makes the part raise alone, too."""
+    for row, (prompt, completion, record) in enumerate(zip(prompts, completions, records, strict=True)):
+        try:
+            [float(score) for score in part.score([prompt], [completion], [record])]
+        except Exception:
+            return row
+    return None
+
+
+def load_rewards(config: RewardConfig, data: Data, model: ModelConfig) -> Rewards:
+    """The rewards that the settings name; `model` is the policy's, whose base a reward model may share.
+
+    Raises SettingsError for a source that cannot be, a wrong number of weights, or a reward model that did not pass.
+    """
+    if not config.sources:
+        raise SettingsError("reward.sources is empty: nothing would be learned.", KNOWN)
+    if config.weights and len(config.weights) != len(config.sources):
+        raise SettingsError(
+            f"reward.weights has {len(config.weights)} numbers for {len(config.sources)} sources.", "Give one each."
+        )
+    if len(set(config.sources)) != len(config.sources):
+        raise SettingsError("reward.sources names one source twice.", "Give it once, with reward.weights.")
+    weights = config.weights or [1.0] * len(config.sources)
+    parts = [_part(source, weight, config, data, model) for source, weight in zip(config.sources, weights, strict=True)]
+    names = [part.name for part in parts]
+    parts = [
+        part if names.count(part.name) == 1 else Part(f"{part.name}_{at}", part.weight, part.score)
+        for at, part in enumerate(parts, start=1)
+    ]
+    return Rewards(tuple(parts))
+
+
+def _part(source: str, weight: float, config: RewardConfig, data: Data, model: ModelConfig) -> Part:
+    if source == "task":
+        return Part("task", weight, task_score(data))
+    path, colon, function = source.rpartition(":")
+    if colon and path.endswith(".py"):
+        return Part(function, weight, python_score(path, function))
+    if source.endswith(".py"):
+        raise SettingsError(f"reward.sources: {source} names no function.", f"Write {source}:score")
+    return Part(Path(source).name, weight, model_score(source, config, model, data.chat_template_kwargs))
+
+
+def task_score(data: Data) -> Score:
+    """The data's own scorer in [0, 1], as the report uses it. Raises SettingsError where the data have none."""
+    scorer = data.score
+    if scorer is None:
+        raise SettingsError(
+            "reward.sources=[task]: these data have no scorer of their own (reasoning_gym/<task> has, and needs "
+            "held-out rows).",
+            "Set reward.sources to path/to/file.py:function or to a reward model.",
+        )
+    return lambda prompts, completions, records: [
+        scorer(completion, record.metadata) for completion, record in zip(completions, records, strict=True)
+    ]
+
+
+def python_score(path: str, function: str) -> Score:
+    """`function` of the Python file `path`. Raises SettingsError where there is no such file or function."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise SettingsError(f"reward.sources: {path}: no such file.", KNOWN)
+    spec = importlib.util.spec_from_file_location(f"finetune_kit_reward_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise SettingsError(f"reward.sources: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    score = getattr(module, function, None)
+    if not callable(score):
+        raise SettingsError(
+            f"reward.sources: {path} has no function {function}.",
+            f"Write in it: def {function}(prompts, completions, records): return [0.0 for text in completions]",
+        )
+    found: Score = score
+    return found
+
+
+def check_gate(folder: Path, ignore: bool) -> None:
+    """Raises SettingsError where a reward_model run says that it is no better than a simple rule, unless `ignore`."""
+    report = folder / "report.json"
+    if ignore or not report.is_file():
+        return
+    gate = json.loads(report.read_text(encoding="utf-8")).get("gate")
+    if gate and not gate.get("passed"):
+        raise SettingsError(
+            f"{folder} did not pass its own test as a reward: {gate.get('reason') or 'no reason given'}",
+            "Train a better reward model, or set reward.ignore_gate=true.",
+        )
+
+
+def model_score(source: str, config: RewardConfig, policy: ModelConfig, kwargs: dict[str, Any]) -> Score:
+    """A sequence-classification model with one label, read at the end token behind prompt and completion.
+
+    The texts are rendered and tokenised by the reward model's own template and tokenizer, whatever the policy has.
+    Raises SettingsError where it is no such model, or did not pass its gate.
+    """
+    folder = Path(source).expanduser()
+    check_gate(folder, config.ignore_gate)
+    model, tokenizer = load_judge(source, policy, kwargs)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    end = end_token_ids(tokenizer, kwargs)[0]
+
+    def score(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+        rows = [
+            [*render_prompt(tokenizer, prompt_of(record), record.tools, kwargs), *ids_of(tokenizer, completion), end]
+            for completion, record in zip(completions, records, strict=True)
+        ]
+        for row, record in zip(rows, records, strict=True):
+            if len(row) > longest:
+                raise DataError(
+                    f"{record.where}: {len(row)} tokens with its completion, but {source} takes {longest}.",
+                    "Set a smaller max_new_tokens, or take the row out.",
+                )
+        return score_rows(model, rows, config.batch_size)
+
+    return score
+
+
+def load_judge(source: str, policy: ModelConfig, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """(reward model in evaluation mode, its tokenizer) from a run's folder, a model's folder or the Hub."""
+    folder = Path(source).expanduser()
+    adapted = (folder / "adapter_config.json").is_file()
+    base = _base_of(folder, policy) if adapted else ModelConfig(name_or_path=source)
+    if not adapted:
+        _check_classifier(source, load_model_config(base))
+    # a run's folder has the tokenizer that it was trained with
+    tokenizer = load_tokenizer(base, saved=folder if (folder / "tokenizer_config.json").is_file() else None)
+    ends = end_token_ids(tokenizer, kwargs)
+    model = load_saved(base, folder, tokenizer, ends) if adapted else load_scorer(base, tokenizer, ends)
+    return model, tokenizer
+
+
+def _check_classifier(source: str, config: Any) -> None:
+    if not is_classifier(config.to_dict()):
+        raise SettingsError(f"reward.sources: {source} is {', '.join(config.architectures)}: no reward model.", KNOWN)
+
+
+def _base_of(folder: Path, policy: ModelConfig) -> ModelConfig:
+    """The base of an adapter: from its run.yaml, else by its name, which the policy's base may have."""
+    if (folder / "run.yaml").is_file():
+        named = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")).get("model", {})
+        return ModelConfig(name_or_path=named["name_or_path"], revision=named.get("revision"))
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    name = saved["base_model_name_or_path"]
+    if name == public_name(policy.name_or_path):
+        return ModelConfig(name_or_path=policy.name_or_path, revision=policy.revision)
+    return ModelConfig(name_or_path=name, revision=saved.get("revision"))

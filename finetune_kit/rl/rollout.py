@@ -1,0 +1,256 @@
+"""Rollouts: sample completions, and look at each of their tokens once with the policy, the reference and the value.
+
+Rows are laid out as in training: prompt, completion, padding on the right. Attention masks come from lengths, never
+from token ids: the pad token may end turns inside a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from finetune_kit.errors import NumericsError
+from finetune_kit.generation import evaluation_mode, in_batches
+from finetune_kit.model.adapters import is_adapter
+from finetune_kit.rl.math import entropy_from_logits, token_logprobs
+
+
+class Sampled(NamedTuple):
+    """A completion's token ids, the end token included where it `ended` by itself."""
+
+    ids: list[int]
+    ended: bool
+
+
+def shuffled(count: int, seed: int, number: int) -> list[int]:
+    """0 … count - 1 in an order that follows from seed and number alone."""
+    generator = torch.Generator().manual_seed((seed * 7919 + number) % 2**62)
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order
+
+
+def passes(count: int, first: int, wanted: int, seed: int) -> list[int]:
+    """Places first … first + wanted - 1 of an endless row of shuffled passes over 0 … count - 1."""
+    numbers = range(first // count, (first + wanted - 1) // count + 1)
+    row = [index for number in numbers for index in shuffled(count, seed, number)]
+    start = first - numbers.start * count
+    return row[start : start + wanted]
+
+
+def sample(
+    policy: Any,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    end_token_ids: list[int],
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> list[Sampled]:
+    """One completion for each prompt, drawn from softmax(logits / temperature) and nothing else, in their order.
+
+    Longest prompts first, `batch_size` at a time, with a KV cache; rows that have ended leave the batch. A function of
+    weights, prompts, seed and batch_size; torch's random state is left alone. `generate` would keep ended rows until
+    the last one is done, and drop the end token, which is an action of the policy like any other.
+    """
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    ends = torch.tensor(end_token_ids, device=policy.device)
+    found: dict[int, Sampled] = {}
+
+    def run(rows: list[int]) -> None:
+        chosen = [prompts[row] for row in rows]
+        completions = _sample_batch(policy, chosen, max_new_tokens, ends, temperature, generator)
+        found.update(zip(rows, completions, strict=True))
+
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    with evaluation_mode(policy):
+        in_batches([order[at : at + batch_size] for at in range(0, len(order), batch_size)], run, "sampling")
+    return [found[row] for row in range(len(prompts))]
+
+
+def _sample_batch(
+    policy: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    ends: Tensor,
+    temperature: float,
+    generator: torch.Generator,
+) -> list[Sampled]:
+    width = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # padded on the left, so that all go on in the same column
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    ids, mask = ids.to(policy.device), mask.to(policy.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    written: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    alive = list(range(len(prompts)))  # the prompt that each row of the batch goes on from
+    cache = None
+    for _ in range(max_new_tokens):
+        output = policy(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        logits = output.logits[:, -1].float()
+        if not bool(torch.isfinite(logits.sum())):
+            raise NumericsError("The policy's logits are not finite.", "Try a tenth of train.learning_rate.")
+        chances = (logits / temperature).softmax(-1)
+        tokens = torch.multinomial(chances, 1, generator=generator)
+        over = torch.isin(tokens[:, 0], ends).tolist()
+        for row, token in zip(alive, tokens[:, 0].tolist(), strict=True):
+            if not ended[row]:
+                written[row].append(token)
+        for row, now in zip(alive, over, strict=True):
+            ended[row] = ended[row] or now
+        going = [place for place, row in enumerate(alive) if not ended[row]]
+        if not going:
+            break
+        ids, positions = tokens, positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+        # a smaller batch costs a copy of the cache: worth it for every quarter of the rows
+        if len(going) <= 0.75 * len(alive) and hasattr(cache, "batch_select_indices"):
+            kept = torch.tensor(going, device=ids.device)
+            cache.batch_select_indices(kept)
+            ids, positions, mask = ids[kept], positions[kept], mask[kept]
+            alive = [alive[place] for place in going]
+    return [Sampled(tokens, over) for tokens, over in zip(written, ended, strict=True)]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Prompts with their completions as the model takes them; s is the number of completion tokens.
+
+    input_ids, attention_mask: (b, w), padded on the right. before: (b, w), true where the next token is a completion's.
+    tokens: (s,), those next tokens. mask: (b, t), true where a completion, laid out alone, has a token.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    before: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """(s,) numbers of completion tokens -> (b, t), 0 where masked; keeps the gradient."""
+        return flat.new_zeros(self.mask.shape).masked_scatter(self.mask, flat)
+
+
+def lay_out(prompts: Sequence[list[int]], completions: Sequence[list[int]], width: int, device: Any) -> Rows:
+    """Rows of prompts with completions of at least one token each; `width`: t, at least that of the longest one."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, completions, strict=True))
+    ids = torch.zeros((len(prompts), longest), dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    before = torch.zeros_like(ids, dtype=torch.bool)
+    mask = torch.zeros((len(prompts), width), dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor([*prompt, *answer])
+        attention[row, :end] = 1
+        before[row, len(prompt) - 1 : end - 1] = True
+        mask[row, : len(answer)] = True
+    tokens = torch.tensor([token for answer in completions for token in answer])
+    return Rows(*(part.to(device) for part in (ids, attention, before, tokens, mask)))
+
+
+def states(model: Any, rows: Rows, *, head: bool = True) -> tuple[Tensor, Tensor]:
+    """(logits (s, v), hidden states (s, h)) in front of each completion token, float32.
+
+    Without `head` no logits (0, v). The model's own forward; only what enters its language-model head is cut down to
+    those s positions.
+    """
+    found: list[Tensor] = []
+
+    def cut(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found.append(args[0][rows.before])
+        return ((found[0] if head else found[0][:0])[None], *args[1:])
+
+    causal = model.get_base_model() if is_adapter(model) else model
+    hook = causal.get_output_embeddings().register_forward_pre_hook(cut)
+    try:
+        output = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
+    finally:
+        hook.remove()
+    return output.logits[0].float(), found[0].float()
+
+
+class Seen(NamedTuple):
+    """Of each completion token, (b, t) and 0 where masked: log-probability, entropy of its distribution, value."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    values: Tensor | None
+
+
+def look(policy: Any, rows: Rows, temperature: float, value: Any = None, *, entropy: bool = False) -> Seen:
+    """Log-probabilities at the temperature of sampling; entropy and values (see rl/value.py) where they are wanted."""
+    logits, hidden = states(policy, rows)
+    logits = logits / temperature
+    return Seen(
+        rows.spread(token_logprobs(logits, rows.tokens)),
+        rows.spread(entropy_from_logits(logits)) if entropy else None,
+        rows.spread(value(policy, rows, hidden)) if value is not None else None,
+    )
+
+
+@contextmanager
+def adapter(policy: Any, name: str | None) -> Iterator[None]:
+    """The policy with its adapter `name` in the place of the active one, or with none; trained weights stay trained."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    active = policy.active_adapter
+    if name is None:
+        policy.base_model.disable_adapter_layers()
+    else:
+        policy.set_adapter(name)
+    try:
+        yield
+    finally:
+        if name is None:
+            policy.base_model.enable_adapter_layers()
+        else:
+            policy.set_adapter(active)
+        for parameter in trained:  # PEFT freezes whatever is not active
+            parameter.requires_grad_(True)
+
+
+class Reference:
+    """The policy as it was when this was made: `with reference():` the policy is it.
+
+    A fresh adapter computes nothing yet, so the reference is the policy with the adapter off and costs no memory. An
+    adapter that goes on from a run, or a model trained in full, is kept as a second copy of the trained weights.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        named = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+        self.trained = [parameter for _, parameter in named]
+        ups = [parameter for name, parameter in named if ".lora_B." in name]
+        self.is_adapter_off = is_adapter(policy) and not any(bool(parameter.any()) for parameter in ups)
+        self.kept = [] if self.is_adapter_off else [parameter.detach().clone() for parameter in self.trained]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self.is_adapter_off:
+            with adapter(self.policy, None):
+                yield
+            return
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for at, parameter in enumerate(self.trained):
+            parameter.data, self.kept[at] = self.kept[at], parameter.data

@@ -1,0 +1,156 @@
+"""The value: one number for each completion token, from a head on hidden states."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune_kit.config import ModelConfig
+from finetune_kit.errors import SettingsError
+from finetune_kit.model.adapters import is_adapter
+from finetune_kit.model.load import check_base, device, load_tokenizer
+from finetune_kit.model.reward import load_scorer
+from finetune_kit.rl.rollout import Rows, adapter, states
+
+NAME = "value_adapter"  # the name of the second adapter in the policy
+RUN_AN_ADAPTER = "Name the folder of a reward_model run, or leave ppo's value_init_from out."
+
+
+class Value(torch.nn.Module):
+    """`value(policy, rows, hidden)` -> (s,): V before each completion token of `rows`, float32.
+
+    kind "shared": the head reads the policy's own hidden states (s, h), and its loss moves the policy's trunk, too.
+    "adapter": those of the same base with an adapter of the value's own. "separate": those of `trunk`, another model.
+    """
+
+    def __init__(self, kind: str, hidden_size: int, trunk: Any = None) -> None:
+        super().__init__()
+        self.kind, self.trunk = kind, trunk
+        self.head = torch.nn.Linear(hidden_size, 1, device=device(), dtype=torch.float32)
+        torch.nn.init.zeros_(self.head.weight)  # nothing is expected before anything was seen
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, policy: Any, rows: Rows, hidden: Tensor) -> Tensor:
+        if self.kind == "adapter":
+            with adapter(policy, NAME):
+                hidden = states(policy, rows, head=False)[1]
+        elif self.kind == "separate":
+            output = self.trunk(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
+            hidden = output.last_hidden_state[rows.before].float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden, self.head.weight, self.head.bias)[:, 0]
+
+
+def build_value(kind: str, policy: Any, model: ModelConfig, init_from: str | None = None, seed: int = 0) -> Value:
+    """The value of `kind` for a policy, from zero or from the reward model in the folder `init_from`.
+
+    With "adapter" the policy gets a second adapter. Raises SettingsError where kind, policy and folder do not fit.
+    """
+    size = policy.config.get_text_config().hidden_size
+    folder = Path(init_from).expanduser() if init_from else None
+    if kind == "shared":
+        if folder is not None:
+            message = (
+                "value_init_from: a head fits the trunk it was trained on, and value_model=shared has the policy's."
+            )
+            raise SettingsError(
+                message, "Set value_model=adapter (reward model with an adapter) or separate (in full)."
+            )
+        return Value(kind, size)
+    if kind == "adapter":
+        value = Value(kind, size)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # the adapter's A starts at random
+            _add_adapter(policy, model, folder, value)
+        return value
+    return _separate(model, folder)
+
+
+def value_parameters(value: Value, policy: Any) -> dict[str, torch.nn.Parameter]:
+    """What is trained of the value, by name, its adapter in the policy included."""
+    named = {f"value.{name}": parameter for name, parameter in value.named_parameters()}
+    if value.kind == "adapter":
+        named |= {name: parameter for name, parameter in policy.named_parameters() if f".{NAME}." in name}
+    return named
+
+
+def _add_adapter(policy: Any, model: ModelConfig, folder: Path | None, value: Value) -> None:
+    if not is_adapter(policy):
+        raise SettingsError(
+            "value_model=adapter needs a policy with an adapter; this one is trained in full.",
+            "Set value_model=shared or separate.",
+        )
+    config = copy.deepcopy(policy.peft_config[policy.active_adapter])
+    config.modules_to_save = None
+    tensors: dict[str, Tensor] = {}
+    if folder is not None:
+        saved = _read_adapter(folder)
+        check_base(model, folder)
+        for name in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "lora_dropout"):
+            setattr(config, name, saved[name])
+        tensors = _tensors(folder / "adapter_model.safetensors")
+    policy.add_adapter(NAME, config)
+    own = {name: parameter for name, parameter in policy.named_parameters() if f".{NAME}." in name}
+    for parameter in own.values():
+        parameter.requires_grad_(True)
+    if folder is None:
+        return
+    # base_model.model.model.layers.0.….lora_A.weight there is ….lora_A.value.weight here
+    found = {name.removesuffix(".weight") + f".{NAME}.weight": tensor for name, tensor in tensors.items()}
+    lora = {name: tensor for name, tensor in found.items() if ".lora_" in name}
+    if lora.keys() != own.keys():
+        raise SettingsError(f"value_init_from={folder} has other layers than the policy's base.", RUN_AN_ADAPTER)
+    with torch.no_grad():
+        for name, tensor in lora.items():
+            own[name].copy_(tensor)
+    _put_head(value, tensors, folder)
+
+
+def _read_adapter(folder: Path) -> dict[str, Any]:
+    if not (folder / "adapter_config.json").is_file():
+        raise SettingsError(
+            f"value_init_from={folder}: no adapter there, and value_model=adapter needs one.",
+            "Set value_model=separate for a reward model trained in full.",
+        )
+    content: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _separate(model: ModelConfig, folder: Path | None) -> Value:
+    if folder is not None and not (folder / "config.json").is_file():
+        raise SettingsError(
+            f"value_init_from={folder}: no whole model there, and value_model=separate needs one.",
+            "Set value_model=adapter for a reward model with an adapter.",
+        )
+    source = model if folder is None else replace(model, name_or_path=str(folder), revision=None)
+    tokenizer = load_tokenizer(source)
+    whole = load_scorer(source, tokenizer, [tokenizer.eos_token_id], trained_in_full=True)
+    value = Value("separate", whole.config.get_text_config().hidden_size, whole.base_model)
+    if folder is not None:
+        _put_head(value, {"score.weight": whole.score.weight.detach()}, folder)
+    return value
+
+
+def _put_head(value: Value, tensors: dict[str, Tensor], folder: Path) -> None:
+    weight = next((tensor for name, tensor in tensors.items() if name.endswith("score.weight")), None)
+    if weight is None or weight.shape != value.head.weight.shape:
+        shape = None if weight is None else tuple(weight.shape)
+        raise SettingsError(
+            f"value_init_from={folder}: expected a score.weight of {tuple(value.head.weight.shape)}, found {shape}.",
+            RUN_AN_ADAPTER,
+        )
+    with torch.no_grad():
+        value.head.weight.copy_(weight)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors

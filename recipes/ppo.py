@@ -1,0 +1,69 @@
+"""PPO: the policy writes, a reward judges, and what scored better than expected becomes more likely.
+
+What it does
+    In each update samples completions, scores them at their last token, charges every token for its distance from the
+    reference, estimates advantages with a learned value, and takes several clipped steps. Policy, reference and value
+    share one base: the reference is the adapter switched off, the value a head on the policy's trunk.
+
+Objective
+    maximise  E[ score - kl_coef * sum over tokens of (log p - log p_reference) ]  through, per token,
+    min(ratio * A, clip(ratio, 1 - cliprange, 1 + cliprange) * A),   ratio = p / p_old,   A from GAE(gamma, lam)
+    minus vf_coef * max((V - R)^2, (clip(V, V_old -+ cliprange_value) - R)^2) / 2;   docs/ppo.md has all of it.
+
+Data in
+    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which scores them, too.
+
+Artifact out
+    adapter_model.safetensors, adapter_config.json (model.safetensors with train_in_full), tokenizer, report, card;
+    value.safetensors, the value's weights.
+
+What to watch
+    objective/scores rises while objective/kl stays in the tens; objective/kl in the hundreds with rising scores is a
+    reward being fooled: raise kl_coef. policy/clipfrac_avg above 0.3 or val/ratio away from 1 means too high a
+    learning_rate. val/explained_variance below 0 means a value that misleads. completions/ended falling means answers
+    that never stop: raise missing_eos_penalty.
+
+Paper
+    PPO: Schulman et al. 2017 (arXiv 1707.06347); for language: Ouyang et al. 2022 (arXiv 2203.02155), Huang et al.
+    2024 (arXiv 2403.17031).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from finetune_kit.artifact import Artifact, save
+from finetune_kit.config import LoraConfig, TrainConfig, section
+from finetune_kit.data.load import load_data
+from finetune_kit.evaluation.compare import compare, measure
+from finetune_kit.model.load import load_policy, load_tokenizer
+from finetune_kit.rl.rewards import load_rewards
+from finetune_kit.rl.settings import PPOSettings
+from finetune_kit.run_folder import begin
+from finetune_kit.training.progress import telling
+
+
+@dataclass
+class Config(PPOSettings):
+    kind: ClassVar[str] = "prompt"
+
+    lora: LoraConfig = section(LoraConfig)
+    # a fifth of lora_sft's rate: the data are the policy's own, and it must not outrun them
+    train: TrainConfig = section(
+        TrainConfig, learning_rate=1e-4, lr_scheduler_type="constant", logging_steps=1, num_train_epochs=5.0
+    )
+
+
+def run(config: Config) -> Artifact:
+    from finetune_kit.rl.ppo import PPOTrainer
+
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
+    rewards = load_rewards(config.reward, data, config.model)
+    lora = None if config.train_in_full else config.lora
+    policy = load_policy(config.model, lora, trained_in_full=config.train_in_full, seed=config.train.seed)
+    trainer = PPOTrainer(policy, tokenizer, data, rewards, config)
+    begin(config, data.ledger)
+    before = measure(policy, tokenizer, data, config.evaluate, telling("before"))
+    history = trainer.train()
+    after = measure(policy, tokenizer, data, config.evaluate, telling("after"))
+    return save(policy, tokenizer, config, data, compare(before, after, config.evaluate), history)
