@@ -14,7 +14,7 @@ Data in
     kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which scores them, too.
 
 Artifact out
-    adapter_model.safetensors, adapter_config.json (model.safetensors with train_in_full), tokenizer, report, card;
+    adapter_model.safetensors, adapter_config.json (model.safetensors with lora.r=0), tokenizer, report, card;
     value.safetensors, the value's weights.
 
 What to watch
@@ -59,8 +59,7 @@ def run(config: Config) -> Artifact:
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     rewards = load_rewards(config.reward, data, config.model)
-    lora = None if config.train_in_full else config.lora
-    policy = load_policy(config.model, lora, trained_in_full=config.train_in_full, seed=config.train.seed)
+    policy = load_policy(config.model, config.lora, seed=config.train.seed)
     trainer = PPOTrainer(policy, tokenizer, data, rewards, config)
     begin(config, data.ledger)
     before = measure(policy, tokenizer, data, config.evaluate, telling("before"))

@@ -31,7 +31,7 @@ from finetune_kit.errors import DataError
 from finetune_kit.model.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/data.md", "docs/choose.md", "docs/add_a_method.md"]
+PAGES = ["README.md", "docs/data.md", "docs/choose.md", "docs/add_a_method.md", "docs/ppo.md"]
 NOT_RUN = ("git", "cd", "source")  # what a reader needs and the test already stands on
 SMALL = ("max_steps=2", "evaluate.size=4", "evaluate.general_text=false", "evaluate.bootstrap_samples=50")
 FEW = 8  # problems of a generated task
@@ -250,7 +250,7 @@ def test_settings_named_on_a_page_exist() -> None:
     known = {leaf.key for leaf in config.leaves(lora())}
     for page in PAGES:
         text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
-        for named in re.findall(r"`((?:model|lora|data|train|evaluate)\.[a-z_]+)", text):
+        for named in re.findall(r"`((?:model|lora|data|train|evaluate)\.[a-z0-9_]+)", text):
             assert named in known or named.endswith(".safetensors"), f"{page}: {named}"
 
 

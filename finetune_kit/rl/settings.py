@@ -22,7 +22,6 @@ class PPOSettings(RecipeConfig):
     """
 
     reward: RewardConfig = section(RewardConfig)
-    train_in_full: bool = setting(False, "train every weight, not an adapter; the reference is then a second copy")
     batch_size: int = setting(64, "completions sampled in one update, over all devices", "rows", within="[1, inf)")
     num_mini_batches: int = setting(4, "optimizer steps in one pass over the update's completions", within="[1, inf)")
     num_ppo_epochs: int = setting(4, "passes over the update's completions", within="[1, inf)")

@@ -64,8 +64,7 @@ def parts(config: Any) -> tuple[Any, Any, Data]:
     """(policy, tokenizer, data) of some settings."""
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, "prompt", tokenizer, seed=config.train.seed)
-    lora = None if config.train_in_full else config.lora
-    policy = load_policy(config.model, lora, trained_in_full=config.train_in_full, seed=config.train.seed)
+    policy = load_policy(config.model, config.lora, seed=config.train.seed)
     return policy, tokenizer, data
 
 

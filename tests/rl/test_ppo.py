@@ -45,7 +45,7 @@ def without_times(line: dict[str, float]) -> dict[str, float]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("train_in_full=true", "learning_rate=3e-3", "num_mini_batches=1", "num_ppo_epochs=4"),
+        ("lora.r=0", "learning_rate=3e-3", "num_mini_batches=1", "num_ppo_epochs=4"),
         ("value_model=adapter", "learning_rate=5e-2", "max_new_tokens=4"),
     ],
     ids=["full", "lora_and_value_on_an_adapter"],
@@ -55,7 +55,7 @@ def test_twice_as_many_small_letters_after_12_updates_by_each_seed(home: Path, w
     assert sum(scores[-3:]) / 3 > 2 * scores[0] > 0
 
 
-@pytest.mark.parametrize("words", [(), ("train_in_full=true",), ("value_model=adapter", "lora.lora_dropout=0.5")])
+@pytest.mark.parametrize("words", [(), ("lora.r=0",), ("value_model=adapter", "lora.lora_dropout=0.5")])
 def test_one_step_on_all_completions_has_ratio_1_and_the_first_kl_is_0_to_the_bit(home: Path, words: Any) -> None:
     # prompts of different lengths, packed and padded; dropout would show in the ratio at once
     for padding_free in ("true", "false"):
@@ -80,7 +80,7 @@ def test_it_is_the_same_whether_the_pad_token_ends_turns_or_not(home: Path) -> N
 
 @pytest.mark.parametrize(
     "words",
-    [("lr_scheduler_type=linear", "warmup_steps=1"), ("value_model=adapter",), ("train_in_full=true",)],
+    [("lr_scheduler_type=linear", "warmup_steps=1"), ("value_model=adapter",), ("lora.r=0",)],
     ids=["shared", "adapter", "full"],
 )
 def test_resumed_after_2_of_4_updates_it_is_the_uninterrupted_run_to_the_bit(home: Path, words: Any) -> None:
@@ -179,7 +179,7 @@ def test_epochs_stop_once_the_policy_is_target_kl_away(home: Path) -> None:
 
 
 def test_the_entropy_bonus_keeps_entropy(home: Path) -> None:
-    words = ("max_steps=4", "train_in_full=true", "learning_rate=3e-3", "kl_coef=0")
+    words = ("max_steps=4", "lora.r=0", "learning_rate=3e-3", "kl_coef=0")
     without, bonus = (trainer(home, *words, f"entropy_coef={x}", f"output_dir={home / x}") for x in ("0", "1"))
     assert bonus.train()[-1]["policy/entropy_avg"] > without.train()[-1]["policy/entropy_avg"] + 0.05
 
@@ -240,7 +240,7 @@ def test_a_value_that_starts_from_a_reward_model_says_what_that_one_says(home: P
         (("gradient_accumulation_steps=2",), "gradient_accumulation_steps has no effect"),
         (("train.optim=sgd",), "optimizer is AdamW"),
         (("kl_coef=0", "adaptive_kl_target=6"), "adaptive_kl_target has no effect"),
-        (("value_model=adapter", "train_in_full=true"), "trained in full"),
+        (("value_model=adapter", "lora.r=0"), "trained in full"),
         (("temperature=0",), "temperature"),
     ],
 )
@@ -293,7 +293,7 @@ def test_scores_that_have_become_alike_end_the_run_in_peace(home: Path) -> None:
 
 
 def test_past_max_kl_the_run_stops_and_the_state_before_is_kept(home: Path) -> None:
-    words = ("max_steps=30", "train_in_full=true", "learning_rate=3e-3", "kl_coef=0")
+    words = ("max_steps=30", "lora.r=0", "learning_rate=3e-3", "kl_coef=0")
     made = trainer(home, *words, "max_kl=1")
     with pytest.raises(NumericsError, match=r"objective/kl is .* \(max_kl=1\), at update \d+. The last good") as caught:
         made.train()

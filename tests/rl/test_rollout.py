@@ -129,7 +129,7 @@ def test_the_head_runs_on_the_11_completion_tokens_and_on_none_for_a_value(home:
     assert logits.shape[0] == hidden.shape[0] == 11
 
 
-@pytest.mark.parametrize("words", [(), ("train_in_full=true",)], ids=["lora", "full"])
+@pytest.mark.parametrize("words", [(), ("lora.r=0",)], ids=["lora", "full"])
 def test_the_reference_is_the_start_to_the_bit_whatever_the_policy_has_become(home: Path, words: Any) -> None:
     policy = policy_of(home, *words)
     reference, rows = Reference(policy), lay_out(PROMPTS, COMPLETIONS, 5, "cpu")
