@@ -151,7 +151,7 @@ def check(
     from finetune_kit.training import budget
     from finetune_kit.training.plan import plan
 
-    room = budget.read_size(memory) if memory else None
+    room = budget.read_size(memory) if memory is not None else None
     tokenizer = load_tokenizer(settings.model, weights=measure)
     data = load_data(settings.data, settings.kind, tokenizer, seed=settings.train.seed)
     planned = plan(settings, data)

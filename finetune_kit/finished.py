@@ -14,7 +14,7 @@ from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.evaluation.compare import Report, compare
 from finetune_kit.evaluation.compare import measure as measure_model
 from finetune_kit.evaluation.rewards import compare_rewards, measure_rewards
-from finetune_kit.model.adapters import detach
+from finetune_kit.model.adapters import as_started, detach
 from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer
 from finetune_kit.training.progress import telling
@@ -109,7 +109,7 @@ def check_writes(run: FinishedRun) -> None:
 
 
 def compare_run(run: FinishedRun) -> Report:
-    """The run's model against its base on the held-out rows."""
+    """The run's model against what it started from on the held-out rows: its base, or the adapter it went on from."""
     if run.is_reward_model:
         return _compare_rewards(run)
     config = run.config
@@ -117,12 +117,13 @@ def compare_run(run: FinishedRun) -> Report:
     data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     if run.is_adapter:
         model = model_of(run)
-        with model.disable_adapter():
+        with as_started(model, config.lora.init_from):  # type: ignore[attr-defined]  # a run of an adapter has it
             before = measure_model(model, tokenizer, data, config.evaluate)
     else:
         before = measure_model(load_base(config.model), tokenizer, data, config.evaluate)
         model = model_of(run)
-    return compare(before, measure_model(model, tokenizer, data, config.evaluate), config.evaluate)
+    after = measure_model(model, tokenizer, data, config.evaluate)
+    return compare(before, after, config.evaluate, getattr(config, "beta", 1.0))
 
 
 def _compare_rewards(run: FinishedRun) -> Report:

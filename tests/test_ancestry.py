@@ -12,7 +12,7 @@ from finetune_kit.ancestry import ANCESTRY, start_from_run
 from finetune_kit.artifact import Artifact, probe_logits
 from finetune_kit.config import ModelConfig
 from finetune_kit.errors import SettingsError
-from finetune_kit.finished import model_of, open_run
+from finetune_kit.finished import compare_run, model_of, open_run
 from finetune_kit.merge import merge
 from finetune_kit.model.load import load_base
 from tests.fixtures_cli import cli
@@ -79,6 +79,13 @@ def test_a_run_can_be_opened_after_the_run_it_came_from_is_gone(home: Path, dpo:
     said = cli("evaluate", copy, "evaluate.size=0", "evaluate.general_text=false")
     assert said.code == 0, said.err
     assert "held-out loss" in said.out
+
+
+def test_evaluate_gives_the_numbers_of_the_report_again_against_the_adapter_it_started_from(dpo: Artifact) -> None:
+    again = {entry["name"]: entry for entry in compare_run(open_run(dpo.folder, [])).metrics}
+    for entry in dpo.report.metrics:
+        for side in ("before", "after"):
+            assert again[entry["name"]][side] == pytest.approx(entry[side], abs=1e-4), entry["name"]
 
 
 def test_merged_it_is_the_start_of_a_run_that_trains_all_weights(home: Path, sft: Artifact, tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,8 @@ from finetune_kit.errors import SettingsError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+log = logging.getLogger(__name__)
 
 REWARD_HEADS = ("classifier", "score")  # what PEFT trains and saves of a sequence-classification model
 OTHER_BASE = "Name the base that it was trained on: model.name_or_path."
@@ -206,6 +211,28 @@ def load_adapter(model: Any, folder: str) -> PeftModel:
         )
         raise SettingsError(f"{folder} is an adapter of another model: {found}.", OTHER_BASE)
     return adapted
+
+
+@contextmanager
+def as_started(model: PeftModel, init_from: str | None) -> Iterator[None]:
+    """A run's model as its training began: without an adapter, or with the one it went on from.
+
+    Where the folder of that one is gone a warning says so, and the base alone stands in for it.
+    """
+    folder = Path(init_from or "").expanduser()
+    if not init_from or not (folder / "adapter_model.safetensors").is_file():
+        if init_from:
+            log.warning("%s, which this run went on from, is gone: it is compared with the base alone", init_from)
+        with model.disable_adapter():
+            yield
+        return
+    model.load_adapter(str(folder), "start")
+    model.set_adapter("start")
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter("start")
 
 
 def detach(model: PeftModel) -> Any:

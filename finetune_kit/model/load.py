@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -134,7 +135,7 @@ def load_base(
         if trained_in_full:
             raise SettingsError("model.load_in_4bit: quantised weights cannot be trained.", "Run qlora_sft")
         for note in fourbit.check_device(device()):
-            log.warning(note)
+            _say_once(note)
         fourbit.check_base(load_model_config(model), model.name_or_path)
         quantised = {"quantization_config": fourbit.quantization_config(model, device())}
     disable_progress_bar()
@@ -153,6 +154,12 @@ def load_base(
     if model.load_in_4bit:
         fourbit.keep_exact(base)
     return base.eval()
+
+
+@functools.cache
+def _say_once(note: str) -> None:
+    """A command may load a model more than once; what its device lacks is news the first time."""
+    log.warning(note)
 
 
 def load_dequantised(model: ModelConfig) -> PreTrainedModel:
