@@ -64,6 +64,9 @@ for module in model.modules():  # bitsandbytes would round to bfloat16 on some C
 if rewards:  # its head is trained in float32, whatever the other weights are in
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.score.float().register_forward_pre_hook(lambda head, given: (given[0].float(),))
+if quantised:  # as in training: what is not quantised computes in float32
+    from peft import prepare_model_for_kbit_training
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 if base != folder:
     from peft import PeftModel
     model = PeftModel.from_pretrained(model, folder)

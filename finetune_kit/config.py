@@ -142,6 +142,7 @@ class EvaluateConfig:
     metrics: list[str] = setting(
         [], "scores of the answers: task_score, exact_match, final_number, rouge, bleu; unset: what the data allow"
     )
+    reward_model: str | None = setting(None, "a reward model's run or Hub id that scores the answers before and after")
     max_new_tokens: int | None = setting(
         None, "longest answer; unset: the longest held-out answer + 8", "tokens", within="[1, inf)"
     )

@@ -47,7 +47,7 @@ class Config(RecipeConfig):
     kind: ClassVar[str] = "preference"
 
     lora: LoraConfig = section(LoraConfig)
-    train: TrainConfig = section(TrainConfig, learning_rate=2e-4, warmup_steps=0.05)
+    train: TrainConfig = section(TrainConfig, learning_rate=1e-3, warmup_steps=0.05)
     center_rewards_coefficient: float = setting(
         0.01, "weight of mean (r(chosen) + r(rejected))^2, which keeps scores around 0; 0: off", within="[0, inf)"
     )

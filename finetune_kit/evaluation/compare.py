@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from finetune_kit.config import EvaluateConfig
+from finetune_kit.config import EvaluateConfig, ModelConfig
 from finetune_kit.data.chat import render_prompt
 from finetune_kit.data.records import LabelledCompletion, prompt_of, reference_of
 from finetune_kit.errors import DataError, SettingsError
@@ -109,10 +109,12 @@ def measure(
         metrics = choose_metrics(config.metrics, data, config.hub_metrics)  # before the work: it may refuse
         _answer(measurement, model, tokenizer, data, config, progress)
         _score(measurement, metrics, data)
-    elif config.metrics or config.hub_metrics:
+        if config.reward_model:
+            _judge(measurement, config.reward_model, data)
+    elif config.metrics or config.hub_metrics or config.reward_model:
         reason = "plain text has no answers to score" if data.kind == "text" else "evaluate.size is 0"
-        named = ", ".join(config.metrics + config.hub_metrics)
-        raise SettingsError(f"evaluate.metrics ({named}) has no effect: {reason}.", "Leave it out.")
+        named = ", ".join([*config.metrics, *config.hub_metrics, *filter(None, [config.reward_model])])
+        raise SettingsError(f"evaluate: scoring answers ({named}) has no effect: {reason}.", "Leave it out.")
     _losses(measurement, model, tokenizer, data, config, progress)
     if measurement.rejected_nll and distributions:
         _distributions(measurement, model, data)
@@ -163,6 +165,15 @@ def _score(measurement: Measurement, metrics: list[Any], data: Any) -> None:
     for metric in metrics:
         scores = score_rows(metric, predictions, measurement.references, metadata, measurement.where)
         measurement.metrics[metric.name] = scores
+
+
+def _judge(measurement: Measurement, source: str, data: Any) -> None:
+    """The reward model's score of every answer, of those cut off, too."""
+    from finetune_kit.rl.rewards import RewardConfig, model_score
+
+    judge = model_score(source, RewardConfig(ignore_gate=True), ModelConfig(), data.chat_template_kwargs)
+    texts = [completion.text for completion in measurement.completions]
+    measurement.metrics["reward"] = list(judge(measurement.prompts, texts, _asked(data)[: len(texts)]))
 
 
 def _losses(
@@ -330,7 +341,7 @@ def held_out_scores(
     With `start`, the measurement before training, of pairs: the sigmoid loss of DPO at `beta` (arXiv 2305.18290,
     equation 7) and the preference accuracy. Raises SettingsError for a metric that these data do not have.
     """
-    answered = config if metric != "loss" else replace(config, size=0, metrics=[], hub_metrics=[])
+    answered = config if metric != "loss" else replace(config, size=0, metrics=[], hub_metrics=[], reward_model=None)
     measurement = measure(model, tokenizer, data, replace(answered, general_text=False), distributions=False)
     scores = {"loss": measurement.loss}
     if start is not None and start.paired:

@@ -21,6 +21,7 @@ def measure_step(recipe: Recipe, config: RecipeConfig) -> dict[str, float]:
     )
     trial.train.early_stopping_patience, trial.train.metric_for_best_model = None, "loss"
     trial.evaluate = dataclasses.replace(trial.evaluate, size=0, metrics=[], hub_metrics=[], general_text=False)
+    trial.evaluate.reward_model = None
     # the measurements before and after are not what is timed here
     trial.data = dataclasses.replace(trial.data, held_out_path=None, held_out_size=2)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,5 +1,6 @@
 """qlora_sft: an adapter in float32 on a base in 4 bits, and the answers where that cannot be."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,14 +86,16 @@ def test_an_update_at_the_small_rate_2e_5_moves_every_element_of_the_adapter(hom
             assert float((weight != trained.start[name]).float().mean()) > 0.99
 
 
-def test_loading_in_4_bits_never_holds_the_513_mib_of_the_model_in_float32_not_even_60_percent_of_them() -> None:
+def test_loading_in_4_bits_never_holds_the_513_mib_of_the_model_in_float32_not_even_30_percent_of_them() -> None:
     """Anonymous memory (pages of the mapped file left out) of a fresh process while SmolLM2-135M loads."""
     if not Path("/proc/self/status").exists():
         pytest.skip("anonymous memory is read from /proc, which this system does not have")
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    # what glibc keeps of freed tensors for later is not held by anyone: each goes back to the system at once
+    plain = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, env=plain)
     peak, footprint = map(float, done.stdout.split())
     assert footprint < 160
-    assert peak < 0.6 * 513  # several tensors are unpacked at once, more of them on a busy machine
+    assert peak < 0.3 * 513
 
 
 def test_4_bits_cannot_be_trained_in_full(tiny_model: Path) -> None:

@@ -14,6 +14,8 @@ from finetune_kit import recipe as recipes
 from finetune_kit.answering import Decoding
 from finetune_kit.answering import prepare as prepare_answering
 from finetune_kit.artifact import Artifact, reload_difference
+from finetune_kit.config import ModelConfig
+from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt
 from finetune_kit.data.load import load_data
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.evaluation.rewards import measure_rewards
@@ -113,6 +115,33 @@ def test_evaluate_measures_the_same_numbers_again(good_run: Artifact) -> None:
     for then, now in zip(good_run.report.metrics, again.metrics, strict=True):
         assert (now["before"], now["after"]) == pytest.approx((then["before"], then["after"]), abs=1e-5)
     assert again.details["gate"] == good_run.report.details["gate"]
+
+
+def test_it_judges_the_answers_of_another_run_before_and_after(good_run: Artifact, home: Path) -> None:
+    write_rows(home / "rows.jsonl", pairs(40))
+    words = ("learning_rate=5e-3", "max_steps=4", "evaluate.size=5", "held_out_size=6")
+    run = train("dpo", home, f"evaluate.reward_model={good_run.folder}", *words)
+    judged = next(entry for entry in run.report.metrics if entry["name"] == "reward")
+    assert (judged["n"], judged["higher_is_better"]) == (5, True)
+    assert run.report.wins + run.report.ties + run.report.losses == 5
+    model = load_saved(ModelConfig(str(home / "tiny")), good_run.folder, *_reading(good_run))
+    rows = [_whole(good_run, sample["prompt"], sample["after"]) for sample in run.report.samples]
+    assert score_rows(model, rows, 5) == pytest.approx([sample["scores"]["reward"][1] for sample in run.report.samples])
+    with pytest.raises(SettingsError, match=r"has no effect: evaluate\.size is 0"):
+        fixtures_training.prepare("dpo", home, f"evaluate.reward_model={good_run.folder}")
+
+
+def _reading(run: Artifact) -> tuple[Any, list[int]]:
+    """A run's tokenizer, and what ends an answer."""
+    tokenizer = load_tokenizer(ModelConfig(), saved=run.folder)
+    return tokenizer, end_token_ids(tokenizer)
+
+
+def _whole(run: Artifact, prompt: str, answer: str) -> list[int]:
+    """Prompt, answer and end token as the reward model of a run reads them."""
+    tokenizer, ends = _reading(run)
+    prompt_ids = render_prompt(tokenizer, [{"role": "user", "content": prompt}])
+    return [*prompt_ids, *ids_of(tokenizer, answer), ends[0]]
 
 
 def test_generate_merge_and_adapters_beside_it_are_refused_with_what_to_do(good_run: Artifact, tmp_path: Path) -> None:
