@@ -114,9 +114,13 @@ def announce(config: RecipeConfig, policy: Any, data: Data) -> None:
 
 
 def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int]:
-    """Rows and optimizer steps, as the trainer counts them."""
+    """Rows and optimizer steps, as the trainer counts them; a step of PPO is an update of `batch_size` prompts."""
     train = config.train
     rows = len(data.train)
+    if isinstance(update := getattr(config, "batch_size", None), int):
+        updates = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * rows / update)
+        an_epoch = math.ceil(rows / update)
+        return {"rows_in_an_epoch": rows, "rows_in_a_step": update, "steps_in_an_epoch": an_epoch, "steps": updates}
     if data.packed:  # best-fit packing comes within a few percent of full rows
         rows = math.ceil(data.ledger.train.tokens / config.data.max_length)
     per_pass, accumulation = micro_batch(train, data.packed)

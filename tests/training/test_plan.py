@@ -53,3 +53,9 @@ def test_steps_of_packed_text_are_planned_within_a_tenth(home: Path) -> None:
     words = (f"data.path={home / 'book.txt'}", "max_length=64", "max_steps=-1", "per_device_train_batch_size=1")
     run = fit_only("lora_sft", home, *words, "logging_steps=50")
     assert planned("lora_sft", home, *words)["steps"] == pytest.approx(run.trainer.state.max_steps, rel=0.1)
+
+
+def test_a_step_of_ppo_is_an_update_of_batch_size_prompts(home: Path) -> None:
+    config = settings("ppo", home, "max_steps=-1", "num_train_epochs=3", "batch_size=8")
+    planned = plan(config, load_data(config.data, config.kind, load_tokenizer(config.model)))
+    assert (planned["rows_in_an_epoch"], planned["rows_in_a_step"], planned["steps"]) == (37, 8, 14)  # 3 * 37 / 8
