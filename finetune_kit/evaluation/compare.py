@@ -306,6 +306,8 @@ def _sentence(entries: list[dict[str, Any]], wins: int, ties: int, losses: int) 
         others["answer_tokens"] = {"higher": "Answers got longer, tokens", "lower": "Answers got shorter, tokens"}
         others["held_out_loss"] = {"worse": "The chosen answers became less likely, nats a token"}
     for line in entries[1:]:
+        if line["name"] == "preference_accuracy":
+            text += f" Preference accuracy {line['before']:.3f} → {line['after']:.3f}: {line['verdict']}."
         said = others.get(line["name"], {}).get(line["verdict"])
         if said:
             text += f" {said}: {line['before']:.3f} → {line['after']:.3f}."
