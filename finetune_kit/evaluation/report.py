@@ -129,6 +129,7 @@ def write_html(report: Report, history: list[dict[str, Any]], run: dict[str, Any
         _metric_table(report),
         "<h2>Loss while training</h2>",
         loss_curves(history),
+        reward_frontier(history),
         _samples_html(report),
         _rewards_html(report.details),
         *(_facts(name, value) for name, value in run.items() if name != "recipe"),
@@ -262,10 +263,31 @@ def loss_curves(history: list[dict[str, Any]]) -> str:
     scale = _Scale(min(steps), max(steps), min(losses), max(losses))
     drawn = "".join(_curve(name, curve, scale) for name, curve in curves.items() if curve)
     legend = " ".join(f'<span class="key {name}">{name}</span>' for name, curve in curves.items() if curve)
-    description = f"Loss in nats a token over {max(steps):g} optimizer steps"
+    description = f"Loss over {max(steps):g} optimizer steps"
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{description}">{_axes(scale)}{drawn}</svg>'
-        f"<figcaption>{legend} nats a token, by optimizer step</figcaption></figure>"
+        f"<figcaption>{legend} loss in nats, by optimizer step</figcaption></figure>"
+    )
+
+
+def reward_frontier(history: list[dict[str, Any]]) -> str:
+    """What PPO's score cost: mean score of each update's completions by their KL from the reference, in order."""
+    logged = [(line.get("objective/kl"), line.get("objective/scores")) for line in history]
+    points = [(kl, score) for kl, score in logged if kl is not None and score is not None]
+    if not points:
+        return ""
+    costs, scores = zip(*points, strict=True)
+    scale = _Scale(min(costs), max(costs), min(scores), max(scores))
+    marks = "".join(
+        f'<circle class="held-out" cx="{scale.x(kl):.1f}" cy="{scale.y(score):.1f}" r="3.5"><title>update {number}: '
+        f"KL {kl:.2f}, score {score:.3f}</title></circle>"
+        for number, (kl, score) in enumerate(points, start=1)
+    )
+    return (
+        f'<h2>Score by KL</h2><figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="Mean score by KL from the reference over {len(points)} updates">{_axes(scale)}'
+        f"{_curve('training', list(points), scale)}{marks}</svg><figcaption>mean score of an update's completions, by "
+        f"their KL from the reference (nats a completion)</figcaption></figure>"
     )
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from finetune_kit.config import EvaluateConfig
 from finetune_kit.evaluation.compare import Measurement, compare
-from finetune_kit.evaluation.report import loss_curves, print_report, write_html
+from finetune_kit.evaluation.report import loss_curves, print_report, reward_frontier, write_html
 from finetune_kit.generation import Completion
 
 EVIL = '</script><script>alert("x")</script> [bold]not markup[/bold] & <img src=http://evil.example/x.png>'
@@ -160,3 +160,11 @@ def test_without_samples_the_terminal_shows_the_table_alone():
     screen = io.StringIO()
     print_report(report, Console(file=screen, width=80))
     assert "side by side" not in screen.getvalue()
+
+
+def test_the_score_of_each_ppo_update_is_drawn_by_its_kl() -> None:
+    history = [{"step": n, "objective/kl": float(n), "objective/scores": n / 10} for n in range(1, 4)]
+    drawn = reward_frontier(history)
+    assert drawn.count("<circle") == 3
+    assert "update 2: KL 2.00, score 0.200" in drawn
+    assert reward_frontier([{"step": 1, "loss": 0.5}]) == ""
