@@ -30,6 +30,8 @@ BUILTIN = (
     "kto",
     "orpo",
     "ppo",
+    "grpo",
+    "rloo",
 )  # in reading order; each is recipes/<name>.py
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from finetune_kit.generation import Completion, generate
 if TYPE_CHECKING:
     import torch
 
+Judge = Callable[[list[str], list[str], list[Any]], Sequence[float]]  # last turns, answers, records -> one score each
 Progress = Callable[[str, int, int], None]  # what is measured, rows done, rows in all
 
 SAMPLES = 8  # answers kept in report.json: the first rows, whatever they show
@@ -94,12 +95,14 @@ def measure(
     config: EvaluateConfig,
     progress: Progress | None = None,
     distributions: bool = True,
+    judge: Judge | None = None,
 ) -> Measurement:
     """Loss on all held-out rows, answers to the first `config.size` held-out prompts, loss on the general text.
 
     `data` is a `data.load.Data`. Plain text has no prompts and gets the losses only; prompts alone have no losses. The
     model's mode, its generation settings and the random state are left as they were. `distributions`: of preferences,
-    also keep the next-token distributions at some positions, for the KL divergence.
+    also keep the next-token distributions at some positions, for the KL divergence. `judge`: scores the answers, as
+    metric "reward"; in its place evaluate.reward_model where that is set.
     Raises SettingsError (a metric that cannot act), DataError (nothing to measure), NumericsError (a loss or a score
     that is no number, with its row), ResourceError (memory, or a metric's package).
     """
@@ -109,8 +112,11 @@ def measure(
         metrics = choose_metrics(config.metrics, data, config.hub_metrics)  # before the work: it may refuse
         _answer(measurement, model, tokenizer, data, config, progress)
         _score(measurement, metrics, data)
-        if config.reward_model:
-            _judge(measurement, config.reward_model, data)
+        judge = _reward_model(config.reward_model, data) if config.reward_model else judge
+        if judge is not None:
+            texts = [completion.text for completion in measurement.completions]
+            scores = judge(measurement.prompts, texts, _asked(data)[: len(texts)])
+            measurement.metrics["reward"] = [float(score) for score in scores]
     elif config.metrics or config.hub_metrics or config.reward_model:
         reason = "plain text has no answers to score" if data.kind == "text" else "evaluate.size is 0"
         named = ", ".join([*config.metrics, *config.hub_metrics, *filter(None, [config.reward_model])])
@@ -167,13 +173,11 @@ def _score(measurement: Measurement, metrics: list[Any], data: Any) -> None:
         measurement.metrics[metric.name] = scores
 
 
-def _judge(measurement: Measurement, source: str, data: Any) -> None:
-    """The reward model's score of every answer, of those cut off, too."""
+def _reward_model(source: str, data: Any) -> Judge:
+    """The reward model's score of an answer, of one that was cut off, too."""
     from finetune_kit.rl.rewards import RewardConfig, model_score
 
-    judge = model_score(source, RewardConfig(ignore_gate=True), ModelConfig(), data.chat_template_kwargs)
-    texts = [completion.text for completion in measurement.completions]
-    measurement.metrics["reward"] = list(judge(measurement.prompts, texts, _asked(data)[: len(texts)]))
+    return model_score(source, RewardConfig(ignore_gate=True), ModelConfig(), data.chat_template_kwargs)
 
 
 def _losses(

@@ -16,7 +16,7 @@ LABELS: dict[str, str] = {
     "task_score": "task score",
     "exact_match": "exact match",
     "final_number": "final number right",
-    "reward": "reward model's score of the answers",
+    "reward": "reward of the answers",
     "rouge": "ROUGE-L",
     "bleu": "BLEU (sentence)",
     "held_out_loss": "held-out loss, nats/token",

@@ -66,6 +66,10 @@ class Rewards:
         rows = zip(*found.values(), strict=True)
         return [sum(w * score for w, score in zip(weights, row, strict=True)) for row in rows], found
 
+    def judge(self, prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+        """The weighted sum of each row, for the report."""
+        return self(prompts, completions, records)[0]
+
 
 def checked(part: Part, prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
     """The part's scores as floats, one a row."""

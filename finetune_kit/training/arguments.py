@@ -8,12 +8,14 @@ import math
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from finetune_kit.config import RecipeConfig, TrainConfig
 from finetune_kit.data.load import Data, placeholder
 from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.evaluation.metrics import choose_metrics
+from finetune_kit.hub import push_checkpoint
 from finetune_kit.model import packed
 from finetune_kit.model.adapters import parameter_counts
 from finetune_kit.model.load import computes_in_bfloat16, device
@@ -35,7 +37,7 @@ INERT = {
     ),
     "weights and arithmetic follow model.dtype": ("fp16*", "bf16_full_eval"),
     "a run begins anew": ("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
-    "nothing leaves this machine while a run trains": ("push_to_hub", "hub_*"),
+    "a run is pushed by the hub section: hub.push, hub.model_id": ("push_to_hub", "hub_*"),
 }
 
 
@@ -79,6 +81,8 @@ def build(
         trainer.train_dataset = rows
     begin(config, data.ledger)
     trainer.remove_callback(PrinterCallback)  # it prints the logs as a dict; progress.py says them
+    if config.hub.strategy == "every_save":
+        trainer.add_callback(_pushes_checkpoints(config))
     for parameter, weights in trained:  # TRL rounds adapters of quantised models to bfloat16
         if parameter.dtype != weights.dtype:
             parameter.data = weights
@@ -86,6 +90,19 @@ def build(
     if config.train.padding_free and (reason := padded_because(config, policy, data)):
         console.print(f"note: padded batches: {reason}")
     return trainer
+
+
+def _pushes_checkpoints(config: RecipeConfig) -> Any:
+    """A callback that pushes each checkpoint's weights; where that fails the run says so and goes on."""
+    from transformers import TrainerCallback
+
+    def on_save(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            failed = push_checkpoint(config, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            if failed:
+                console.print(f"note: checkpoint-{state.global_step} was not pushed: {failed}", markup=False)
+
+    return type("Pushes", (TrainerCallback,), {"on_save": staticmethod(on_save)})()
 
 
 def padded_because(config: RecipeConfig, policy: Any, data: Data) -> str:
@@ -114,9 +131,14 @@ def announce(config: RecipeConfig, policy: Any, data: Data) -> None:
 
 
 def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int]:
-    """Rows and optimizer steps, as the trainer counts them; a step of PPO is an update of `batch_size` prompts."""
+    """Rows and optimizer steps, as the trainer counts them.
+
+    A step of PPO is an update of `batch_size` prompts. GRPO and RLOO count the completions of a prompt as rows, and
+    leave out the last step of an epoch where it would not be whole.
+    """
     train = config.train
-    rows = len(data.train)
+    group = getattr(config, "num_generations", None)
+    rows = len(data.train) * (group or 1)
     if isinstance(update := getattr(config, "batch_size", None), int):
         updates = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * rows / update)
         an_epoch = math.ceil(rows / update)
@@ -125,6 +147,8 @@ def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int
         rows = math.ceil(data.ledger.train.tokens / config.data.max_length)
     per_pass, accumulation = micro_batch(train, data.packed)
     an_epoch = math.ceil(math.ceil(rows / (per_pass * processes)) / accumulation)
+    if group:
+        an_epoch = rows // (per_pass * processes * accumulation)
     total = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * an_epoch)
     return {
         "rows_in_an_epoch": rows,

@@ -1,0 +1,66 @@
+"""Prompts and rewards in the form that TRL's GRPO and RLOO trainers take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from finetune_kit.config import RecipeConfig
+from finetune_kit.data.load import Data
+from finetune_kit.data.records import prompt_of
+from finetune_kit.errors import DataError, SettingsError
+from finetune_kit.rl.rewards import Part, Rewards, checked
+
+
+def prompt_rows(data: Data, tokenizer: Any) -> Any:
+    """Columns prompt (a list of turns) and row (index into data.train_records), a datasets.Dataset.
+
+    TRL renders the turns itself. Raises DataError for a row where its tokens are not those of data.train: the prompt
+    as it is served, which the template cannot write without what this package does for it (tools, system turns).
+    """
+    turns = []
+    for row in data.train:
+        record = data.train_records[row["row"]]
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in prompt_of(record)]
+        rendered = []
+        if tokenizer.chat_template:
+            rendered = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, **data.chat_template_kwargs
+            )["input_ids"]
+        if rendered != list(row["prompt_ids"]):
+            raise DataError(
+                f"{record.where}: TRL would render this prompt in other tokens than it is served with.",
+                "Take run ppo, which samples from our own tokens, or rows without tools and system turns.",
+            )
+        turns.append(messages)
+    return type(data.train).from_dict({"prompt": turns, "row": data.train["row"]})
+
+
+def reward_functions(rewards: Rewards, data: Data) -> list[Callable[..., list[float]]]:
+    """One function for each reward, as TRL calls it, named as in the log; their weights are `rewards`' own."""
+    return [_function(part, data) for part in rewards.parts]
+
+
+def _function(part: Part, data: Data) -> Callable[..., list[float]]:
+    def score(prompts: list[Any], completions: list[Any], row: list[int], **other: Any) -> list[float]:
+        texts = [str(turns[0]["content"]) for turns in completions]
+        records = [data.train_records[index] for index in row]
+        return checked(part, [str(turns[-1]["content"]) for turns in prompts], texts, records)
+
+    score.__name__ = part.name
+    return score
+
+
+def check_groups(config: RecipeConfig, num_generations: int) -> None:
+    """Raises SettingsError where a step's completions are not whole groups of `num_generations`, or eval_steps is set:
+    prompts have no held-out loss."""
+    train = config.train
+    if train.eval_steps is not None:
+        raise SettingsError("train.eval_steps has no effect: prompts have no held-out loss.", "Leave it out.")
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if rows % num_generations:
+        near = max(1, round(rows / num_generations)) * num_generations
+        raise SettingsError(
+            f"A step has {rows} completions, which are no whole groups of num_generations={num_generations}.",
+            f"Set train.per_device_train_batch_size={near}, or another num_generations.",
+        )

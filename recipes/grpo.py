@@ -1,0 +1,84 @@
+"""GRPO: several completions of each prompt, and each is judged against the others; no value model.
+
+What it does
+    Samples num_generations completions of each prompt, scores them, and makes those likelier that scored above their
+    group's mean. With an adapter (the default) only that is trained; lora.r=0 trains all weights. The rewards, prompts
+    and report are those of ppo; the trainer is TRL's.
+
+Objective
+    A = (score - mean of the group) / (standard deviation of the group)        the same for all tokens of a completion
+    maximise  min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A) - beta * KL(p || p_reference), per token
+
+Data in
+    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which scores them, too.
+
+Artifact out
+    an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.
+
+What to watch
+    reward rises. frac_reward_zero_std is the share of groups that score alike and teach nothing: high means prompts too
+    easy or too hard, or a temperature too low. completions/clipped_ratio near 1: answers that do not end.
+
+Paper
+    GRPO: Shao et al. 2024 (arXiv 2402.03300); the loss over all tokens of a step: DAPO, Yu et al. 2025 (2503.14476).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from finetune_kit.artifact import Artifact, save
+from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.data.load import load_data
+from finetune_kit.evaluation.compare import compare, held_out_scores, measure
+from finetune_kit.model.load import load_policy, load_tokenizer
+from finetune_kit.rl.online import check_groups, prompt_rows, reward_functions
+from finetune_kit.rl.rewards import RewardConfig, load_rewards
+from finetune_kit.training.arguments import build
+from finetune_kit.training.fit import fit
+from finetune_kit.training.progress import telling
+
+
+@dataclass
+class Config(RecipeConfig):
+    kind: ClassVar[str] = "prompt"
+    lora: LoraConfig = section(LoraConfig)
+    train: TrainConfig = section(TrainConfig, learning_rate=1e-4, per_device_train_batch_size=32, logging_steps=1)
+    reward: RewardConfig = section(RewardConfig)
+    num_generations: int = setting(8, "completions of each prompt, judged against each other", within="[2, inf)")
+    max_completion_length: int = setting(64, "longest completion", "tokens", within="[1, inf)")
+    temperature: float = setting(1.0, "of sampling and of every log-probability", within="(0, inf)")
+    beta: float = setting(0.0, "price of one nat away from the reference; 0: no reference", within="[0, inf)")
+    epsilon: float = setting(0.2, "ratio to the sampling policy beyond which nothing is gained", within="(0, 1)")
+    num_iterations: int = setting(1, "passes over each step's completions", within="[1, inf)")
+
+
+def run(config: Config) -> Artifact:
+    from trl import GRPOConfig, GRPOTrainer
+
+    check_groups(config, config.num_generations)
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
+    rewards = load_rewards(config.reward, data, config.model)
+    policy = load_policy(config.model, config.lora, seed=config.train.seed)
+    policy.generation_config.eos_token_id = data.end_token_ids
+    trainer = build(
+        GRPOTrainer,
+        GRPOConfig,
+        config,
+        policy,
+        tokenizer,
+        data,
+        rows=prompt_rows(data, tokenizer),
+        parts={"reward_funcs": reward_functions(rewards, data)},
+        reward_weights=[part.weight for part in rewards.parts],
+        num_generations=config.num_generations,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        beta=config.beta,
+        epsilon=config.epsilon,
+        num_iterations=config.num_iterations,
+    )
+    before = measure(policy, tokenizer, data, config.evaluate, telling("before"), judge=rewards.judge)
+    history = fit(trainer, config.train, held_out_scores)
+    after = measure(trainer.model, tokenizer, data, config.evaluate, telling("after"), judge=rewards.judge)
+    return save(trainer.model, tokenizer, config, data, compare(before, after, config.evaluate), history)

@@ -1,0 +1,99 @@
+"""grpo and rloo: TRL's trainers on our prompts and rewards."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune_kit.errors import DataError, NumericsError, SettingsError
+from finetune_kit.training.arguments import steps
+from tests.fixtures_training import fit_only, prepare, train, write_rows
+from tests.rl.fixtures import write_home
+
+LOWER = """
+def score(prompts, completions, records):
+    assert all(prompt.endswith("=") for prompt in prompts) and len(records) == len(prompts)
+    return [sum(letter.isascii() and letter.islower() for letter in text) / 12 for text in completions]
+
+def nothing(prompts, completions, records):
+    return [float("nan") for text in completions]
+"""
+SMALL = (
+    "max_completion_length=12",
+    "evaluate.max_new_tokens=12",
+    "per_device_train_batch_size=16",
+    "learning_rate=1e-2",
+    "max_steps=30",
+)
+RECIPES = ("grpo", "rloo")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    write_home(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{n} + {n} ="} for n in range(40)])
+    (tmp_path / "rewards.py").write_text(LOWER)
+    return tmp_path
+
+
+def rewarded(home: Path, function: str = "score") -> str:
+    return f"reward.sources=[{home / 'rewards.py'}:{function}]"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_whole_run_raises_the_reward_and_reports_it_on_the_same_held_out_prompts(home: Path, recipe: str) -> None:
+    words = ("lora.r=0", "learning_rate=3e-3", "held_out_size=8", "evaluate.size=8", "max_steps=60")
+    run = train(recipe, home, rewarded(home), *SMALL[:3], *words)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    first, last = (sum(line["reward"] for line in part) / 5 for part in (lines[:5], lines[-5:]))
+    assert last > 2 * first
+    judged = next(entry for entry in run.report.metrics if entry["name"] == "reward")
+    assert judged["n"] == 8
+    assert judged["after"] > judged["before"]
+    assert (run.folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_prompts_that_are_sampled_from_are_the_tokens_of_the_data(home: Path, recipe: str) -> None:
+    run = prepare(recipe, home, rewarded(home), *SMALL)
+    prompts = [run.trainer.train_dataset[index]["prompt"] for index in range(3)]
+    ids = run.trainer._tokenize_prompts(prompts)[0]
+    assert ids == [list(row) for row in run.data.train[:3]["prompt_ids"]]
+    assert set(run.trainer.eos_token_ids) == set(run.data.end_token_ids)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_steps_are_counted_as_the_trainer_counts_them(home: Path, recipe: str) -> None:
+    run = fit_only(recipe, home, rewarded(home), *SMALL, "max_steps=-1", "num_train_epochs=1")
+    planned = steps(run.config, run.data)
+    assert planned["steps"] == run.trainer.state.max_steps == 37 * 8 // 16
+
+
+def test_a_price_on_the_kl_divergence_keeps_the_policy_nearer_to_the_reference(home: Path) -> None:
+    free = fit_only("grpo", home, rewarded(home), *SMALL)
+    held = fit_only("grpo", home, rewarded(home), "beta=5", *SMALL)
+    assert held.moved != free.moved
+    assert held.history[-1]["kl"] < 0.5
+
+
+def test_two_rewards_are_added_with_their_weights(home: Path) -> None:
+    (home / "short.py").write_text("def score(prompts, completions, records):\n    return [1.0 for _ in completions]\n")
+    sources = f"reward.sources=[{home / 'rewards.py'}:score, {home / 'short.py'}:score]"
+    run = fit_only("grpo", home, sources, "reward.weights=[1, 3]", *SMALL, "max_steps=1")
+    line = run.history[0]
+    assert line["reward"] == pytest.approx(line["rewards/score_1/mean"] + 3, abs=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_cannot_be_is_refused(home: Path, recipe: str) -> None:
+    with pytest.raises(SettingsError, match="no whole groups of num_generations=5"):
+        prepare(recipe, home, rewarded(home), *SMALL, "num_generations=5")
+    with pytest.raises(SettingsError, match=r"train\.eval_steps has no effect"):
+        prepare(recipe, home, rewarded(home), *SMALL, "eval_steps=5")
+    with pytest.raises(SettingsError, match="have no scorer of their own"):
+        prepare(recipe, home, *SMALL)
+    with pytest.raises(NumericsError, match=r"reward nothing is nan at rows\.jsonl"):
+        fit_only(recipe, home, rewarded(home, "nothing"), *SMALL)
+    write_rows(home / "rows.jsonl", [{"text": "plain"}] * 4)
+    with pytest.raises(DataError, match="this recipe needs prompt rows"):
+        prepare(recipe, home, rewarded(home), *SMALL)
