@@ -16,7 +16,7 @@ from finetune_kit.evaluation.loss import row_losses
 from finetune_kit.generation import evaluation_mode
 from finetune_kit.model.adapters import is_adapter
 from finetune_kit.model.embedded import cache_folder
-from finetune_kit.model.load import base_record, load_base
+from finetune_kit.model.load import base_record, computes_in_bfloat16, load_base
 from finetune_kit.training.progress import console, telling
 
 COLUMNS = {"chosen": "ref_chosen_logps", "rejected": "ref_rejected_logps"}
@@ -63,7 +63,8 @@ def set_reference(trainer: Any, config: Any, data: Data) -> None:
         )
     release_copy(trainer, config)
     if config.precompute_ref_log_probs:
-        found = _log_probs(trainer.model, config, data)
+        with trainer.accelerator.autocast():  # the arithmetic of training
+            found = _log_probs(trainer.model, config, data)
         for side, column in COLUMNS.items():
             trainer.train_dataset = trainer.train_dataset.add_column(column, found[side].tolist())
     _prove(trainer, config)
@@ -76,17 +77,21 @@ def _prove(trainer: Any, config: Any) -> None:
     rows = [trainer.train_dataset[index] for index in range(count)]
     sides = [sequences(row) for row in rows]
     answers = [side[name] for name in COLUMNS for side in sides]
-    started, _ = row_losses(policy, answers, [f"pair {row % count + 1}" for row in range(2 * count)], count)
+    names = [f"pair {row % count + 1}" for row in range(2 * count)]
+    with trainer.accelerator.autocast():
+        started, _ = row_losses(policy, answers, names, count)
     batch = {name: tensor.to(policy.device) for name, tensor in trainer.data_collator(rows).items()}
     with evaluation_mode(policy):
         try:
-            loss = float(trainer.compute_loss(policy, batch))
+            with trainer.accelerator.autocast():
+                loss = float(trainer.compute_loss(policy, batch))
         except ValueError as error:
             raise SettingsError(f"loss_type={config.loss_type}: {error}") from None
         reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or policy, batch)).tolist()
     if config.precompute_ref_log_probs:
         reference = [row[column] for column in COLUMNS.values() for row in rows]
-    alike = ALIKE if policy.dtype == torch.float32 else 100 * ALIKE
+    whole = policy.dtype == torch.float32 and not computes_in_bfloat16()
+    alike = ALIKE if whole else 100 * ALIKE
     for row, (nll, log_prob) in enumerate(zip(started, reference, strict=True)):
         if abs(nll + log_prob) > alike * max(1.0, nll):
             raise NumericsError(
