@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.ancestry import ANCESTRY, ancestors, as_text
-from finetune_kit.config import ModelConfig, RecipeConfig, to_yaml
+from finetune_kit.config import ModelConfig, RecipeConfig, leaves, to_yaml
 from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError
@@ -208,6 +209,9 @@ def reload_logits(
 def without_paths(config: RecipeConfig) -> RecipeConfig:
     """The same settings as a stranger may see them: local files and folders by their names alone."""
     shown = copy.deepcopy(config)
+    for leaf in leaves(shown):
+        section, _, name = leaf.key.rpartition(".")
+        setattr(getattr(shown, section) if section else shown, name, _without_folders(leaf.value))
     shown.model.name_or_path = public_name(config.model.name_or_path)
     paths = config.data.path
     shown.data.path = _file_name(paths) if isinstance(paths, str) else [_file_name(path) for path in paths]
@@ -218,6 +222,25 @@ def without_paths(config: RecipeConfig) -> RecipeConfig:
     shown.train.output_dir, shown.recipe_word = None, config.recipe
     shown.origins = {key: origin.rsplit("/", 1)[-1] for key, origin in config.origins.items()}
     return shown
+
+
+def _without_folders(value: Any) -> Any:
+    """A setting's value with every file and folder that is there by its name alone."""
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, str) and "/" in value and is_here(re.sub(r"\.py:\w+$", ".py", value)):  # a function in a file
+        return Path(value).name or value
+    return value
+
+
+def is_here(path: str) -> bool:
+    """Whether a text is the path of a file or folder on this machine."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError):  # no path at all: too long, or of a user that is not known
+        return False
 
 
 def _file_name(path: str) -> str:

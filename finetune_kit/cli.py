@@ -242,6 +242,10 @@ def run(
     from finetune_kit.run_folder import claim
 
     folder = claim(settings)
+    if settings.hub.push:
+        from finetune_kit.hub import check_access
+
+        check_access(settings.hub.model_id or "", settings.hub.private)
     what = f"{recipe.name} of {settings.model.name_or_path} on {settings.data.path}, into {folder}"
     out.print(what, style="bold", markup=False)
     artifact = recipe.run(settings)
@@ -254,16 +258,25 @@ def run(
     out.print(f"Next: {ask}{command} evaluate {folder}", markup=False)
     if require == "improved" and not artifact.report.improved:
         raise NumericsError(f"--require improved: {artifact.report.verdict}", f"The run is kept in {folder}.")
+    if settings.hub.push:
+        from finetune_kit.hub import push_run
+
+        out.print(f"Pushed to {push_run(folder, settings)}", markup=False)
+
+
+RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="A run's folder, or user/name of a pushed one.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a run on the Hub.")]
 
 
 @app.command()
 def evaluate(
-    folder: Path,
+    folder: RunFolder,
     words: Words = None,
     adapter: Annotated[
         list[Path] | None, typer.Option("--adapter", help="Another adapter of the same base, beside the run's; repeat.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as data.")] = False,
+    revision: Revision = None,
     debug: Debug = False,
 ) -> None:
     """Measure a finished run again.
@@ -272,8 +285,14 @@ def evaluate(
     """
     from finetune_kit.evaluation.report import print_adapters, print_report
     from finetune_kit.finished import compare_adapters, compare_run, open_run
+    from finetune_kit.hub import folder_of
 
-    run = open_run(folder, words or [])
+    run = open_run(folder_of(folder, revision), words or [])
+    if run.unseen:
+        note = (
+            f"note: what it was trained on ({', '.join(run.unseen)}) is not here: these rows may have been part of it"
+        )
+        Console(stderr=True).print(note, style="dim", markup=False)
     if adapter:
         compared = compare_adapters(run, adapter).to_json()
         if as_json:
@@ -290,7 +309,7 @@ def evaluate(
 
 @app.command()
 def generate(
-    folder: Path,
+    folder: RunFolder,
     prompt: Annotated[str | None, typer.Argument(help="What to ask; left out: a conversation, or stdin.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help='JSONL with a "prompt" or "messages" a line.')
@@ -309,6 +328,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Of the samples; unset: 0.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeat.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Of --prompts, answered together; unset: 32.")] = None,
+    revision: Revision = None,
     debug: Debug = False,
 ) -> None:
     """Ask the model of a finished run.
@@ -324,11 +344,12 @@ def generate(
         raise SettingsError("--batch-size has no effect without --prompts.", "Leave it out.")
     from finetune_kit import answering
     from finetune_kit.finished import open_run
+    from finetune_kit.hub import folder_of
 
     decoding = answering.Decoding(
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ())
     )
-    asked = answering.prepare(open_run(folder, []), decoding, system)
+    asked = answering.prepare(open_run(folder_of(folder, revision), []), decoding, system)
     if prompts and output:
         from finetune_kit.training.progress import telling
 
@@ -371,13 +392,14 @@ def _tell(text: str) -> None:
 
 @app.command()
 def merge(
-    folder: Path,
+    folder: RunFolder,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The model's folder: a new or an empty one.")],
     candidate: Annotated[
         str, typer.Option(help="After 4-bit training, merge into the base, the dequantised base, or the better (auto).")
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB or 500MB.")] = "5GB",
     size: Annotated[int | None, typer.Option(help="Held-out rows to measure candidates on; unset: all.")] = None,
+    revision: Revision = None,
     debug: Debug = False,
 ) -> None:
     """Make a plain model of a run's adapter.
@@ -386,10 +408,11 @@ def merge(
     """
     from rich.table import Table
 
+    from finetune_kit.hub import folder_of
     from finetune_kit.merge import merge as merge_run
     from finetune_kit.merge import table_of, verdict_of
 
-    results = merge_run(folder, target, candidate, max_shard_size, size).results
+    results = merge_run(folder_of(folder, revision), target, candidate, max_shard_size, size).results
     heads, *lines = table_of(results)
     table = Table(*heads, box=None, pad_edge=False, header_style="bold")
     for line in lines:
@@ -398,6 +421,37 @@ def merge(
     for said in (verdict_of(results), *results["notes"]):
         out.print(said, markup=False)
     out.print(f"The model is in {target}; train it further with model.name_or_path={target}", markup=False)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, or a merged model's.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see; else a private one is made.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; unset: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Push a finished run to the Hugging Face Hub.
+
+    The files are shown first. Private unless --public is given; pushed again, it is updated.
+    """
+    from finetune_kit import hub
+    from finetune_kit.finished import open_run
+
+    config = open_run(folder, []).config if (folder / "run.yaml").is_file() else None
+    pushed = hub.prepare(folder, repo_id, config, private=not public, revision=revision)
+    for line in pushed.lines():
+        out.print(line, markup=False)
+    hub.check_access(repo_id, not public)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise SettingsError("Nothing was sent: there is nobody here to ask.", f"Go on: {pushed.command()}")
+        if not typer.confirm("Push these files?"):
+            out.print("Nothing was sent.")
+            return
+    out.print(f"Pushed to {hub.send(pushed, message)}", markup=False)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -152,12 +153,23 @@ class EvaluateConfig:
     hub_metrics: list[str] = setting([], "metric scripts to fetch and RUN from the Hub; none by default")
 
 
+@dataclass
+class HubConfig:
+    model_id: str | None = setting(None, "where the run is pushed to: user/name")
+    push: bool = setting(False, "push the finished run; token and rights are checked before training")
+    private: bool = setting(True, "make the repository a private one; false: for everybody to see")
+    strategy: Literal["end", "every_save"] = setting(
+        "end", "push at the end alone, or each checkpoint's weights, too, into checkpoint-N/"
+    )
+
+
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "lora": LoraConfig,
     "data": DataConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "hub": HubConfig,
 }
 
 
@@ -175,6 +187,7 @@ class RecipeConfig:
     data: DataConfig = section(DataConfig)
     train: TrainConfig = section(TrainConfig)
     evaluate: EvaluateConfig = section(EvaluateConfig)
+    hub: HubConfig = section(HubConfig)
 
     def __post_init__(self) -> None:
         self.recipe: str = ""
@@ -249,6 +262,8 @@ def check(config: RecipeConfig) -> None:
     lora, train = getattr(config, "lora", None), config.train
     if lora is not None and lora.r == 0 and config.kind == "prompt_completion":
         raise SettingsError(f"{_named(config, 'lora.r')}: 0 trains all weights.", "Run full_sft")
+    if config.data.path == []:
+        raise SettingsError(f"{_named(config, 'data.path')}: an empty list has no rows to train on.")
     if train.max_steps == 0:
         raise SettingsError(f"{_named(config, 'train.max_steps')}: 0 trains nothing.", "Use check instead of run.")
     for name, unset in (("early_stopping_patience", None), ("metric_for_best_model", "loss")):
@@ -259,6 +274,33 @@ def check(config: RecipeConfig) -> None:
             )
     for name in ("lr_scheduler_type", "optim"):
         _check_name(name, getattr(train, name), _named(config, f"train.{name}"))
+    _check_hub(config)
+
+
+def _check_hub(config: RecipeConfig) -> None:
+    hub, train = config.hub, config.train
+    if not hub.push:
+        for name in ("model_id", "private", "strategy"):
+            if getattr(hub, name) != getattr(HubConfig, name):
+                raise SettingsError(
+                    f"{_named(config, 'hub.' + name)} has no effect without hub.push=true.",
+                    "Add it, or leave this out. The model to train is model.name_or_path.",
+                )
+        return
+    if hub.model_id is None:
+        raise SettingsError(f"{_named(config, 'hub.push')} does not say where to.", "Add hub.model_id=user/name")
+    if not is_hub_name(hub.model_id):
+        raise SettingsError(f"{_named(config, 'hub.model_id')}: expected user/name, found '{hub.model_id}'.")
+    if hub.strategy == "every_save" and train.save_steps is None and train.eval_steps is None:
+        raise SettingsError(
+            f"{_named(config, 'hub.strategy')}: every_save has no effect without checkpoints on the way.",
+            "Add save_steps=100, or leave it out.",
+        )
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text has the form user/name of a repository on the Hub."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not text.endswith((".git", "-", "."))
 
 
 def _named(config: RecipeConfig, key: str) -> str:

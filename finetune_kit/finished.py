@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_kit import recipe as recipes
+from finetune_kit.artifact import is_here
 from finetune_kit.config import ModelConfig, RecipeConfig, leaves, recipe_of_yaml, resolve
 from finetune_kit.data.load import load_data
 from finetune_kit.errors import SecurityError, SettingsError
@@ -24,10 +25,14 @@ BASE = "base"  # its column among the adapters
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder with the settings it was made with, and those of `evaluate` and `data` given now."""
+    """A run's folder with the settings it was made with, and those of `evaluate` and `data` given now.
+
+    `unseen`: what it was trained on and is not here, so that rows to measure on may be among them.
+    """
 
     folder: Path
     config: RecipeConfig
+    unseen: list[str] = field(default_factory=list)
 
     @property
     def is_adapter(self) -> bool:
@@ -49,9 +54,10 @@ def open_run(folder: Path, words: list[str]) -> FinishedRun:
     if not any(folder.glob("*.safetensors")):
         raise SettingsError(f"{folder} is a run that has not finished: it holds no weights.")
     for word in words:
-        if word.split(".")[0] not in ("data", "evaluate"):
+        if word.split(".")[0] not in ("data", "evaluate") and not word.startswith("model.name_or_path="):
             raise SettingsError(
-                f"{word} has no effect on a finished run.", "Only data.… and evaluate.… settings act here."
+                f"{word} has no effect on a finished run.",
+                "Only data.… and evaluate.… settings act here, and model.name_or_path where its base has moved.",
             )
     _refuse_its_code(folder)
     recipe = recipes.load(str(folder / "run.yaml"))
@@ -66,7 +72,20 @@ def open_run(folder: Path, words: list[str]) -> FinishedRun:
         config.data.held_out_path, config.data.path = config.data.path, trained.data.path
         if config.origins.get("data.held_out_size") != "command line":
             config.data.held_out_size = None  # it was the size of the run's own held-out rows
+        here = _those_here(config.data.path)
+        unseen = [path for path in _listed(config.data.path) if path not in here]
+        config.data.path = here
+        return FinishedRun(folder, config, unseen)
     return FinishedRun(folder, config)
+
+
+def _those_here(paths: str | list[str]) -> list[str]:
+    """Of the places that a run was trained on those that can be read: a pushed run names its files as ./name."""
+    return [path for path in _listed(paths) if is_here(path) or not path.startswith("./")]
+
+
+def _listed(paths: str | list[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths
 
 
 def tokenizer_of(run: FinishedRun) -> Any:
@@ -99,6 +118,17 @@ def _refuse_its_code(folder: Path) -> None:
         )
 
 
+def _refuse_its_metrics(run: FinishedRun) -> None:
+    """The same for metric scripts: whoever measures a run names them."""
+    named = run.config.evaluate.hub_metrics
+    if named and run.config.origins.get("evaluate.hub_metrics") != "command line":
+        raise SecurityError(
+            f"{run.folder / 'run.yaml'} names metric scripts that would be fetched and run: {', '.join(named)}.",
+            f"Say that you trust them: evaluate.hub_metrics=[{','.join(named)}], or leave them out: "
+            "evaluate.hub_metrics=[]",
+        )
+
+
 def check_writes(run: FinishedRun) -> None:
     """Raises SettingsError for a run whose model scores answers and writes none."""
     if run.is_reward_model:
@@ -110,6 +140,7 @@ def check_writes(run: FinishedRun) -> None:
 
 def compare_run(run: FinishedRun) -> Report:
     """The run's model against what it started from on the held-out rows: its base, or the adapter it went on from."""
+    _refuse_its_metrics(run)
     if run.is_reward_model:
         return _compare_rewards(run)
     config = run.config
@@ -163,6 +194,7 @@ def compare_adapters(run: FinishedRun, folders: list[Path]) -> Adapters:
     adapter that is none, or that was made for another base.
     """
     check_writes(run)
+    _refuse_its_metrics(run)
     columns = _columns(run, folders)
     for folder in columns.values():
         check_adapter(folder)

@@ -16,7 +16,7 @@ _ELSEWHERE = {
     "lora.lora_dropout": "dropout",
     "lora.target_modules": "lora_target lora_target_modules lora_modules",
     "lora.modules_to_save": "lora_modules_to_save additional_target",
-    "model.name_or_path": "model_name_or_path base_model model_name model_id checkpoint_dir",
+    "model.name_or_path": "model_name_or_path base_model model_name checkpoint_dir",
     "model.revision": "model_revision",
     "model.dtype": "torch_dtype bf16 fp16 precision",
     "model.attn_implementation": "flash_attention flash_attn",
@@ -49,6 +49,10 @@ _ELSEWHERE = {
     "train.extra.train_sampling_strategy": "group_by_length",
     "evaluate.size": "val_max_samples max_eval_samples",
     "evaluate.batch_size": "per_device_eval_batch_size eval_batch_size",
+    "hub.model_id": "hub_model_id repo_id",
+    "hub.push": "push_to_hub",
+    "hub.private": "hub_private_repo",
+    "hub.strategy": "hub_strategy",
 }
 KNOWN_ELSEWHERE = {name: ours for ours, names in _ELSEWHERE.items() for name in names.split()}
 

@@ -16,7 +16,7 @@ LEVELS = (
     {"values", "names"},
     {"config", "ancestry", "recipe", "run_folder", "network"},
     {"data", "model", "generation", "rl.math"},
-    {"training", "rl", "evaluation", "artifact"},
+    {"training", "rl", "evaluation", "artifact", "hub"},
     {"recipes"},
     {"prompt_file", "finished", "answering", "merge", "doctor"},
     {"cli", "__main__"},

@@ -76,12 +76,13 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
     """Rows of `config.path` as `kind`, split, tokenised and accounted for.
 
     "prompt_completion" takes plain text too (`Data.kind` is then "text"). A tokenizer without a chat template gets the
-    fallback one where the data are conversations. Raises DataError (rows), SettingsError, ResourceError (Hub, package).
+    fallback one where the data are conversations. With no path at all there are held-out rows alone, to measure on.
+    Raises DataError (rows), SettingsError, ResourceError (Hub, package).
     """
     _check_acts(config)
     ledger = Ledger()
     train, held_out = _split(config, kind, seed, ledger)
-    if not train:
+    if not train and (config.path or not held_out):
         raise DataError(f"data.path={_shown(config)}: no training rows.", "Give a file with rows in it.")
     kind = _one_kind([*train, *held_out])
     ledger.fingerprint = fingerprint_of([*train, *held_out])
@@ -92,7 +93,7 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
     trained = build(train, "train", config, tokenizer, ledger)
     measured = build(held_out, "held_out", config, tokenizer, ledger)
     ledger.check(config.max_lost)
-    if not trained.records:
+    if not trained.records and config.path:
         raise DataError(
             f"data.path={_shown(config)}: no training row is left.", "See data.max_lost and the rows themselves."
         )
@@ -288,7 +289,8 @@ def _read_hub(name: str, config: DataConfig) -> Numbered:
             f"data.path={name}: no such file here, and the Hub is offline (HF_HUB_OFFLINE).", fix
         ) from None
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise ResourceError(f"data.path={name}: no such file here, and not on the Hub: {error}", fix) from None
+        login = "" if "Revision" in str(error) else "Where it is gated or private: hf auth login, or set HF_TOKEN. "
+        raise ResourceError(f"data.path={name}: no such file here, and on the Hub: {error}", login + fix) from None
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"data.path={name}: {error}", "See data.name, data.split and data.revision.") from None
     return _without_nulls(rows.to_list())

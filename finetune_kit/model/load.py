@@ -56,7 +56,10 @@ def resolve_name(name_or_path: str, weights: bool = False) -> str:
                 )
         return str(folder)
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise SettingsError(f"model.name_or_path={name_or_path}: no such folder.", OFFLINE_DEFAULT)
+        raise SettingsError(
+            f"model.name_or_path={name_or_path}: no such folder.",
+            f"Name it: model.name_or_path=FOLDER. {OFFLINE_DEFAULT}",
+        )
     return name_or_path
 
 
@@ -251,11 +254,19 @@ def base_record(model: ModelConfig) -> dict[str, Any]:
     config = load_model_config(model)
     return {
         "name": public_name(model.name_or_path),
-        # only a model of the Hub has a commit
-        "revision": vars(config).get("_commit_hash") or model.revision,
+        "revision": _commit(model) or model.revision,
         "config": _architecture(config),
         "weights": _weights_hash(model),
     }
+
+
+def _commit(model: ModelConfig) -> str | None:
+    """The commit that a model of the Hub was loaded from, which is its folder's name in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = resolve_name(model.name_or_path)
+    found = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json", revision=model.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def check_base(model: ModelConfig, folder: Path) -> None:
@@ -323,15 +334,21 @@ def public_name(name_or_path: str) -> str:
 def base_license(model: ModelConfig) -> str | None:
     """The licence that the base model's own card states; None where there is no card to read."""
     import yaml
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     if model.name_or_path == EMBEDDED:
         return EMBEDDED_LICENSE
-    folder = Path(model.name_or_path).expanduser()
-    cached = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(model.name_or_path, "README.md")
-    if not isinstance(cached, str | Path) or not Path(cached).is_file():
+    card = Path(model.name_or_path).expanduser() / "README.md"
+    if not card.parent.is_dir():
+        where: dict[str, Any] = {"revision": model.revision, "local_files_only": not hub_reachable()}
+        try:
+            card = Path(hf_hub_download(model.name_or_path, "README.md", **where))
+        except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+            return None
+    if not card.is_file():
         return None
-    parts = Path(cached).read_text(encoding="utf-8").split("---\n", 2)
+    parts = card.read_text(encoding="utf-8").split("---\n", 2)
     metadata = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
     return metadata.get("license") if isinstance(metadata, dict) else None
 
@@ -362,7 +379,10 @@ def _said_plainly(model: ModelConfig) -> Iterator[None]:
             fix = f"Accept its terms on https://huggingface.co/{name}, then: hf auth login"
             raise ResourceError(f"{name} is gated.", fix) from None
         if any(isinstance(link, RepositoryNotFoundError) for link in chain):
-            raise SettingsError(f"model.name_or_path={name}: no local folder, no Hub model.", OFFLINE_DEFAULT) from None
+            raise SettingsError(
+                f"model.name_or_path={name}: no local folder, and no Hub model that may be read from here.",
+                f"Where it is private: hf auth login, or set HF_TOKEN. {OFFLINE_DEFAULT}",
+            ) from None
         if any(isinstance(link, LocalEntryNotFoundError) for link in chain) or not hub_reachable():
             message = f"The Hub cannot be reached, and {name} is neither a local folder nor in the local cache."
             raise ResourceError(message, OFFLINE_DEFAULT) from None

@@ -80,6 +80,10 @@ def check_settings(config: PPOSettings, processes: int) -> None:
     for name, reason in INERT.items():
         if getattr(config.train, name) != getattr(TrainConfig(), name):
             raise SettingsError(f"train.{name} has no effect in PPO: {reason}.", "Leave it out.")
+    if config.hub.strategy == "every_save":
+        raise SettingsError(
+            "hub.strategy=every_save has no effect in PPO: its checkpoints hold no model's files.", "Leave it out."
+        )
     if config.train.optim not in ("auto", "adamw_torch", "adamw_torch_fused"):
         raise SettingsError(f"train.optim={config.train.optim}: PPO's optimizer is AdamW.", "Leave it out.")
     if config.adaptive_kl_target is not None and config.kl_coef == 0:

@@ -99,8 +99,8 @@ class TestExtra:
             ("train.extra.load_best_model_at_end=true", "measured by finetune_kit"),
             ("train.extra.fp16=true", "model.dtype"),
             ("train.extra.resume_from_checkpoint=x", "begins anew"),
-            ("train.extra.push_to_hub=true", "nothing leaves this machine"),
-            ("train.extra.hub_token=secret", "nothing leaves this machine"),
+            ("train.extra.push_to_hub=true", "a run is pushed by the hub section"),
+            ("train.extra.hub_token=secret", "a run is pushed by the hub section"),
             ("train.extra.loss_type=nonsense", "nonsense"),
         ],
     )
