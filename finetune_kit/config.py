@@ -262,6 +262,11 @@ def check(config: RecipeConfig) -> None:
     lora, train = getattr(config, "lora", None), config.train
     if lora is not None and lora.r == 0 and config.kind == "prompt_completion":
         raise SettingsError(f"{_named(config, 'lora.r')}: 0 trains all weights.", "Run full_sft")
+    if lora is not None and lora.r == 0 and lora.init_from:
+        raise SettingsError(
+            f"{_named(config, 'lora.init_from')} has no effect with lora.r=0, which trains all weights.",
+            f"Make a model of it: python -m finetune_kit merge {lora.init_from} merged   and model.name_or_path=merged",
+        )
     if config.data.path == []:
         raise SettingsError(f"{_named(config, 'data.path')}: an empty list has no rows to train on.")
     if train.max_steps == 0:

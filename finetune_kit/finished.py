@@ -158,7 +158,7 @@ def compare_run(run: FinishedRun) -> Report:
 
 
 def _compare_rewards(run: FinishedRun) -> Report:
-    """The run's scores against those of its base under the random head that training began with."""
+    """The run's scores against those of its base, without any adapter, under the random head of the run's seed."""
     config, tokenizer = run.config, tokenizer_of(run)
     data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     head = (tokenizer, data.end_token_ids, config.train.seed)
@@ -209,7 +209,7 @@ def compare_adapters(run: FinishedRun, folders: list[Path]) -> Adapters:
     for name, folder in columns.items():
         adapted = load_adapted(base, folder, model)
         after = measure_model(adapted, tokenizer, data, config.evaluate, telling(name))
-        compared.reports[name] = compare(before, after, config.evaluate)
+        compared.reports[name] = compare(before, after, config.evaluate, getattr(config, "beta", 1.0))
         model = detach(adapted)
         if model.get_input_embeddings().weight.shape[0] != rows:  # this adapter's run had made the vocabulary longer
             model = load_base(base)

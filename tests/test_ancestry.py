@@ -116,6 +116,7 @@ def test_what_cannot_be_a_start_is_refused_with_what_can(home: Path, sft: Artifa
     assert "lora.init_from are both adapters" in refused(home, start, f"lora.init_from={sft.folder}")
     assert f"merge {sft.folder} merged" in refused(home, start, "lora.r=0")
     assert f"merge {sft.folder} merged" in refused(home, start, recipe="full_sft")
+    assert f"merge {sft.folder} merged" in refused(home, f"lora.init_from={sft.folder}", "lora.r=0")
     alone = tmp_path / "alone"
     alone.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):

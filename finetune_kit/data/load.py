@@ -19,7 +19,7 @@ from finetune_kit.data.ledger import Ledger, fingerprint_of
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
 from finetune_kit.data.split import drop_overlap, held_out_count, mix, sample, split_off
 from finetune_kit.data.template import prepare_tokenizer
-from finetune_kit.data.tokenise import labelled, pairs, prompts, supervised
+from finetune_kit.data.tokenise import labelled, mark_contradictions, pairs, prompts, supervised
 from finetune_kit.errors import DataError, ResourceError, SettingsError
 from finetune_kit.network import hub_reachable
 
@@ -85,6 +85,9 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
     if not train and (config.path or not held_out):
         raise DataError(f"data.path={_shown(config)}: no training rows.", "Give a file with rows in it.")
     kind = _one_kind([*train, *held_out])
+    if config.packing and kind not in ("prompt_completion", "text"):
+        raise SettingsError(f"data.packing has no effect on {kind.replace('_', '-')} rows.", "Leave it out.")
+    mark_contradictions([*train, *held_out])
     ledger.fingerprint = fingerprint_of([*train, *held_out])
     _prepare(config, tokenizer, [*train, *held_out], ledger)
     ledger.train.rows, ledger.held_out.rows = len(train), len(held_out)

@@ -107,8 +107,7 @@ def _score_difference(row: Row) -> float | None:
 
 def _pair(row: Row, chosen: Any, rejected: Any, where: str, margin: float | None) -> Preference:
     """The record of two answers, each a text, a list of turns or a transcript, split where they part."""
-    name = next((name for name in PROMPTS if row.get(name) is not None), None)
-    prompt = _prompt(row[name], f"{where}: {name}") if name else []
+    prompt = _prompt_of(row, where)
     sides = []
     for label, value in (("chosen", chosen), ("rejected", rejected)):
         if is_transcript(value) and not prompt:
@@ -121,8 +120,12 @@ def _pair(row: Row, chosen: Any, rejected: Any, where: str, margin: float | None
     # Two equal answers are still two answers: the prompt ends before the last turn at the latest.
     shared = min(shared, *(len(side) - 1 for side in sides))
     before = sides[0][:shared]
-    if prompt and before[: len(prompt)] != prompt:
-        before = prompt + before
+    if before and prompt and not _says(before, prompt):
+        raise DataError(
+            f"{where}: both sides begin with turns of their own that do not hold the prompt column's text.",
+            "Take the prompt column out, or give the answers alone.",
+        )
+    before = before or prompt
     if not before:
         raise DataError(
             f"{where}: chosen and rejected share no prompt.", "Add a prompt column, or whole conversations."
@@ -132,6 +135,23 @@ def _pair(row: Row, chosen: Any, rejected: Any, where: str, margin: float | None
         before = [{"role": "system", "content": system}, *before]
     tools = tools_of(row.get("tools"), where)
     return Preference(where, before, sides[0][shared:], sides[1][shared:], tools, margin)
+
+
+def _prompt_of(row: Row, where: str) -> list[Message]:
+    """The prompt column's turns, an instruction with its input below; [] where there is none."""
+    name = next((name for name in PROMPTS if row.get(name) is not None), None)
+    if name is None:
+        return []
+    given = row.get("input")
+    if name == "instruction" and isinstance(given, str) and given.strip():
+        return side_of(f"{row[name]}\n\n{given}", "user", f"{where}: instruction")
+    return _prompt(row[name], f"{where}: {name}")
+
+
+def _says(turns: list[Message], prompt: list[Message]) -> bool:
+    """Whether a conversation holds all that a prompt column says, white space aside."""
+    said = [" ".join(str(turn["content"]).split()) for turn in turns]
+    return all(" ".join(str(turn["content"]).split()) in said for turn in prompt)
 
 
 def _prompt(value: Any, where: str) -> list[Message]:
@@ -185,7 +205,7 @@ def _side(vote: Any, endings: tuple[str, str], name: str, where: str) -> float:
     if isinstance(vote, int | float) and not isinstance(vote, bool) and name in SIGNED:
         return float(vote > 0) - float(vote < 0)
     words = re.findall(r"[a-z0-9]+", str(vote).lower())
-    if words and words[0] in TIES:
+    if any(word in TIES for word in words):
         return 0.0
     found = {mark for mark in marks for word in words if word == mark or word in (f"response{mark}", f"model{mark}")}
     if len(found) != 1:

@@ -91,13 +91,10 @@ def pairs(records: list[Record], split: str, config: DataConfig, tokenizer: Any,
     import numpy as np
 
     tokens, needs = Tokens({"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "margin": [], "row": []}), _Needs()
-    both_ways = _both_ways(records)
     for record in records:
         assert isinstance(record, Preference)
         sides = (record.chosen, record.rejected)
         reason = record.defect or _pair_defect(record)
-        if not reason and _pair_key(record) in both_ways:
-            reason = "contradictory: the same two answers preferred both ways round"
         whole = [] if reason else [_answer(record, side, config, tokenizer, ledger) for side in sides]
         if not _fits(record, whole, reason, split, config, ledger, needs):
             continue
@@ -153,7 +150,7 @@ def _answer(
     record: Preference | LabelledCompletion, turns: list[Message], config: DataConfig, tokenizer: Any, ledger: Ledger
 ) -> tuple[list[int], list[int]]:
     """(prompt, completion) token ids of one answer; the completion ends with its end token."""
-    conversation = PromptCompletion(record.where, [*record.prompt, *turns], record.tools)
+    conversation = PromptCompletion(record.where, [*record.prompt, {**turns[0], "train": True}], record.tools)
     sample = samples_of(conversation, tokenizer, replace(config, train_on="last"), ledger.note)[0]
     start, stop = sample.turns[-1]
     return sample.input_ids[:start], sample.input_ids[start:stop]
@@ -183,13 +180,16 @@ def _pair_key(record: Preference) -> tuple[str, str, str]:
     return key[0], min(key[1:]), max(key[1:])
 
 
-def _both_ways(records: list[Record]) -> set[tuple[str, str, str]]:
-    """Keys of the pairs that are preferred one way in one row and the other way in another."""
+def mark_contradictions(records: list[Record]) -> None:
+    """Give the pairs that are preferred one way in one row and the other way in another that defect; `records` are
+    those of all splits."""
+    pairs = [record for record in records if isinstance(record, Preference) and not record.defect]
     chosen: dict[tuple[str, str, str], set[str]] = {}
-    for record in records:
-        assert isinstance(record, Preference)
-        chosen.setdefault(_pair_key(record), set()).add(content_key(record.chosen))
-    return {key for key, preferred in chosen.items() if len(preferred) > 1}
+    for pair in pairs:
+        chosen.setdefault(_pair_key(pair), set()).add(content_key(pair.chosen))
+    for pair in pairs:
+        if len(chosen[_pair_key(pair)]) > 1:
+            pair.defect = "contradictory: the same two answers preferred both ways round"
 
 
 def _fits(

@@ -108,7 +108,7 @@ def measure(
     """
     started = time.perf_counter()
     measurement = Measurement()
-    if data.kind != "text" and config.size > 0:
+    if data.kind != "text" and config.size > 0 and (_asked(data) or not data.held_out_records):
         metrics = choose_metrics(config.metrics, data, config.hub_metrics)  # before the work: it may refuse
         _answer(measurement, model, tokenizer, data, config, progress)
         _score(measurement, metrics, data)
@@ -279,7 +279,7 @@ def _gains(before: Measurement, after: Measurement) -> list[float]:
     """By how much each row of the main metric got better (scores, or nats a token)."""
     for name in before.metrics:
         return [now - was for was, now in zip(before.metrics[name], after.metrics[name], strict=True)]
-    if before.paired:
+    if before.rejected_nll:
         return preferences.margins(before, after)
     rows = zip(before.nll, after.nll, before.tokens, strict=True)
     gains = [(was - now) / tokens for was, now, tokens in rows if tokens]
@@ -344,13 +344,13 @@ def held_out_scores(
 ) -> dict[str, float]:
     """{"loss": nats a token} on the held-out rows, with the mean of one more metric of the report where it is named.
 
-    With `start`, the measurement before training, of pairs: the sigmoid loss of DPO at `beta` (arXiv 2305.18290,
+    With `start`, the measurement before training, of preferences: the sigmoid loss of DPO at `beta` (arXiv 2305.18290,
     equation 7) and the preference accuracy. Raises SettingsError for a metric that these data do not have.
     """
     answered = config if metric != "loss" else replace(config, size=0, metrics=[], hub_metrics=[], reward_model=None)
     measurement = measure(model, tokenizer, data, replace(answered, general_text=False), distributions=False)
     scores = {"loss": measurement.loss}
-    if start is not None and start.paired:
+    if start is not None and start.rejected_nll:
         scores = preferences.scores(start, measurement, beta)
     if metric not in scores:
         if metric not in measurement.metrics:

@@ -44,10 +44,7 @@ def entries(before: Measurement, after: Measurement, config: EvaluateConfig, bet
     the share of pairs whose chosen answer is the likelier one, the loss of the rejected answers, the KL divergence."""
     if not before.rejected_nll:
         return []
-    chosen, rejected = implicit_rewards(before, after, beta)
-    margin_of = [*chosen, *(-reward for reward in rejected)]
-    if before.paired:
-        margin_of = margins(before, after, beta)
+    margin_of = margins(before, after, beta)
     # a reward of 0 says nothing: half of such rows count as right
     right = [(1.0 if margin > 0 else 0.0) if margin else 0.5 for margin in margin_of]
     lines = [entry("preference_accuracy", [0.5] * len(right), right, config, higher_is_better=True)]
@@ -87,8 +84,12 @@ def _kl(before: Measurement, after: Measurement) -> tuple[list[float], list[int]
 
 
 def margins(before: Measurement, after: Measurement, beta: float = 1.0) -> list[float]:
-    """Implicit reward of the chosen answer minus that of the rejected one, of each held-out pair."""
-    return [good - bad for good, bad in zip(*implicit_rewards(before, after, beta), strict=True)]
+    """Implicit reward of the chosen answer minus that of the rejected one, of each held-out pair; of labelled answers
+    each one's own, turned round for the disliked ones, which come last."""
+    chosen, rejected = implicit_rewards(before, after, beta)
+    if before.paired:
+        return [good - bad for good, bad in zip(chosen, rejected, strict=True)]
+    return [*chosen, *(-reward for reward in rejected)]
 
 
 def scores(before: Measurement, after: Measurement, beta: float) -> dict[str, float]:
@@ -96,7 +97,7 @@ def scores(before: Measurement, after: Measurement, beta: float) -> dict[str, fl
     found = margins(before, after, beta)
     return {
         "loss": math.fsum(_softplus(-margin) for margin in found) / len(found),
-        "preference_accuracy": sum(margin > 0 for margin in found) / len(found),
+        "preference_accuracy": sum(0.5 if margin == 0 else float(margin > 0) for margin in found) / len(found),
     }
 
 

@@ -22,6 +22,7 @@ from finetune_kit.generation import evaluation_mode
 from finetune_kit.model.reward import score_batch, score_rows
 
 CHECKED = 32  # pairs that are scored again, turned round and without their end tokens
+FEWEST_PAIRS = 20  # for a gate: with 4 pairs a coin passes 6 times in 100
 BINS = 10  # of the reliability plot, between a win probability of 0.5 and 1
 MISTAKES = 5  # pairs shown on which the model is most surely wrong
 UNMOVED = 1e-6  # a score that changes less than this share of the scores' spread did not see the token
@@ -59,7 +60,7 @@ def measure_rewards(
     The model's mode is left as it was. Raises SettingsError (a metric of answers: there are none), DataError (no
     held-out pair), NumericsError (a score that is no number, with its row), ResourceError (memory).
     """
-    named = ", ".join(config.metrics + config.hub_metrics)
+    named = ", ".join([*config.metrics, *config.hub_metrics, *filter(None, [config.reward_model])])
     if named:
         raise SettingsError(
             f"evaluate.metrics ({named}) has no effect: a reward model writes no answers.", "Leave it out."
@@ -267,6 +268,8 @@ def gate(differences: Sequence[float], length_rule_accuracy: float) -> dict[str,
         f"accuracy {accuracy:.3f} on {len(right)} held-out pairs, 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
     )
     against = []
+    if len(right) < FEWEST_PAIRS:
+        against.append(f"what fewer than {FEWEST_PAIRS} pairs can show")
     if not interval[0] > 0.5:
         against.append("0.5, which is chance")
     if not interval[0] > length_rule_accuracy:

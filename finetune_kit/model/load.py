@@ -210,9 +210,13 @@ def _saved_vocabulary(base: PreTrainedModel, folder: Path) -> int | None:
 def load_policy(
     model: ModelConfig, lora: LoraConfig | None = None, *, trained_in_full: bool = False, seed: int = 0
 ) -> Any:
-    """The model to train: with an adapter where `lora` is given and its rank is not 0, else in full."""
+    """The model to train: with an adapter where `lora` is given and its rank is not 0, else in full.
+
+    Raises SettingsError for a model, or an adapter to go on from, that scores texts and writes none.
+    """
     from transformers import set_seed
 
+    _check_writes(model, lora)
     if lora is not None and lora.r == 0:
         lora, trained_in_full = None, True
     if lora is not None and lora.init_from:
@@ -226,6 +230,20 @@ def load_policy(
         return adapters.go_on(base, lora, adapters.adopt(lora))
     set_seed(seed)  # the adapter's A starts at random
     return adapters.attach(base, lora)
+
+
+def _check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
+    named = [("model.name_or_path", model.name_or_path, load_model_config(model).architectures or [])]
+    if lora is not None and lora.init_from:
+        saved = Path(lora.init_from).expanduser() / "adapter_config.json"
+        task = json.loads(saved.read_text(encoding="utf-8")).get("task_type") if saved.is_file() else None
+        named.append(("lora.init_from", lora.init_from, ["ForSequenceClassification"] if task == "SEQ_CLS" else []))
+    for setting, value, architectures in named:
+        if any(name.endswith("ForSequenceClassification") for name in architectures):
+            raise SettingsError(
+                f"{setting}={value} is a classifier, such as a reward model: it scores texts and writes none.",
+                "Name a language model, or the run that this one was trained from.",
+            )
 
 
 def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: bool) -> Any:
@@ -297,10 +315,15 @@ def _architecture(config: PretrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in idle and not key.endswith("_token_id")}
 
 
-def _weights_hash(model: ModelConfig) -> str | None:
-    """SHA-256 of every tensor's name, shape and first row: files of many gigabytes in a moment. None without files."""
+def weights_stamp(model: ModelConfig) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of the last change) of every weights file at hand: equal for files that nobody touched."""
+    files = [path for path in _weight_files(model) if path.is_file()]
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def _weight_files(model: ModelConfig) -> list[Path]:
+    """The model's weights in its folder or in the cache, where they are."""
     from huggingface_hub import try_to_load_from_cache
-    from safetensors import safe_open
 
     name = resolve_name(model.name_or_path)
     cached = try_to_load_from_cache(name, "config.json", revision=model.revision) if not Path(name).is_dir() else None
@@ -309,8 +332,15 @@ def _weights_hash(model: ModelConfig) -> str | None:
     if not files[0].is_file():
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
         files = [folder / file for file in sorted(set(listed))]
+    return files
+
+
+def _weights_hash(model: ModelConfig) -> str | None:
+    """SHA-256 of every tensor's name, shape and first row: files of many gigabytes in a moment. None without files."""
+    from safetensors import safe_open
+
     rows = {}
-    for path in files:
+    for path in _weight_files(model):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - the file is no dict
                 part = file.get_slice(key)

@@ -36,6 +36,7 @@ INERT = {
         *("prediction_loss_only", "batch_eval_metrics", "include_for_metrics"),
     ),
     "weights and arithmetic follow model.dtype": ("fp16*", "bf16_full_eval"),
+    "the reference is the policy's start": ("sync_ref_model", "ref_model_*", "precompute_ref_*"),
     "a run begins anew": ("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
     "a run is pushed by the hub section: hub.push, hub.model_id": ("push_to_hub", "hub_*"),
 }
@@ -63,6 +64,7 @@ def build(
 
     trainer_config = make_arguments(config_class, config, data, **arguments)
     check_parts(trainer_class, trainer_config, policy)
+    check_vocabulary(config.model.name_or_path, policy, tokenizer)
     trained = [(parameter, parameter.data) for parameter in policy.parameters() if parameter.requires_grad]
     rows = data.train if rows is None else rows
     try:
@@ -73,10 +75,8 @@ def build(
             processing_class=tokenizer,
             **parts or {},
         )
-    except (ValueError, ImportError) as error:
-        if not config.train.extra:
-            raise
-        raise SettingsError(f"{trainer_class.__name__} refuses train.extra: {error}") from None
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise SettingsError(f"{trainer_class.__name__} refuses these settings: {error}") from None
     if tokenises:
         trainer.train_dataset = rows
     begin(config, data.ledger)
@@ -103,6 +103,16 @@ def _pushes_checkpoints(config: RecipeConfig) -> Any:
                 console.print(f"note: checkpoint-{state.global_step} was not pushed: {failed}", markup=False)
 
     return type("Pushes", (TrainerCallback,), {"on_save": staticmethod(on_save)})()
+
+
+def check_vocabulary(name: str, policy: Any, tokenizer: Any) -> None:
+    """Raises SettingsError where the tokenizer has tokens that the model has no embeddings for."""
+    rows, needed = policy.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    if rows < needed:
+        raise SettingsError(
+            f"{name} has embeddings for {rows:,} tokens, its tokenizer has {needed:,}.",
+            "Take the tokenizer that the model was trained with.",
+        )
 
 
 def padded_because(config: RecipeConfig, policy: Any, data: Data) -> str:
@@ -161,6 +171,9 @@ def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int
 def make_arguments(config_class: Any, config: RecipeConfig, data: Data, **own: Any) -> Any:
     """An instance of `config_class`; `own`: arguments from the recipe's own settings. What it refuses by itself is a
     SettingsError, too."""
+    for name in own:
+        if name in config.train.extra:
+            raise SettingsError(f"train.extra.{name}: the recipe sets it.", f"See its own settings, such as {name}=…")
     arguments = {**training_arguments(config_class, config, data), **own}
     try:
         return config_class(**arguments)
@@ -269,7 +282,7 @@ def check_best_metric(config: RecipeConfig, data: Data) -> None:
         return
     answered = data.kind != "text" and config.evaluate.size > 0
     metrics = choose_metrics(config.evaluate.metrics, data, config.evaluate.hub_metrics) if answered else []
-    paired = ["preference_accuracy"] if data.kind == "preference" else []
+    paired = ["preference_accuracy"] if data.kind in ("preference", "labelled_completion") else []
     known = ["loss", *paired, *(metric.name for metric in metrics)]
     if name not in known:
         raise SettingsError(f"train.metric_for_best_model={name} is not measured here.", f"Known: {', '.join(known)}")

@@ -16,7 +16,7 @@ from finetune_kit.evaluation.loss import row_losses
 from finetune_kit.generation import evaluation_mode
 from finetune_kit.model.adapters import is_adapter
 from finetune_kit.model.embedded import cache_folder
-from finetune_kit.model.load import base_record, computes_in_bfloat16, load_base
+from finetune_kit.model.load import base_record, computes_in_bfloat16, load_base, weights_stamp
 from finetune_kit.training.progress import console, telling
 
 COLUMNS = {"chosen": "ref_chosen_logps", "rejected": "ref_rejected_logps"}
@@ -34,11 +34,19 @@ def frozen_copy(policy: Any, config: Any) -> dict[str, Any]:
 
 def release_copy(trainer: Any, config: Any) -> None:
     """Let go of the frozen copy of an adapter that TRL adds, where it is not needed: a fresh adapter's start is the
-    model without it, and numbers computed beforehand need no model at all."""
+    model without it, and numbers computed beforehand need no model at all. A copy that stays loses its dropout."""
+    import torch
+
     policy = trainer.model
-    needed = config.lora.init_from and not _precomputed(config)
-    if is_adapter(policy) and "ref" in policy.peft_config and not needed:
+    if not is_adapter(policy) or "ref" not in policy.peft_config:
+        return
+    if not config.lora.init_from or _precomputed(config):
         policy.delete_adapter("ref")
+        return
+    for module in policy.modules():  # a reference is the same each time it is asked
+        dropout = getattr(module, "lora_dropout", {})
+        if "ref" in dropout:
+            dropout["ref"] = torch.nn.Identity()
 
 
 def _precomputed(config: Any) -> bool:
@@ -56,6 +64,8 @@ def set_reference(trainer: Any, config: Any, data: Data) -> None:
     trained against another reference is pulled towards that one without a word. Raises SettingsError for a loss that
     TRL does not know, and for label smoothing of losses that have none.
     """
+    if not config.loss_type:
+        raise SettingsError("loss_type is empty: nothing would be learned.", "Such as loss_type=[sigmoid]")
     if config.label_smoothing and not SMOOTHED & set(config.loss_type):
         raise SettingsError(
             f"label_smoothing has no effect on loss_type={config.loss_type}.",
@@ -74,7 +84,10 @@ def _prove(trainer: Any, config: Any) -> None:
     import torch
 
     policy, count = trainer.model, min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
-    rows = [trainer.train_dataset[index] for index in range(count)]
+    every = (
+        len(trainer.train_dataset) // count
+    )  # rows from all over the data: numbers of a stale cache may be right at first
+    rows = [trainer.train_dataset[index * every] for index in range(count)]
     sides = [sequences(row) for row in rows]
     answers = [side[name] for name in COLUMNS for side in sides]
     names = [f"pair {row % count + 1}" for row in range(2 * count)]
@@ -99,7 +112,8 @@ def _prove(trainer: Any, config: Any) -> None:
                 f"{-nll:.4f} under the policy and {log_prob:.4f} under the reference.",
                 f"Where the reference was read from the cache, delete {cache_folder() / 'reference'}.",
             )
-    if config.loss_type == ["sigmoid"] and abs(loss - math.log(2)) > 10 * alike:
+    plain = config.loss_type == ["sigmoid"] and not config.loss_weights and not config.train.extra
+    if plain and abs(loss - math.log(2)) > 10 * alike:
         raise NumericsError(f"The first loss is {loss:.5f}; with the policy as its own reference it is ln 2 = 0.69315.")
 
 
@@ -135,15 +149,16 @@ def _compute(policy: Any, config: RecipeConfig, data: Data) -> dict[str, Any]:
 
 def _path(policy: Any, config: RecipeConfig, data: Data) -> Path | None:
     """Where the numbers are kept, by the SHA-256 of all that they depend on; None where the weights have no file."""
-    weights = base_record(config.model)["weights"]
-    if weights is None:
+    base, files = base_record(config.model), weights_stamp(config.model)
+    if not files:
         return None
     lora = getattr(config, "lora", None)
-    adapter = Path(lora.init_from).expanduser() / "adapter_model.safetensors" if lora and lora.init_from else None
+    folder = Path(lora.init_from).expanduser() if lora and lora.init_from else None
+    adapter = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")] if folder else []
     quantised = (config.model.load_in_4bit, config.model.bnb_4bit_quant_type, config.model.bnb_4bit_use_double_quant)
     facts = {
-        "base": weights,
-        "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else "",
+        "base": [base["weights"], base["config"], files],
+        "adapter": [hashlib.sha256(path.read_bytes()).hexdigest() for path in adapter],
         "arithmetic": [str(policy.dtype), policy.device.type, *(quantised if quantised[0] else ())],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())

@@ -23,7 +23,7 @@ def measure_step(recipe: Recipe, config: RecipeConfig) -> dict[str, float]:
     trial.evaluate = dataclasses.replace(trial.evaluate, size=0, metrics=[], hub_metrics=[], general_text=False)
     trial.evaluate.reward_model = None
     # the measurements before and after are not what is timed here
-    trial.data = dataclasses.replace(trial.data, held_out_path=None, held_out_size=2)
+    trial.data = dataclasses.replace(trial.data, held_out_path=None, held_out_size=8)
     with tempfile.TemporaryDirectory() as scratch:
         trial.train.output_dir = str(Path(scratch) / "run")
         history: list[dict[str, Any]] = _steps(recipe, trial)

@@ -137,6 +137,38 @@ def test_what_is_no_pair_is_dropped_with_its_reason(tmp_path):
     assert (data.ledger.train.rows, data.ledger.train.trained) == (8, 1)
 
 
+def test_a_training_pair_that_is_held_out_the_other_way_round_is_dropped_on_both_sides(tmp_path):
+    held = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "q", "chosen": "x", "rejected": "y"}, LAYOUTS["columns"]])
+    rows = [{"prompt": "q", "chosen": "y", "rejected": "x"}, {"prompt": "r", "chosen": "a", "rejected": "b"}]
+    data = load(tmp_path, rows, held_out_path=held, held_out_size=None)
+    assert [split.lost for split in data.ledger.splits.values()] == [1, 1]
+
+
+def test_a_prompt_column_beside_whole_conversations_is_not_said_twice(tmp_path):
+    record = one(tmp_path, {"prompt": "q ", **LAYOUTS["whole conversations"]})
+    assert [turn["content"] for turn in record.prompt] == ["hi", "hello", "q"]
+    with pytest.raises(DataError, match="do not hold the prompt column's text"):
+        one(tmp_path, {"prompt": "something else", **LAYOUTS["whole conversations"]})
+
+
+def test_an_instruction_has_its_input_below(tmp_path):
+    record = one(tmp_path, {"instruction": "add", "input": "1 2", "chosen": "3", "rejected": "4"})
+    assert said(record) == ("add\n\n1 2", "3", "4")
+
+
+def test_a_tie_in_words_is_no_vote_for_the_answer_a(tmp_path):
+    answers = {"response_a": "good", "response_b": "bad"}
+    rows = [{"prompt": "q", **answers, "preference": "a tie"}, {"prompt": "r", **answers, "preference": "A"}]
+    data = load(tmp_path, rows)
+    assert data.ledger.train.dropped == {"tie: as many votes for the one as for the other": 1}
+    assert said(data.train_records[0]) == ("r", "good", "bad")
+
+
+def test_an_answer_marked_as_not_trained_is_still_a_side_of_its_pair(tmp_path):
+    chosen = [{"role": "assistant", "content": "good", "train": False}]
+    assert said(one(tmp_path, {"prompt": "q", "chosen": chosen, "rejected": "bad"})) == ("q", "good", "bad")
+
+
 def test_votes_that_balance_are_a_tie_and_counted(tmp_path):
     row = LAYOUTS["two answers and three votes"]
     data = load(

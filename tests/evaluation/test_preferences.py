@@ -70,7 +70,7 @@ def test_on_the_way_the_loss_is_the_sigmoid_loss_at_beta() -> None:
     margins = torch.tensor(preferences.margins(BEFORE, after, 0.1))
     scores = preferences.scores(BEFORE, after, 0.1)
     assert scores["loss"] == pytest.approx(float(-torch.nn.functional.logsigmoid(margins).mean()))
-    assert scores["preference_accuracy"] == 0.5
+    assert scores["preference_accuracy"] == (1 + 0.5 + 0 + 1) / 4
     assert preferences.scores(BEFORE, BEFORE, 0.1)["loss"] == pytest.approx(math.log(2))
 
 

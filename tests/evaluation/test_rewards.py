@@ -267,3 +267,9 @@ def test_metrics_of_answers_no_pairs_and_a_broken_head_are_refused(measured, tmp
     with pytest.raises(NumericsError, match=r"rows.jsonl:\d+: the model's score is nan"):
         measure_rewards(model, tokenizer, data, CONFIG)
     head.data.copy_(kept)
+
+
+def test_a_gate_does_not_pass_on_fewer_than_20_pairs() -> None:
+    few, enough = gate([1.0] * 19, 0.5), gate([1.0] * 20, 0.5)
+    assert (few["passed"], enough["passed"]) == (False, True)
+    assert "fewer than 20 pairs" in few["reason"]

@@ -2,11 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from finetune_kit.artifact import Artifact
 from finetune_kit.config import resolve
@@ -139,6 +142,35 @@ def test_the_frozen_copy_of_an_adapter_is_not_saved(home: Path) -> None:
     assert (second.folder / "adapter_model.safetensors").is_file()
 
 
+def test_other_weights_under_the_same_name_have_numbers_of_their_own(home: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(home / "tiny", tmp_path / "model")
+    name = f"model.name_or_path={model}"
+    prepare("dpo", home, name)
+    weights = load_file(model / "model.safetensors")
+    norm = next(key for key in weights if key.endswith("norm.weight"))
+    weights[norm][1:] += 0.5  # the first number, which a quick look at a tensor reads, stays
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    prepare("dpo", home, name)  # with the old numbers it would refuse
+
+
+def test_the_copy_of_an_adapter_that_is_the_reference_has_no_dropout(home: Path) -> None:
+    first = train("dpo", home, "learning_rate=2e-2", "max_steps=4")
+    words = (f"lora.init_from={first.folder}", "precompute_ref_log_probs=false", "lora.lora_dropout=0.5")
+    run = prepare("dpo", home, *words)
+    batch = run.trainer.data_collator([run.trainer.train_dataset[0]])
+    run.model.train()
+    once, again = (run.trainer.compute_ref_log_probs(run.model, batch) for _ in range(2))
+    assert torch.equal(torch.cat(once), torch.cat(again))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(home: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(home / "tiny", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    assert "has embeddings for 261 tokens, its tokenizer has 262." in refused(home, f"model.name_or_path={model}")
+
+
 def test_another_reference_than_the_policys_start_is_noticed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = reference._compute
     monkeypatch.setattr(
@@ -185,6 +217,10 @@ def test_settings_that_cannot_be_are_refused(home: Path) -> None:
         "label_smoothing=0.5": r"label_smoothing (command line): expected a number in [0, 0.5), found 0.5.",
         "loss_type=[simgoid]": "loss_type=['simgoid']: Unknown loss type: simgoid.",
         "loss_weights=[1, 2]": "DPOConfig refuses these settings",
+        "loss_type=[]": "loss_type is empty",
+        "train.extra.beta=0.5": "train.extra.beta: the recipe sets it.",
+        "train.extra.sync_ref_model=true": "the reference is the policy's start",
+        "data.packing=true": "data.packing has no effect on preference rows.",
     }.items():
         assert message in refused(home, word)
 

@@ -144,6 +144,11 @@ def _whole(run: Artifact, prompt: str, answer: str) -> list[int]:
     return [*prompt_ids, *ids_of(tokenizer, answer), ends[0]]
 
 
+def test_it_is_no_start_for_a_policy(good_run: Artifact, paired: Path) -> None:
+    with pytest.raises(SettingsError, match="is a classifier, such as a reward model: it scores texts and writes none"):
+        fixtures_training.prepare("dpo", paired, f"model.name_or_path={good_run.folder}")
+
+
 def test_generate_merge_and_adapters_beside_it_are_refused_with_what_to_do(good_run: Artifact, tmp_path: Path) -> None:
     run = open_run(good_run.folder, [])
     for refused in (
