@@ -31,6 +31,7 @@ def test_the_folder_holds_a_whole_model(full_run: Artifact) -> None:
         "report.json",
         "report.html",
         "README.md",
+        "ancestry.json",
         "model.safetensors",
         "config.json",
         "generation_config.json",

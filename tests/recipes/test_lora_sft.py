@@ -30,6 +30,7 @@ def test_the_folder_holds_the_adapter_the_tokenizer_the_record_the_report_and_th
         "adapter_model.safetensors",
         "adapter_config.json",
         "base.json",
+        "ancestry.json",
         "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from finetune_kit.config import TrainConfig
 from finetune_kit.data.load import load_data
@@ -110,8 +110,8 @@ class TestExtra:
         assert said in str(caught.value)
         assert not list(home.glob("run*/*"))
 
-    def test_every_inert_name_is_an_argument_of_the_trainer(self) -> None:
-        names = [field.name for field in dataclasses.fields(SFTConfig)]
+    def test_every_inert_name_is_an_argument_of_a_trainer(self) -> None:
+        names = [field.name for config in (SFTConfig, DPOConfig) for field in dataclasses.fields(config)]
         for word in (word for words in INERT.values() for word in words):
             assert any(name == word or (word.endswith("*") and name.startswith(word[:-1])) for name in names), word
 
