@@ -209,7 +209,7 @@ def compare_rewards(before: Rewards, after: Rewards, data: Any, config: Evaluate
     """The report of a reward model, with its gate: passed, accuracy, interval, length_rule_accuracy and reason.
 
     It passes where the lower end of the accuracy's 95 % interval is above 0.5 and above what a length-only rule gets
-    on the same pairs.
+    on the same pairs, longer or shorter, whichever is better on them.
     """
     if before.where != after.where:
         raise ValueError("before and after were not measured on the same pairs")
@@ -245,7 +245,8 @@ def _details(after: Rewards, data: Any) -> dict[str, Any]:
     lengths = [float(chosen) for chosen, _ in after.lengths] + [float(rejected) for _, rejected in after.lengths]
     longer = [float(chosen - rejected) for chosen, rejected in after.lengths]
     return {
-        "gate": gate(differences, rule["accuracy"]),
+        # a score may follow length either way round, whatever the training pairs would have had it do
+        "gate": gate(differences, max(rule["accuracy"], 1 - rule["accuracy"])),
         "length_rule": rule,
         "length_correlation": {
             "reward_and_length": correlation(scores, lengths),
