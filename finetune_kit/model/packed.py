@@ -212,7 +212,7 @@ def _pack(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         return None
     if config._attn_implementation != ATTENTION:
         return None
-    if kwargs.get("past_key_values") is not None or kwargs.get("position_ids") is not None or kwargs.get("use_cache"):
+    if kwargs.get("cache") is not None or kwargs.get("position_ids") is not None or kwargs.get("use_cache"):
         return None
     window = getattr(config, "sliding_window", None)
     too_long = window is not None and int(mask.sum(dim=1).max()) > window

@@ -71,6 +71,7 @@ class PPOTrainer:
         self.share = config.batch_size // self.accelerator.num_processes  # completions of this process in an update
         self.prompts: list[list[int]] = [list(ids) for ids in data.train["prompt_ids"]]
         check_prompts(self.prompts, data, policy, config.max_new_tokens)
+        self.sample = self._sampler()
         self.reference = Reference(policy)
         self.value = build_value(config.value_model, policy, config.model, config.value_init_from, config.train.seed)
         policy.eval()  # dropout off, in sampling and in training: the ratio would otherwise measure it
@@ -89,6 +90,20 @@ class PPOTrainer:
         self.kl_coef = config.kl_coef
         self.constant = 0  # updates in a row in which all scores were alike
         self.varied = False  # whether they ever were not
+
+    def _sampler(self) -> Any:
+        """What draws the completions: rollout.sample, or vLLM in its place."""
+        if not self.config.use_vllm:
+            return sample
+        from finetune_kit.rl import vllm
+
+        return vllm.sampler(
+            self.model,
+            self.config.model,
+            longest=max(map(len, self.prompts)) + self.config.max_new_tokens,
+            gpu_memory_utilization=self.config.vllm_gpu_memory_utilization,
+            processes=self.accelerator.num_processes,
+        )
 
     def train(self) -> list[dict[str, float]]:
         """All updates, from where this trainer is. The value is saved beside the policy, which is left without it.
@@ -153,7 +168,7 @@ class PPOTrainer:
         config, started = self.config, time.perf_counter()
         chosen = self._next_prompts()
         prompts = [self.prompts[row] for row in chosen]
-        sampled = sample(
+        sampled = self.sample(
             self.model,
             prompts,
             max_new_tokens=config.max_new_tokens,

@@ -17,6 +17,7 @@ from torch import Tensor
 from finetune_kit.errors import NumericsError
 from finetune_kit.generation import evaluation_mode, in_batches
 from finetune_kit.model.adapters import is_adapter
+from finetune_kit.model.packed import WORTH_SHARING
 from finetune_kit.rl.math import entropy_from_logits, token_logprobs
 
 
@@ -54,7 +55,8 @@ def sample(
 ) -> list[Sampled]:
     """One completion for each prompt, drawn from softmax(logits / temperature) and nothing else, in their order.
 
-    Longest prompts first, `batch_size` at a time, with a KV cache; rows that have ended leave the batch. A function of
+    Longest prompts first, `batch_size` at a time, with a KV cache; what all prompts of a batch begin with goes through
+    the model once, and rows that have ended leave the batch. A function of
     weights, prompts, seed and batch_size; torch's random state is left alone. `generate` would keep ended rows until
     the last one is done, and drop the end token, which is an action of the policy like any other.
     """
@@ -81,28 +83,34 @@ def _sample_batch(
     temperature: float,
     generator: torch.Generator,
 ) -> list[Sampled]:
+    shared = common_beginning(policy, prompts)
+    cache = None
+    if shared:
+        beginning = torch.tensor([prompts[0][:shared]], device=policy.device)
+        cache = policy(input_ids=beginning, use_cache=True, logits_to_keep=1).cache
+        cache.batch_repeat_interleave(len(prompts))
     width = max(map(len, prompts))
-    ids = torch.zeros((len(prompts), width), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # padded on the left, so that all go on in the same column
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    ids = torch.zeros((len(prompts), width - shared), dtype=torch.long)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    mask[:, :shared] = 1
+    for row, prompt in enumerate(prompts):  # padded in front of what is its own, so that all go on in the same column
+        ids[row, width - len(prompt) :] = torch.tensor(prompt[shared:])
+        mask[row, width - (len(prompt) - shared) :] = 1
     ids, mask = ids.to(policy.device), mask.to(policy.device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
     written: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     alive = list(range(len(prompts)))  # the prompt that each row of the batch goes on from
-    cache = None
     for _ in range(max_new_tokens):
         output = policy(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = output.past_key_values
+        cache = output.cache
         logits = output.logits[:, -1].float()
         if not bool(torch.isfinite(logits.sum())):
             raise NumericsError("The policy's logits are not finite.", "Try a tenth of train.learning_rate.")
@@ -126,6 +134,22 @@ def _sample_batch(
             ids, positions, mask = ids[kept], positions[kept], mask[kept]
             alive = [alive[place] for place in going]
     return [Sampled(tokens, over) for tokens, over in zip(written, ended, strict=True)]
+
+
+def common_beginning(policy: Any, prompts: list[list[int]]) -> int:
+    """How many tokens at the start of all prompts go through the model once, for all of them; 0: each on its own.
+
+    Every prompt keeps at least its last token. Behind the beginning shorter prompts are padded, which a model that
+    counts distance in columns (a sliding window) or keeps a state without columns would see.
+    """
+    first, last = min(prompts), max(prompts)  # sorted rows: what these two share, all share
+    most = min(map(len, prompts)) - 1
+    shared = next((place for place in range(most) if first[place] != last[place]), most)
+    config = policy.config.get_text_config()
+    plain = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    if len(prompts) < 2 or shared < WORTH_SHARING or not plain or getattr(config, "sliding_window", None):
+        return 0
+    return shared
 
 
 @dataclass(frozen=True)

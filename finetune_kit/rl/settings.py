@@ -51,6 +51,8 @@ class PPOSettings(RecipeConfig):
         "shared", "value: a head on the policy's trunk, on an adapter of its own, or on a model of its own"
     )
     value_init_from: str | None = setting(None, "folder of a reward model that the value starts from")
+    use_vllm: bool = setting(False, "sample with vLLM (a GPU, a LoRA policy, one process)")
+    vllm_gpu_memory_utilization: float = setting(0.3, "share of the GPU's memory that vLLM takes", within="(0, 1)")
     max_kl: float = setting(100.0, "KL a completion past which the run stops", "nats", within="(0, inf)")
     min_entropy: float = setting(1e-3, "entropy below which the run stops", "nats a token", within="[0, inf)")
     min_length: float = setting(1.2, "mean length, end token counted, below which it stops", "tokens", "[0, inf)")
@@ -86,6 +88,8 @@ def check_settings(config: PPOSettings, processes: int) -> None:
         )
     if config.train.optim not in ("auto", "adamw_torch", "adamw_torch_fused"):
         raise SettingsError(f"train.optim={config.train.optim}: PPO's optimizer is AdamW.", "Leave it out.")
+    if not config.use_vllm and config.vllm_gpu_memory_utilization != PPOSettings.vllm_gpu_memory_utilization:
+        raise SettingsError("vllm_gpu_memory_utilization has no effect without use_vllm=true.", "Leave it out.")
     if config.adaptive_kl_target is not None and config.kl_coef == 0:
         raise SettingsError("adaptive_kl_target has no effect with kl_coef=0: nothing times anything.", "Set kl_coef.")
 

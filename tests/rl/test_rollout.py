@@ -8,7 +8,7 @@ import torch
 
 from finetune_kit.generation import generate
 from finetune_kit.model import packed
-from finetune_kit.rl.rollout import Reference, adapter, lay_out, look, sample, states
+from finetune_kit.rl.rollout import Reference, adapter, common_beginning, lay_out, look, sample, states
 from finetune_kit.rl.value import build_value, value_parameters
 from tests.rl.fixtures import parts, settings, trainer, write_home
 
@@ -71,6 +71,35 @@ def test_samples_follow_from_the_seed_alone_and_leave_the_random_state(home: Pat
     assert first == again
     assert first != other
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_16_prompts_begin_with_goes_through_the_model_once_and_the_samples_stay_the_same(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of(home)
+    prompts = [[*range(40, 70), *range(100, 101 + n)] for n in range(16)]
+    fed: list[int] = []
+    hook = policy.register_forward_pre_hook(
+        lambda m, a, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    shared = draw(policy, prompts)
+    assert fed[:2] == [30, 16 * 16]  # 30 tokens that all have, then 1 to 16 of their own, padded to 16
+    fed.clear()
+    monkeypatch.setattr("finetune_kit.rl.rollout.common_beginning", lambda policy, prompts: 0)
+    assert draw(policy, prompts) == shared
+    assert fed[0] == 16 * 46
+    hook.remove()
+
+
+def test_a_model_with_a_sliding_window_gets_each_prompt_whole(home: Path) -> None:
+    policy = policy_of(home)
+    same = [[*range(30), 40], [*range(30), 41]]
+    assert common_beginning(policy, same) == 30
+    assert common_beginning(policy, [same[0], same[0]]) == 30  # the last token is each row's own
+    assert common_beginning(policy, [same[0]]) == 0
+    assert common_beginning(policy, [[1, 2, 3], [1, 2, 4]]) == 0
+    policy.config.sliding_window = 8
+    assert common_beginning(policy, same) == 0
 
 
 def test_rows_that_have_ended_leave_the_batch(home: Path) -> None:
