@@ -58,8 +58,8 @@ def run(config: Config) -> Artifact:
 
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
-    rewards = load_rewards(config.reward, data, config.model)
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
+    rewards = load_rewards(config.reward, data, config.model, policy)
     trainer = PPOTrainer(policy, tokenizer, data, rewards, config)
     begin(config, data.ledger)
     before = measure(policy, tokenizer, data, config.evaluate, telling("before"), judge=rewards.judge)

@@ -147,15 +147,19 @@ def score_rows(
     rows: Sequence[Sequence[int]],
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
+    score_together: Callable[[Any, Sequence[Sequence[int]]], list[float]] | None = None,
 ) -> list[float]:
     """The model's score of each row of token ids, in the order of the rows; longest rows are scored first.
+
+    `score_together`: what scores the rows of a batch where the model is no classifier of its own; else score_batch.
 
     Raises ResourceError where one row alone does not fit into memory.
     """
     found: dict[int, float] = {}
 
     def score(batch: list[int]) -> None:
-        found.update(zip(batch, score_batch(model, [rows[index] for index in batch]), strict=True))
+        scores = (score_together or score_batch)(model, [rows[index] for index in batch])
+        found.update(zip(batch, scores, strict=True))
         if progress is not None:
             progress(len(found))
 

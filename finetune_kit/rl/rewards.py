@@ -21,10 +21,12 @@ from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
-from finetune_kit.model.load import load_model_config, load_tokenizer, public_name
+from finetune_kit.model.adapters import REWARD_HEADS, is_adapter
+from finetune_kit.model.load import BASE_RECORD, check_base, load_model_config, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer, score_rows
 
 Score = Callable[[list[str], list[str], list[Any]], Sequence[float]]
+QUANTISED = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 KNOWN = "Known: task (the data's own scorer), path/to/file.py:function, or a reward model's folder or Hub id."
 
 
@@ -109,8 +111,9 @@ def _first_refused(part: Part, prompts: list[str], completions: list[str], recor
     return None
 
 
-def load_rewards(config: RewardConfig, data: Data, model: ModelConfig) -> Rewards:
-    """The rewards that the settings name; `model` is the policy's, whose base a reward model may share.
+def load_rewards(config: RewardConfig, data: Data, model: ModelConfig, policy: Any = None) -> Rewards:
+    """The rewards that the settings name. `model`: the policy's settings; `policy`: given, a reward model with an
+    adapter on the same base is put beside the policy's adapter and needs no second base.
 
     Raises SettingsError for a source that cannot be, a wrong number of weights, or a reward model that did not pass.
     """
@@ -123,7 +126,10 @@ def load_rewards(config: RewardConfig, data: Data, model: ModelConfig) -> Reward
     if len(set(config.sources)) != len(config.sources):
         raise SettingsError("reward.sources names one source twice.", "Give it once, with reward.weights.")
     weights = config.weights or [1.0] * len(config.sources)
-    parts = [_part(source, weight, config, data, model) for source, weight in zip(config.sources, weights, strict=True)]
+    parts = [
+        _part(source, weight, config, data, model, policy)
+        for source, weight in zip(config.sources, weights, strict=True)
+    ]
     names = [part.name for part in parts]
     parts = [
         part if names.count(part.name) == 1 else Part(f"{part.name}_{at}", part.weight, part.score)
@@ -132,7 +138,7 @@ def load_rewards(config: RewardConfig, data: Data, model: ModelConfig) -> Reward
     return Rewards(tuple(parts))
 
 
-def _part(source: str, weight: float, config: RewardConfig, data: Data, model: ModelConfig) -> Part:
+def _part(source: str, weight: float, config: RewardConfig, data: Data, model: ModelConfig, policy: Any) -> Part:
     if source == "task":
         return Part("task", weight, task_score(data))
     path, colon, function = source.rpartition(":")
@@ -140,7 +146,7 @@ def _part(source: str, weight: float, config: RewardConfig, data: Data, model: M
         return Part(function, weight, python_score(path, function))
     if source.endswith(".py"):
         raise SettingsError(f"reward.sources: {source} names no function.", f"Write {source}:score")
-    return Part(Path(source).name, weight, model_score(source, config, model, data.chat_template_kwargs))
+    return Part(Path(source).name, weight, model_score(source, config, model, data.chat_template_kwargs, policy))
 
 
 def task_score(data: Data) -> Score:
@@ -193,16 +199,24 @@ def check_gate(folder: Path, ignore: bool) -> None:
         )
 
 
-def model_score(source: str, config: RewardConfig, policy: ModelConfig, kwargs: dict[str, Any]) -> Score:
+def model_score(
+    source: str, config: RewardConfig, model: ModelConfig, kwargs: dict[str, Any], policy: Any = None
+) -> Score:
     """A sequence-classification model with one label, read at the end token behind prompt and completion.
 
     The texts are rendered and tokenised by the reward model's own template and tokenizer, whatever the policy has.
-    Raises SettingsError where it is no such model, or did not pass its gate.
+    `policy`, of settings `model`: an adapter on the same base goes into it (see load_rewards). Raises SettingsError
+    where it is no such model, or did not pass its gate.
     """
     folder = Path(source).expanduser()
     check_gate(folder, config.ignore_gate)
-    model, tokenizer = load_judge(source, policy, kwargs)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    score_together = None
+    if policy is not None and shares_base(folder, model, policy):
+        judge, tokenizer = policy, load_tokenizer(_base_of(folder, model), saved=folder)
+        score_together = score_beside(policy, folder)
+    else:
+        judge, tokenizer = load_judge(source, model, kwargs)
+    longest = getattr(judge.config.get_text_config(), "max_position_embeddings", None) or math.inf
     end = end_token_ids(tokenizer, kwargs)[0]
 
     def score(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
@@ -216,9 +230,48 @@ def model_score(source: str, config: RewardConfig, policy: ModelConfig, kwargs: 
                     f"{record.where}: {len(row)} tokens with its completion, but {source} takes {longest}.",
                     "Set a smaller max_new_tokens, or take the row out.",
                 )
-        return score_rows(model, rows, config.batch_size)
+        return score_rows(judge, rows, config.batch_size, score_together=score_together)
 
     return score
+
+
+def shares_base(folder: Path, model: ModelConfig, policy: Any) -> bool:
+    """Whether the reward model in `folder` is a LoRA adapter on the very base that the policy's adapter lies on."""
+    if not is_adapter(policy) or not (folder / "adapter_config.json").is_file():
+        return False
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    lora = saved["peft_type"] == policy.active_peft_config.peft_type.value == "LORA"
+    if not lora or not set(saved["modules_to_save"] or ()) <= set(REWARD_HEADS):
+        return False
+    its = _base_of(folder, model)
+    if any(getattr(its, name) != getattr(model, name) for name in QUANTISED):
+        return False
+    try:
+        check_base(model, folder)
+    except SettingsError:
+        return False
+    return (folder / BASE_RECORD).is_file()
+
+
+def score_beside(policy: Any, folder: Path) -> Callable[[Any, Sequence[Sequence[int]]], list[float]]:
+    """The scores of rows by a reward model that shares_base: its adapter is in the policy, beside the policy's own."""
+    from finetune_kit.rl.rollout import adapter, lay_out, states
+    from finetune_kit.rl.value import head_of, put_beside
+
+    name = f"reward_{sum(name.startswith('reward_') for name in policy.peft_config)}"
+    tensors = put_beside(policy, name, folder, trained=False)
+    width = policy.config.get_text_config().hidden_size
+    head = head_of(tensors, folder, width).to(policy.device).float()
+
+    def score_together(policy: Any, rows: Sequence[Sequence[int]]) -> list[float]:
+        # a row's last token is in front of a token that nothing reads
+        laid = lay_out([list(row) for row in rows], [[0]] * len(rows), 1, policy.device)
+        with adapter(policy, name):
+            hidden = states(policy, laid, head=False)[1]
+        found: list[float] = (hidden @ head[0]).tolist()
+        return found
+
+    return score_together
 
 
 def load_judge(source: str, policy: ModelConfig, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -244,7 +297,7 @@ def _base_of(folder: Path, policy: ModelConfig) -> ModelConfig:
     """The base of an adapter: from its run.yaml, else by its name, which the policy's base may have."""
     if (folder / "run.yaml").is_file():
         named = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")).get("model", {})
-        return ModelConfig(name_or_path=named["name_or_path"], revision=named.get("revision"))
+        return ModelConfig(**{name: named[name] for name in ("name_or_path", "revision", *QUANTISED) if name in named})
     saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     name = saved["base_model_name_or_path"]
     if name == public_name(policy.name_or_path):

@@ -19,7 +19,7 @@ from finetune_kit.model.reward import load_scorer
 from finetune_kit.rl.rollout import Rows, adapter, states
 
 NAME = "value_adapter"  # the name of the second adapter in the policy
-RUN_AN_ADAPTER = "Name the folder of a reward_model run, or leave ppo's value_init_from out."
+RUN_AN_ADAPTER = "Name the folder of a reward_model run on the policy's base."
 
 
 class Value(torch.nn.Module):
@@ -86,40 +86,49 @@ def _add_adapter(policy: Any, model: ModelConfig, folder: Path | None, value: Va
             "value_model=adapter needs a policy with an adapter; this one is trained in full.",
             "Set value_model=shared or separate.",
         )
+    if folder is not None:
+        _check_adapter(folder)
+        check_base(model, folder)
+    tensors = put_beside(policy, NAME, folder, trained=True)
+    if folder is not None:
+        _put_head(value, tensors, folder)
+
+
+def put_beside(policy: Any, name: str, folder: Path | None, trained: bool) -> dict[str, Tensor]:
+    """Add a LoRA adapter `name` to a policy that has one, which stays the active one: fresh and of the policy's shape,
+    or the one in `folder`, whose tensors are returned. Raises SettingsError where its layers are not the policy's.
+    """
     config = copy.deepcopy(policy.peft_config[policy.active_adapter])
     config.modules_to_save = None
     tensors: dict[str, Tensor] = {}
     if folder is not None:
-        saved = _read_adapter(folder)
-        check_base(model, folder)
-        for name in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "lora_dropout"):
-            setattr(config, name, saved[name])
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        for key in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "lora_dropout"):
+            setattr(config, key, saved[key])
         tensors = _tensors(folder / "adapter_model.safetensors")
-    policy.add_adapter(NAME, config)
-    own = {name: parameter for name, parameter in policy.named_parameters() if f".{NAME}." in name}
+    policy.add_adapter(name, config)
+    own = {full: parameter for full, parameter in policy.named_parameters() if f".{name}." in full}
     for parameter in own.values():
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(trained)
     if folder is None:
-        return
-    # base_model.model.model.layers.0.….lora_A.weight there is ….lora_A.value.weight here
-    found = {name.removesuffix(".weight") + f".{NAME}.weight": tensor for name, tensor in tensors.items()}
-    lora = {name: tensor for name, tensor in found.items() if ".lora_" in name}
+        return tensors
+    # base_model.model.model.layers.0.….lora_A.weight there is ….lora_A.<name>.weight here
+    found = {full.removesuffix(".weight") + f".{name}.weight": tensor for full, tensor in tensors.items()}
+    lora = {full: tensor for full, tensor in found.items() if ".lora_" in full}
     if lora.keys() != own.keys():
-        raise SettingsError(f"value_init_from={folder} has other layers than the policy's base.", RUN_AN_ADAPTER)
+        raise SettingsError(f"{folder} is an adapter with other layers than the policy's base.", RUN_AN_ADAPTER)
     with torch.no_grad():
-        for name, tensor in lora.items():
-            own[name].copy_(tensor)
-    _put_head(value, tensors, folder)
+        for full, tensor in lora.items():
+            own[full].copy_(tensor)
+    return tensors
 
 
-def _read_adapter(folder: Path) -> dict[str, Any]:
+def _check_adapter(folder: Path) -> None:
     if not (folder / "adapter_config.json").is_file():
         raise SettingsError(
             f"value_init_from={folder}: no adapter there, and value_model=adapter needs one.",
             "Set value_model=separate for a reward model trained in full.",
         )
-    content: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return content
 
 
 def _separate(model: ModelConfig, folder: Path | None) -> Value:
@@ -138,15 +147,17 @@ def _separate(model: ModelConfig, folder: Path | None) -> Value:
 
 
 def _put_head(value: Value, tensors: dict[str, Tensor], folder: Path) -> None:
-    weight = next((tensor for name, tensor in tensors.items() if name.endswith("score.weight")), None)
-    if weight is None or weight.shape != value.head.weight.shape:
-        shape = None if weight is None else tuple(weight.shape)
-        raise SettingsError(
-            f"value_init_from={folder}: expected a score.weight of {tuple(value.head.weight.shape)}, found {shape}.",
-            RUN_AN_ADAPTER,
-        )
     with torch.no_grad():
-        value.head.weight.copy_(weight)
+        value.head.weight.copy_(head_of(tensors, folder, value.head.weight.shape[1]))
+
+
+def head_of(tensors: dict[str, Tensor], folder: Path, width: int) -> Tensor:
+    """The head of a reward model among its saved tensors, (1, width). Raises SettingsError where there is none."""
+    weight = next((tensor for name, tensor in tensors.items() if name.endswith("score.weight")), None)
+    if weight is None or weight.shape != (1, width):
+        shape = None if weight is None else tuple(weight.shape)
+        raise SettingsError(f"{folder}: expected a score.weight of {(1, width)}, found {shape}.", RUN_AN_ADAPTER)
+    return weight
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -14,9 +14,9 @@ from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt
 from finetune_kit.data.records import Prompt
 from finetune_kit.errors import DataError, NumericsError, SettingsError
-from finetune_kit.model.load import load_tokenizer
+from finetune_kit.model.load import BASE_RECORD, base_record, load_policy, load_tokenizer
 from finetune_kit.model.reward import load_reward_model
-from finetune_kit.rl.rewards import Part, RewardConfig, Rewards, load_rewards
+from finetune_kit.rl.rewards import Part, RewardConfig, Rewards, load_rewards, shares_base
 from tests.rl.fixtures import write_home
 
 RECORDS = [Prompt(f"rows.jsonl:{n}", [{"role": "user", "content": f"count to {n}"}]) for n in (1, 2, 3)]
@@ -146,6 +146,37 @@ def test_a_reward_model_scores_each_text_as_it_does_alone(home: Path, name: str)
         ids = [*render_prompt(tokenizer, record.messages), *ids_of(tokenizer, answer), end_token_ids(tokenizer)[0]]
         with torch.no_grad():
             assert float(model(input_ids=torch.tensor([ids])).logits) == pytest.approx(score, abs=1e-5)
+
+
+def test_an_adapter_on_the_policys_base_scores_beside_it_as_it_does_alone_and_the_policy_stays_as_it_is(
+    home: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    model = ModelConfig(name_or_path=str(home / "tiny"))
+    folder = tmp_path / "judge"
+    shutil.copytree(home / "adapter", folder)
+    (folder / BASE_RECORD).write_text(json.dumps(base_record(model)))
+    policy = load_policy(model, LoraConfig(r=4)).eval()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02)
+        before = policy(input_ids=torch.tensor([[5, 6, 7]])).logits
+        trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        alone, _ = loaded(home, sources=[str(home / "adapter")])(PROMPTS, ANSWERS, RECORDS)
+        config = RewardConfig(sources=[str(folder)])
+        rewards = load_rewards(config, data_of(), model, policy)
+        assert shares_base(folder, model, policy)
+        assert not shares_base(home / "adapter", model, policy)  # no record of its base
+        assert not shares_base(folder, ModelConfig(name_or_path=str(home / "tiny"), load_in_4bit=True), policy)
+        assert not shares_base(home / "full", model, policy)
+        count = sum(parameter.numel() for parameter in policy.parameters())
+        assert rewards(PROMPTS, ANSWERS, RECORDS)[0] == pytest.approx(alone, abs=1e-5)
+        assert torch.equal(policy(input_ids=torch.tensor([[5, 6, 7]])).logits, before)
+    assert policy.active_adapter == "default"
+    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trained
+    assert count < 1.5 * sum(p.numel() for p in load_policy(model, LoraConfig(r=4)).parameters())  # no second base
 
 
 def test_a_reward_model_with_another_tokenizer_reads_the_texts_by_its_own(home: Path, tmp_path: Path) -> None:
