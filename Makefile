@@ -1,5 +1,6 @@
 # make quickstart   install, then fine-tune the embedded model and show what it changed
 # make test         install if needed, lint, types, tests
+# make test-long    the tests that take minutes each
 PYTHON ?= python3
 RECIPE ?= lora_sft
 BIN := .venv/bin
@@ -7,7 +8,7 @@ STAMP := .venv/.installed
 # one thread a test process: the tests run in two processes at once
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install quickstart test lint docs-test benchmark clean
+.PHONY: install quickstart test test-long lint docs-test benchmark clean
 
 install: $(STAMP)
 
@@ -28,6 +29,9 @@ lint: install
 
 test: lint
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile
+
+test-long: install
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile -m long
 
 docs-test: install
 	$(TEST_ENV) $(BIN)/pytest tests/test_docs.py
