@@ -65,4 +65,5 @@ def run(config: Config) -> Artifact:
     before = measure(policy, tokenizer, data, config.evaluate, telling("before"), judge=rewards.judge)
     history = trainer.train()
     after = measure(policy, tokenizer, data, config.evaluate, telling("after"), judge=rewards.judge)
-    return save(policy, tokenizer, config, data, compare(before, after, config.evaluate), history)
+    report = compare(before, after, config.evaluate, history=history)
+    return save(policy, tokenizer, config, data, report, history)

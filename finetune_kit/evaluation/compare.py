@@ -219,12 +219,19 @@ def _told(progress: Progress | None, what: str, total: int) -> Callable[[int], N
     return None if progress is None else lambda done: progress(what, done, total)
 
 
-def compare(before: Measurement, after: Measurement, config: EvaluateConfig, beta: float = 1.0) -> Report:
+def compare(
+    before: Measurement,
+    after: Measurement,
+    config: EvaluateConfig,
+    beta: float = 1.0,
+    history: Sequence[dict[str, float]] = (),
+) -> Report:
     """The differences after - before on the same rows, each with a 95 % interval from a paired bootstrap over rows.
 
     A metric is better or worse when the interval lies on one side of 0; "no difference" otherwise. The main metric is
     the first score of the answers, or, where none was scored, the preference accuracy or the held-out loss. `beta`:
-    of the method that trained on preferences; the model before is its reference.
+    of the method that trained on preferences; the model before is its reference. `history`: the lines of metrics.jsonl;
+    where they have a KL from the reference, the last one is told as `kl_spent`, nats a sampled completion.
     """
     same = ("tokens", "rejected_tokens", "general_tokens", "where", "references", "decoding")
     differing = [name for name in same if getattr(before, name) != getattr(after, name)]
@@ -245,10 +252,14 @@ def compare(before: Measurement, after: Measurement, config: EvaluateConfig, bet
         raise DataError("Nothing was measured.", "Leave evaluate.size or evaluate.general_text as it is.")
     main = entries[0]
     wins, ties, losses = _win_tie_loss(before, after)
+    verdict, details = _sentence(entries, wins, ties, losses), {}
+    if spent := [line["objective/kl"] for line in history if "objective/kl" in line]:
+        details = {"kl_spent": spent[-1]}
+        verdict += f" KL spent: {spent[-1]:.2f} nats a completion."
     return Report(
         metrics=entries,
         main=main["name"],
-        verdict=_sentence(entries, wins, ties, losses),
+        verdict=verdict,
         improved=main["verdict"] == "better",
         wins=wins,
         ties=ties,
@@ -257,6 +268,7 @@ def compare(before: Measurement, after: Measurement, config: EvaluateConfig, bet
         samples=_samples(before, after),
         decoding=before.decoding,
         seconds={"before": before.seconds, "after": after.seconds},
+        details=details,
     )
 
 

@@ -271,22 +271,31 @@ def loss_curves(history: list[dict[str, Any]]) -> str:
 
 
 def reward_frontier(history: list[dict[str, Any]]) -> str:
-    """What PPO's score cost: mean score of each update's completions by their KL from the reference, in order."""
-    logged = [(line.get("objective/kl"), line.get("objective/scores")) for line in history]
+    """What PPO's score cost: mean score of each update's completions by their KL from the reference, in order; with
+    several rewards, each one's own, too. One that falls while another rises shows that the other is being fooled.
+    """
+    names = sorted({name for line in history for name in line if name.startswith("reward/")})
+    drawn = [_frontier(history, name) for name in ("objective/scores", *(names if len(names) > 1 else ()))]
+    return "<h2>Score by KL</h2>" + "".join(drawn) if any(drawn) else ""
+
+
+def _frontier(history: list[dict[str, Any]], name: str) -> str:
+    logged = [(line.get("objective/kl"), line.get(name)) for line in history]
     points = [(kl, score) for kl, score in logged if kl is not None and score is not None]
     if not points:
         return ""
+    what = escape("score" if name == "objective/scores" else name)
     costs, scores = zip(*points, strict=True)
     scale = _Scale(min(costs), max(costs), min(scores), max(scores))
     marks = "".join(
         f'<circle class="held-out" cx="{scale.x(kl):.1f}" cy="{scale.y(score):.1f}" r="3.5"><title>update {number}: '
-        f"KL {kl:.2f}, score {score:.3f}</title></circle>"
+        f"KL {kl:.2f}, {what} {score:.3f}</title></circle>"
         for number, (kl, score) in enumerate(points, start=1)
     )
     return (
-        f'<h2>Score by KL</h2><figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="Mean score by KL from the reference over {len(points)} updates">{_axes(scale)}'
-        f"{_curve('training', list(points), scale)}{marks}</svg><figcaption>mean score of an update's completions, by "
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="Mean {what} by KL from the reference over {len(points)} updates">{_axes(scale)}'
+        f"{_curve('training', list(points), scale)}{marks}</svg><figcaption>mean {what} of an update's completions, by "
         f"their KL from the reference (nats a completion)</figcaption></figure>"
     )
 

@@ -168,3 +168,14 @@ def test_the_score_of_each_ppo_update_is_drawn_by_its_kl() -> None:
     assert drawn.count("<circle") == 3
     assert "update 2: KL 2.00, score 0.200" in drawn
     assert reward_frontier([{"step": 1, "loss": 0.5}]) == ""
+
+
+def test_with_2_rewards_each_has_a_curve_of_its_own_so_that_a_fooled_one_shows() -> None:
+    history = [
+        {"objective/kl": float(n), "objective/scores": n / 10, "reward/judge": n / 10, "reward/task": 1 - n / 10}
+        for n in range(1, 4)
+    ]
+    drawn = reward_frontier(history)
+    assert drawn.count("<figure>") == 3
+    assert "update 3: KL 3.00, reward/judge 0.300" in drawn
+    assert "update 3: KL 3.00, reward/task 0.700" in drawn

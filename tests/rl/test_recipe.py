@@ -46,6 +46,9 @@ def test_the_report_has_the_tasks_score_before_and_after_on_4_held_out_problems(
     assert metric["n"] == 4
     assert len(report["samples"]) == 4
     assert report["reload_max_logit_difference"] < 1e-4
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert report["kl_spent"] == last["objective/kl"]
+    assert f"KL spent: {last['objective/kl']:.2f} nats a completion." in report["verdict"]
 
 
 def test_both_rewards_are_in_the_log_by_name(run: Path) -> None:
