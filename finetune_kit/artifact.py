@@ -45,7 +45,7 @@ import sys
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-folder, base, revision, attention, quantised, dtype, device, auto_class, probe = sys.argv[1:]
+folder, base, revision, trusted, attention, quantised, dtype, device, auto_class, probe = sys.argv[1:]
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 rewards = auto_class == "AutoModelForSequenceClassification"
 quantise = transformers.BitsAndBytesConfig
@@ -53,6 +53,7 @@ model = getattr(transformers, auto_class).from_pretrained(
     base,
     **({"num_labels": 1} if rewards else {}),
     revision=revision or None,
+    trust_remote_code=trusted == "True",
     attn_implementation=attention or None,
     quantization_config=quantise.from_dict(json.loads(quantised)) if quantised else None,
     dtype=getattr(torch, dtype),
@@ -189,7 +190,15 @@ def reload_logits(
     from safetensors.torch import load_file, save_file
 
     weights = str(dtype).removeprefix("torch.")
-    same = (model.revision or "", model.attn_implementation or "", quantised, weights, str(device), kind)
+    same = (
+        model.revision or "",
+        str(model.trust_remote_code),
+        model.attn_implementation or "",
+        quantised,
+        weights,
+        str(device),
+        kind,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "probe.safetensors"
         save_file({"ids": torch.tensor([probe])}, path)

@@ -21,6 +21,7 @@ from finetune_kit import recipe as recipes
 from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, leaves, resolve
 from finetune_kit.errors import FinetuneKitError, NumericsError, ResourceError, SettingsError
+from finetune_kit.floors import check_floors
 
 app = typer.Typer(
     help="From a base model to an aligned one, with proof that it got better.",
@@ -68,6 +69,7 @@ def _say_error(message: str, fix: str) -> None:
 
 
 def _read(word: str, config_file: Path | None, words: list[str] | None) -> tuple[recipes.Recipe, RecipeConfig]:
+    check_floors()
     recipe = recipes.load(word)
     if recipe.settings and config_file:
         raise SettingsError(f"{word} and --config {config_file} are both settings files.", "Give one of them.")
@@ -421,6 +423,26 @@ def merge(
     for said in (verdict_of(results), *results["notes"]):
         out.print(said, markup=False)
     out.print(f"The model is in {target}; train it further with model.name_or_path={target}", markup=False)
+
+
+@app.command()
+def diff(
+    one: Annotated[Path, typer.Argument(metavar="A", help="A run's folder.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The same as data.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Name what differs between two runs.
+
+    Settings with where each came from, data, versions, results.
+    """
+    from finetune_kit.difference import difference, print_difference
+
+    found = difference(one, other)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        print_difference(found, out)
 
 
 @app.command()

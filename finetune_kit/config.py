@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from finetune_kit import values
-from finetune_kit.errors import SettingsError
+from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.names import SHOW, find_name
 
 
@@ -41,6 +42,9 @@ def section(cls: type, **defaults: Any) -> Any:
 class ModelConfig:
     name_or_path: str = setting("smollm2-135m", "Hub id, local folder, or the embedded default smollm2-135m")
     revision: str | None = setting(None, "commit, tag or branch of the Hub model")
+    trust_remote_code: bool = setting(
+        False, "run Python code that comes with the Hub model; only on the command line, with its commit as revision"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "weights' type; auto: bfloat16 on a GPU that has it, float32 elsewhere"
     )
@@ -163,6 +167,9 @@ class HubConfig:
     )
 
 
+COMMAND_LINE = "command line"  # the origin of what was typed
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "lora": LoraConfig,
@@ -252,7 +259,8 @@ def resolve(
 
 
 def check(config: RecipeConfig) -> None:
-    """Raises SettingsError for a number out of range, a name unknown to transformers, a setting that cannot act."""
+    """Raises SettingsError for a number out of range, a name unknown to transformers, a setting that cannot act;
+    SecurityError for a setting that would run a stranger's code, or holds a token."""
     for leaf in leaves(config):
         for number in leaf.value if isinstance(leaf.value, list) else [leaf.value]:
             if leaf.within and number is not None and not _inside(number, leaf.within):
@@ -279,7 +287,55 @@ def check(config: RecipeConfig) -> None:
             )
     for name in ("lr_scheduler_type", "optim"):
         _check_name(name, getattr(train, name), _named(config, f"train.{name}"))
+    _check_code(config)
+    _check_output_dir(config)
     _check_hub(config)
+
+
+def _check_code(config: RecipeConfig) -> None:
+    """Raises SecurityError where settings would run a stranger's code, or hold a secret that run.yaml would show."""
+    model = config.model
+    if model.trust_remote_code and config.origins.get("model.trust_remote_code") != COMMAND_LINE:
+        raise SecurityError(
+            f"{_named(config, 'model.trust_remote_code')}: whoever runs it must say so, not a file.",
+            "Give it on the command line if you have read that code: model.trust_remote_code=true",
+        )
+    if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
+        raise SecurityError(
+            f"{_named(config, 'model.trust_remote_code')}: model.revision is {model.revision or 'unset'}; "
+            "expected the 40 digits of a commit, so that the code is the code you have read.",
+            "Copy it from the model's page: model.revision=<commit>",
+        )
+    kernel = model.attn_implementation or ""
+    if "/" in kernel and config.origins.get("model.attn_implementation") != COMMAND_LINE:
+        raise SecurityError(
+            f"{_named(config, 'model.attn_implementation')}: {kernel} would be fetched from the Hub and run as code.",
+            f"Give it on the command line if you trust it: model.attn_implementation={kernel}",
+        )
+    for leaf in leaves(config):
+        if _TOKEN.search(str(leaf.value)):  # the message must not hold it
+            raise SecurityError(
+                f"{_named(config, leaf.key)} holds what looks like a token; it would stand in the run's files.",
+                "Take it out. The Hub's token is read from HF_TOKEN, or put away by: hf auth login",
+            )
+
+
+def _check_output_dir(config: RecipeConfig) -> None:
+    given = config.train.output_dir
+    if given is None:
+        return
+    found = f"{_named(config, 'train.output_dir')}: {given!r}"
+    if not given.isprintable():
+        raise SettingsError(
+            f"{found} has characters that cannot be printed.", "Write a plain name: output_dir=runs/mine"
+        )
+    inside = os.path.normpath(given)
+    if inside == "." or not given.strip():
+        raise SettingsError(f"{found} is the folder you are in; expected one of the run's own.", "output_dir=runs/mine")
+    if Path(inside).parts[0] == "..":
+        raise SettingsError(
+            f"{found} leads out of the folder you are in.", f"If it is meant: output_dir={Path(given).resolve()}"
+        )
 
 
 def _check_hub(config: RecipeConfig) -> None:
@@ -362,7 +418,7 @@ def _read_word(word: str, recipe: str) -> tuple[str, values.Node, str]:
     key, equals, text = word.partition("=")
     if not equals:
         raise SettingsError(f"'{word}' is not a setting: expected key=value.", f"See: {SHOW} {recipe}")
-    return key.strip(), values.read_word(text, "command line"), "command line"
+    return key.strip(), values.read_word(text, COMMAND_LINE), COMMAND_LINE
 
 
 def _find(written: str, known: dict[str, Leaf], recipe: str, origin: str) -> tuple[Leaf, str]:

@@ -17,19 +17,15 @@ from rich.table import Table
 from finetune_kit import recipe as recipes
 from finetune_kit.config import resolve
 from finetune_kit.errors import FinetuneKitError
+from finetune_kit.floors import reason
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
-# Why a version below the lowest one in pyproject.toml is not safe to use, or not enough.
+# Why a version below the lowest one in pyproject.toml is not enough; for one that is not safe: floors.py.
 REASONS = {
-    "torch": "below 2.10 reading a checkpoint corrupts memory, CVE-2026-24747",
-    "transformers": "below 5.3 a model's config.json runs code, CVE-2026-4372",
-    "datasets": "below 5.2 a data set runs code, CVE-2026-57845",
-    "accelerate": "below 1.15 a model's index reads outside its folder, CVE-2026-69112",
-    "jinja2": "below 3.1.6 a chat template leaves its sandbox, CVE-2025-27516",
     "trl": "the recipes are written for its trainers' arguments",
     "peft": "the recipes are written for its adapters' format",
 }
@@ -67,10 +63,9 @@ def _versions(out: Console) -> list[str]:
             problems.append(f"{name} is not installed. Run: pip install '{requirement}'")
         else:
             if not requirement.specifier.contains(number, prereleases=True):
-                reason = f" ({REASONS[name]})" if name in REASONS else ""
-                problems.append(
-                    f"{name} {number} is not {requirement.specifier}{reason}. Run: pip install '{requirement}'"
-                )
+                why = reason(name) or REASONS.get(name, "")
+                said = f"{name} {number} is not {requirement.specifier}{f' ({why})' if why else ''}."
+                problems.append(f"{said} Run: pip install '{requirement}'")
         table.add_row(f"  {name}", number, str(requirement.specifier))
     out.print(f"[bold]Versions[/] on Python {platform.python_version()}")
     out.print(table)

@@ -9,17 +9,19 @@ from typing import Any
 
 from finetune_kit import recipe as recipes
 from finetune_kit.artifact import is_here
-from finetune_kit.config import ModelConfig, RecipeConfig, leaves, recipe_of_yaml, resolve
+from finetune_kit.config import COMMAND_LINE, ModelConfig, RecipeConfig, leaves, recipe_of_yaml, resolve
 from finetune_kit.data.load import load_data
 from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.evaluation.compare import Report, compare
 from finetune_kit.evaluation.compare import measure as measure_model
 from finetune_kit.evaluation.rewards import compare_rewards, measure_rewards
+from finetune_kit.floors import check_floors
 from finetune_kit.model.adapters import as_started, detach
 from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer
 from finetune_kit.training.progress import telling
 
+OF_ITS_BASE = ("model.name_or_path", "model.trust_remote_code")  # what may be said of it again
 BASE = "base"  # its column among the adapters
 
 
@@ -47,6 +49,7 @@ class FinishedRun:
 
 def open_run(folder: Path, words: list[str]) -> FinishedRun:
     """Read a run's settings. Raises SettingsError where the folder is no finished run."""
+    check_floors()
     if not (folder / "run.yaml").is_file():
         raise SettingsError(
             f"{folder} is no run's folder: it has no run.yaml.", "A run is made by: python -m finetune_kit run RECIPE"
@@ -54,7 +57,7 @@ def open_run(folder: Path, words: list[str]) -> FinishedRun:
     if not any(folder.glob("*.safetensors")):
         raise SettingsError(f"{folder} is a run that has not finished: it holds no weights.")
     for word in words:
-        if word.split(".")[0] not in ("data", "evaluate") and not word.startswith("model.name_or_path="):
+        if word.split(".")[0] not in ("data", "evaluate") and word.split("=")[0] not in OF_ITS_BASE:
             raise SettingsError(
                 f"{word} has no effect on a finished run.",
                 "Only data.… and evaluate.… settings act here, and model.name_or_path where its base has moved.",
@@ -62,15 +65,15 @@ def open_run(folder: Path, words: list[str]) -> FinishedRun:
     _refuse_its_code(folder)
     recipe = recipes.load(str(folder / "run.yaml"))
     config = resolve(recipe.config_class, recipe.word, recipe.settings, words)
-    if config.origins.get("data.path") == "command line":
+    if config.origins.get("data.path") == COMMAND_LINE:
         # the rows to measure on; the rows trained on stay known, so that an overlap is found
         trained = resolve(recipe.config_class, recipe.word, recipe.settings)
         if not isinstance(config.data.path, str):
             raise SettingsError("data.path: expected one path to measure on, found a list.")
-        if config.origins.get("data.held_out_path") == "command line":
+        if config.origins.get("data.held_out_path") == COMMAND_LINE:
             raise SettingsError("data.path and data.held_out_path are both rows to measure on.", "Give one of them.")
         config.data.held_out_path, config.data.path = config.data.path, trained.data.path
-        if config.origins.get("data.held_out_size") != "command line":
+        if config.origins.get("data.held_out_size") != COMMAND_LINE:
             config.data.held_out_size = None  # it was the size of the run's own held-out rows
         here = _those_here(config.data.path)
         unseen = [path for path in _listed(config.data.path) if path not in here]
@@ -121,7 +124,7 @@ def _refuse_its_code(folder: Path) -> None:
 def _refuse_its_metrics(run: FinishedRun) -> None:
     """The same for metric scripts: whoever measures a run names them."""
     named = run.config.evaluate.hub_metrics
-    if named and run.config.origins.get("evaluate.hub_metrics") != "command line":
+    if named and run.config.origins.get("evaluate.hub_metrics") != COMMAND_LINE:
         raise SecurityError(
             f"{run.folder / 'run.yaml'} names metric scripts that would be fetched and run: {', '.join(named)}.",
             f"Say that you trust them: evaluate.hub_metrics=[{','.join(named)}], or leave them out: "

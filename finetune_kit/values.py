@@ -57,6 +57,12 @@ def read_file(path: Path) -> Node | None:
         raise SettingsError(f"{path}: not UTF-8 (byte {error.start}).") from None
 
 
+def load_file(path: Path) -> dict[str, Any]:
+    """The values of a YAML file that holds a mapping, as YAML means them. Raises as `read_file` and `pairs` do."""
+    root = read_file(path)
+    return {} if root is None else {name: _any(value, str(path)) for name, value, _ in pairs(root, str(path))}
+
+
 def read_word(text: str, where: str) -> Node:
     """What stands behind `key=`: a list, a dict or quoted text as in YAML; all else is one plain text or number."""
     text = text.strip()

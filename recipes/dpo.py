@@ -47,7 +47,7 @@ class Config(RecipeConfig):
     kind: ClassVar[str] = "preference"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-5, warmup_steps=0.1)
-    beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, inf)")
+    beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, 10]")
     loss_type: list[str] = setting(["sigmoid"], "loss by TRL's name, or several added up: sigmoid, ipo, hinge, sft, …")
     loss_weights: list[float] = setting([], "of several losses; unset: 1 each", within="[0, inf)")
     label_smoothing: float = setting(

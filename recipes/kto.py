@@ -45,9 +45,9 @@ class Config(RecipeConfig):
     kind: ClassVar[str] = "labelled_completion"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-5, warmup_steps=0.1, per_device_train_batch_size=16)
-    beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, inf)")
-    desirable_weight: float = setting(1.0, "weight of the liked answers", within="(0, inf)")
-    undesirable_weight: float = setting(1.0, "weight of the others", within="(0, inf)")
+    beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, 10]")
+    desirable_weight: float = setting(1.0, "weight of the liked answers", within="(0, 10]")
+    undesirable_weight: float = setting(1.0, "weight of the others", within="(0, 10]")
 
 
 def run(config: Config) -> Artifact:

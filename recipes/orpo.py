@@ -44,7 +44,7 @@ class Config(RecipeConfig):
     kind: ClassVar[str] = "preference"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-4, warmup_steps=0.05)
-    beta: float = setting(0.1, "weight of the odds ratio (the paper's lambda)", within="(0, inf)")
+    beta: float = setting(0.1, "weight of the odds ratio (the paper's lambda)", within="(0, 10]")
 
 
 def run(config: Config) -> Artifact:

@@ -2,12 +2,16 @@
 nothing half-written. All of it is refused before a weight is loaded."""
 
 import json
+import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from finetune_kit import network
+from finetune_kit.data import files
 from finetune_kit.model import load
 from tests.fixtures_cli import Said, cli
 
@@ -63,10 +67,32 @@ def mistakes(said: Said, code: int, *texts: str) -> None:
         ("early_stopping_patience=2", ["has no effect without held-out losses on the way", "Add train.eval_steps=20"]),
         ("optim=adamw_torc", ["'adamw_torc' is not known to transformers.", "Did you mean adamw_torch,"]),
         ("learning_rate", ["'learning_rate' is not a setting: expected key=value."]),
+        ("learning_rate=1e30", ["expected a number in [0, 1], found 1e+30."]),
+        ("output_dir=../../x; rm -rf ~", ["leads out of the folder you are in", "If it is meant: output_dir=/"]),
+        ("output_dir=runs/\x1b[2J", ["has characters that cannot be printed"]),
+        ("output_dir=.", ["is the folder you are in"]),
     ],
 )
 def test_a_setting_that_cannot_be_ends_with_code_2(word: str, texts: list[str]) -> None:
     mistakes(run(word), 2, *texts)
+
+
+@pytest.mark.parametrize("beta", ["0", "-0.1", "10.1"])
+@pytest.mark.parametrize("recipe", ["dpo", "kto", "orpo"])
+def test_a_beta_outside_of_0_to_10_ends_with_code_2(recipe: str, beta: str) -> None:
+    mistakes(run(f"beta={beta}", recipe=recipe), 2, f"beta (command line): expected a number in (0, 10], found {beta}.")
+
+
+def test_a_token_among_the_settings_ends_with_code_6_and_is_not_repeated(folder: Path) -> None:
+    token = "hf_" + "Ab1" * 12
+    for word in (f"train.extra.hub_token={token}", f"chat_template_kwargs={{key: {token}}}", f"model.revision={token}"):
+        said = run(word)
+        mistakes(said, 6, "holds what looks like a token", "HF_TOKEN")
+        assert token not in said.err
+    (folder / "mine.yaml").write_text(f"recipe: lora_sft\ntrain: {{extra: {{hub_token: {token}}}}}\n")
+    said = cli("run", "mine.yaml")
+    mistakes(said, 6, "train.extra (mine.yaml:2) holds what looks like a token")
+    assert token not in said.err
 
 
 def test_a_setting_without_effect_in_this_recipe_ends_with_code_2() -> None:
@@ -111,6 +137,11 @@ def test_an_unknown_recipe_ends_with_code_2() -> None:
         (ROWS + '{"prompt": "1 + 1 =", "completion": 2', ["rows.jsonl:9:", "broken JSON"]),
         (ROWS + "{'prompt': '1'}", ["rows.jsonl:9:2: broken JSON"]),
         (ROWS + '{"prompt": NaN, "completion": "2"}', ["rows.jsonl:9: NaN is not JSON."]),
+        (ROWS + '{"prompt": "1", "prompt": "2", "completion": "2"}', ["rows.jsonl:9: 'prompt' is written twice"]),
+        (ROWS + '{"prompt": "1", "completion": "\\ud83d"}', ["rows.jsonl:9: completion: character 1 is U+D83D"]),
+        (ROWS + '{"prompt": "1", "completion": "a\\u0000b"}', ["rows.jsonl:9: completion: character 2 is U+0000"]),
+        ('{"text": null}\n{"text": null}', ["rows.jsonl: all columns are empty in every row: text."]),
+        ('{"text": ""}\n' * 9, ["9 rows are too few, or too alike"]),
         (ROWS + "[1, 2]", ["rows.jsonl:9: a row is list; expected an object."]),
         (ROWS + '{"prompt": "1", "completion": null}', ["rows.jsonl:9: completion: content is null or missing"]),
         (
@@ -136,6 +167,73 @@ def test_rows_that_cannot_be_trained_end_with_code_3_and_their_line(
 ) -> None:
     (folder / "rows.jsonl").write_text(content, encoding="utf-8")
     mistakes(run("data.path=rows.jsonl"), 3, *texts)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")], ids=["BOM", "CRLF"]
+)
+def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake(change: Callable[[str], str], folder: Path) -> None:
+    (folder / "rows.jsonl").write_bytes(change(ROWS).encode())
+    said = cli("check", "lora_sft", "--json", "model.name_or_path=tiny", "data.path=rows.jsonl")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["rows"] == 7
+
+
+def test_a_line_of_more_than_64_mib_ends_with_code_3_and_is_not_read_to_its_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LARGEST_LINE", 2**20)
+    with (folder / "rows.jsonl").open("wb") as file:
+        file.truncate(2**40)  # a terabyte that takes no room on the disk
+    mistakes(run("data.path=rows.jsonl"), 3, "rows.jsonl:1: a line of more than 1 MiB.")
+
+
+def test_text_that_the_tokenizer_cannot_write_ends_with_code_3_and_the_share(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tiny" / "tokenizer.json").read_text())
+    for digit in "0123456789":
+        del tokenizer["model"]["vocab"][digit]
+    tokenizer["model"]["unk_token"] = "<|unk|>"
+    target = copied(folder, "model")
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    said = run("model.name_or_path=model")
+    mistakes(said, 3, "of the tokens are <|unk|>", "First: good.jsonl:", "model.name_or_path=")
+
+
+PAIR = '{"prompt": "1 + 1 =", "chosen": "%s", "rejected": "%s"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (
+            PAIR % ("2", "3") + '{"prompt": "1", "chosen": "2"}\n',
+            ["rows.jsonl:2: rejected: content is null or missing"],
+        ),
+        (PAIR % ("2", "2") + PAIR % ("3", "3"), ["2 × chosen and rejected are equal"]),
+        (PAIR % ("", "2") + PAIR % ("", "3"), ["2 × empty chosen"]),
+        (PAIR % ("2", "3") + PAIR % ("3", "2"), ["2 × contradictory: the same two answers preferred both ways round"]),
+    ],
+    ids=["rejected missing", "equal", "empty", "contradictory"],
+)
+def test_pairs_that_teach_nothing_end_with_code_3_and_their_number(
+    content: str, texts: list[str], folder: Path
+) -> None:
+    (folder / "rows.jsonl").write_text(content)
+    (folder / "held.jsonl").write_text(PAIR % ("held", "out"))
+    mistakes(run("data.path=rows.jsonl", "data.held_out_path=held.jsonl", recipe="dpo"), 3, *texts)
+
+
+def test_training_rows_that_are_all_held_out_too_end_with_code_3() -> None:
+    mistakes(run("data.held_out_path=good.jsonl"), 3, "8 of 8 train rows would be lost", "8 × also held out")
+
+
+def test_a_link_out_of_a_data_folder_ends_with_code_6_and_nothing_of_it_is_said(folder: Path) -> None:
+    (folder / "secret.txt").write_text("hunter2")
+    (folder / "theirs").mkdir()
+    (folder / "theirs" / "rows.txt").symlink_to(folder / "secret.txt")
+    said = run("data.path=theirs")
+    mistakes(said, 6, "theirs/rows.txt is a link to", "outside the data's folder")
+    assert "hunter2" not in said.err
 
 
 def test_bytes_that_are_no_utf8_end_with_code_3_and_their_line(folder: Path) -> None:
@@ -223,6 +321,216 @@ def test_weights_only_as_pickle_end_with_code_6_unread(name: str, folder: Path) 
 
 def test_a_model_folder_without_weights_ends_with_code_2(folder: Path) -> None:
     mistakes(run(model_folder(folder)), 2, "model holds no *.safetensors file.")
+
+
+def copied(folder: Path, name: str, **config: object) -> Path:
+    """The tiny model, whole, in a folder of its own with these settings in its config.json."""
+    target = folder / name
+    shutil.copytree(folder / "tiny", target)
+    settings = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**settings, **config}))
+    return target
+
+
+MARK = "open('ran', 'w').write('a stranger was here')\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "texts"),
+    [
+        (
+            {"model_type": "strange", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}},
+            6,
+            ["model can only be loaded by running code of its own", "model.trust_remote_code=true", "40 digits"],
+        ),
+        ({"_attn_implementation_internal": "evil/kernel"}, 6, ["asks for the attention kernel 'evil/kernel'"]),
+        ({"_attn_implementation": "evil/kernel"}, 6, ["would be fetched and run as code (_attn_implementation)"]),
+        ({"text_config": {"attn_implementation": "evil/kernel"}}, 6, ["would be fetched and run as code"]),
+        ({"model_type": "llama\nimport os"}, 2, ["model_type is 'llama\\nimport os'"]),
+        ({"model_type": "strange"}, 2, ["model.name_or_path=model cannot be loaded: ValueError"]),
+        ({"hidden_size": 10**7}, 2, ["at least 745,063 GiB in 16 bits", "Nothing was allocated."]),
+        ({"vocab_size": 10**12}, 2, ["at least 119,209 GiB in 16 bits"]),
+        ({"num_hidden_layers": 10**7}, 2, ["10,000,000 layers of width 64"]),
+        ({"hidden_size": -5}, 2, ["cannot be loaded", "hidden size (-5)"]),
+        ({"hidden_size": "many"}, 2, ["cannot be loaded", "expected int, got str"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_config_of_a_stranger_is_refused_before_anything_of_it_runs_or_is_allocated(
+    command: str, config: dict[str, object], code: int, texts: list[str], folder: Path
+) -> None:
+    (copied(folder, "model", **config) / "evil.py").write_text(MARK)
+    said = cli(command, "lora_sft", "model.name_or_path=model", "data.path=good.jsonl")
+    mistakes(said, code, *texts)
+    assert not (folder / "ran").exists()
+
+
+def test_a_tokenizer_with_code_of_its_own_ends_with_code_6_and_a_known_model_s_own_code_stays_unused(
+    folder: Path,
+) -> None:
+    target = copied(folder, "model", auto_map={"AutoModelForCausalLM": "evil.M"})
+    (target / "evil.py").write_text(MARK)
+    said = cli(
+        "check", "lora_sft", "model.name_or_path=model", "data.path=good.jsonl"
+    )  # a Llama, which transformers has
+    assert said.code == 0, said.err
+    settings = json.loads((target / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Strange", "auto_map": {"AutoTokenizer": ["evil.T", None]}}
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
+    mistakes(run("model.name_or_path=model"), 6, "running code of its own")
+    assert not (folder / "ran").exists()
+
+
+def test_trust_remote_code_needs_the_command_line_and_a_commit_of_40_digits(folder: Path) -> None:
+    trusting, pinned = "model.trust_remote_code=true", f"model.revision={'a1' * 20}"
+    mistakes(run(trusting), 6, "model.revision is unset; expected the 40 digits of a commit")
+    mistakes(run(trusting, "model.revision=main"), 6, "model.revision is main; expected the 40 digits")
+    mistakes(run(trusting, pinned), 2, "tiny is not from the Hub")
+    (folder / "mine.yaml").write_text(f"recipe: lora_sft\nmodel: {{trust_remote_code: true, revision: {'a1' * 20}}}\n")
+    mistakes(
+        cli("run", "mine.yaml"), 6, "model.trust_remote_code (mine.yaml:2): whoever runs it must say so, not a file"
+    )
+    (folder / "mine.yaml").write_text("recipe: lora_sft\nmodel: {attn_implementation: evil/kernel}\n")
+    mistakes(cli("run", "mine.yaml"), 6, "evil/kernel would be fetched from the Hub and run as code")
+
+
+def outside(model: Path, name: str) -> None:
+    """An index that names this file for every weight."""
+    from safetensors.torch import load_file
+
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").rename(model.parent / "outside.safetensors")
+    (model / "inside.safetensors").write_bytes((model.parent / "outside.safetensors").read_bytes())
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/outside.safetensors", "pytorch_model.bin"])
+def test_an_index_that_leads_out_of_the_model_s_folder_ends_with_code_6(name: str, folder: Path) -> None:
+    outside(copied(folder, "model"), name)
+    mistakes(run("model.name_or_path=model"), 6, f"names the weights file '{name}', which is no *.safetensors in the")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_a_link_a_fifo_or_a_folder_in_a_file_s_place_ends_with_code_6_and_does_not_hang(
+    name: str, kind: str, folder: Path
+) -> None:
+    target = copied(folder, "model")
+    (target / name).rename(folder / "elsewhere")
+    (target / "other.safetensors").write_bytes(b"")  # the folder still looks like a model's
+    make = {"link": lambda path: path.symlink_to(folder / "elsewhere"), "fifo": os.mkfifo, "folder": Path.mkdir}[kind]
+    make(target / name)
+    said = run("model.name_or_path=model")
+    if name == "config.json" and kind != "link":
+        mistakes(said, 2, "model.name_or_path=model is no model: it has no config.json.")
+    else:
+        mistakes(said, 6, f"model/{name} is ", "outside the model's folder" if kind == "link" else "no plain file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("config.json", "{", ["model/config.json cannot be read as JSON: Expecting property name"]),
+        ("config.json", "[1]", ["model/config.json: expected a JSON object, found list."]),
+        ("tokenizer.json", "{}", ["model.name_or_path=model cannot be loaded: KeyError"]),
+        ("model.safetensors", "x" * 100, ["model/model.safetensors is broken or cut off"]),
+        ("model.safetensors.index.json", '{"weight_map": []}', ["expected a weight_map of file names"]),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"a": "none.safetensors"}}',
+            ["names none.safetensors, which is not there."],
+        ),
+    ],
+)
+def test_a_broken_file_of_a_model_ends_with_code_2_and_its_name(
+    name: str, content: str, texts: list[str], folder: Path
+) -> None:
+    (copied(folder, "model") / name).write_text(content)
+    mistakes(run("model.name_or_path=model"), 2, *texts)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda weights, name: weights.pop(name),
+            "lacks 1 of its weights, such as model.layers.0.mlp.down_proj.weight",
+        ),
+        (
+            lambda weights, name: weights.update({name: weights[name][:-1].clone()}),
+            "the shapes in config.json are not those of its weights",
+        ),
+    ],
+    ids=["a weight is missing", "a weight has another shape"],
+)
+def test_weights_that_are_not_those_of_the_config_end_with_code_2(
+    change: Callable[[dict[str, object], str], None], text: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.undo()  # only loading can tell
+    monkeypatch.chdir(folder)
+    target = copied(folder, "model")
+    weights = load_file(target / "model.safetensors")
+    change(weights, "model.layers.0.mlp.down_proj.weight")
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    mistakes(run("model.name_or_path=model"), 2, text)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_ends_with_code_2(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    tokenizer = json.loads((folder / "tiny" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["word"] = 999
+    (copied(folder, "model") / "tokenizer.json").write_text(json.dumps(tokenizer))
+    mistakes(run("model.name_or_path=model"), 2, "embeddings for 261 tokens, its tokenizer has 1,000")
+
+
+# chat templates
+
+
+@pytest.mark.parametrize(
+    ("template", "code", "text"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", 6, "takes more than 0.25 s"),
+        ("{{ 'x' * 2000000 }}", 6, "characters for a conversation of"),
+        ("{{ 'x' * 5000000000 }}", 6, "takes more than 1 GiB"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", 3, "access to attribute '__class__'"),
+        ("{{ messages.__class__.__init__.__globals__ }}", 3, "unsafe"),
+        ("{{ raise_exception('no') }}", 3, "does not render a user turn and an answer: no"),
+        ("{% for %}", 3, "does not render a user turn and an answer"),
+    ],
+)
+def test_a_chat_template_that_runs_on_grows_or_breaks_out_is_refused(
+    template: str, code: int, text: str, folder: Path
+) -> None:
+    plain = (folder / "tiny" / "chat_template.jinja").read_text()
+    (copied(folder, "model") / "chat_template.jinja").write_text(template + plain)
+    mistakes(run("model.name_or_path=model"), code, "The model's chat template", text)
+
+
+def test_a_chat_template_that_only_runs_on_for_one_row_is_refused_at_that_row(folder: Path) -> None:
+    late = "{% if '7 + 7' in messages[-1]['content'] %}{{ 'x' * 2000000 }}{% endif %}"
+    plain = (folder / "tiny" / "chat_template.jinja").read_text()
+    (copied(folder, "model") / "chat_template.jinja").write_text(late + plain)
+    mistakes(run("model.name_or_path=model"), 6, "characters for a conversation of")
+
+
+# adapters
+
+
+def test_an_adapter_only_as_pickle_or_cut_off_is_refused_unread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
+    (folder / "adapter" / "adapter_model.bin").write_bytes(b"not read")
+    mistakes(run("lora.init_from=adapter"), 2, "no adapter there (adapter_config.json, adapter_model.safetensors)")
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut off")
+    mistakes(run("lora.init_from=adapter"), 2, "adapter/adapter_model.safetensors is broken or cut off")
 
 
 def test_a_revision_of_a_local_folder_has_no_effect() -> None:

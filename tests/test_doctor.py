@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 
 from finetune_kit import doctor
 from finetune_kit.errors import NumericsError
+from finetune_kit.floors import FLOORS
 from tests.fixtures_cli import cli
 
 
@@ -75,7 +76,10 @@ def test_a_tiny_run_that_fails_ends_with_5_and_what_it_said(monkeypatch: pytest.
 
 def test_every_reason_belongs_to_a_requirement_that_has_a_lowest_version() -> None:
     lowest = {name.name: str(name.specifier) for name in doctor._requirements()}
-    assert set(doctor.REASONS) <= set(lowest)
+    assert {*doctor.REASONS, *FLOORS} <= set(lowest)
+    for library, (floor, _) in FLOORS.items():
+        demanded = lowest[library].split(">=")[1].split(",")[0]
+        assert tuple(map(int, demanded.split("."))) >= floor
     assert all(">=" in bounds and "<" in bounds.replace(">=", "") for bounds in lowest.values()), lowest
     assert not {"pytest", "ruff"} & set(lowest)
     assert metadata.requires("finetune-kit")

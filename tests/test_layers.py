@@ -13,12 +13,12 @@ from tests.fixtures_cli import ROOT, python
 # lower may not import higher; modules of one level may import each other, but not in a circle
 LEVELS = (
     {"errors"},
-    {"values", "names"},
+    {"values", "names", "floors"},
     {"config", "ancestry", "recipe", "run_folder", "network"},
     {"data", "model", "generation", "rl.math"},
     {"training", "rl", "evaluation", "artifact", "hub"},
     {"recipes"},
-    {"prompt_file", "finished", "answering", "merge", "doctor"},
+    {"prompt_file", "finished", "answering", "merge", "doctor", "difference"},
     {"cli", "__main__"},
 )
 # the library: where it may be imported
@@ -44,6 +44,8 @@ HEAVY = (
     "pandas",
 )
 HEAVY_AT_START = (*HEAVY, "huggingface_hub", "rich.markdown", "rich.progress", "jinja2", "tokenizers", "requests")
+# the setting, which config.py takes from the command line alone, and its text in the process that loads a run again
+SAID_BY_THE_USER = ("False", "model.trust_remote_code", "trusted == 'True'")
 RUNS_STRANGERS_CODE = ("pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal")
 FILES = sorted([*(ROOT / "finetune_kit").rglob("*.py"), *(ROOT / "recipes").glob("*.py")])
 
@@ -168,12 +170,16 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
             for keyword in node.keywords:
                 if (
                     keyword.arg in ("shell", "trust_remote_code", "allow_pickle")
-                    and ast.unparse(keyword.value) != "False"
+                    and ast.unparse(keyword.value) not in SAID_BY_THE_USER
                 ):
                     yield f"{keyword.arg}={ast.unparse(keyword.value)}"
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == "trust_remote_code" and ast.unparse(value) != "False":
+                if (
+                    isinstance(key, ast.Constant)
+                    and key.value == "trust_remote_code"
+                    and ast.unparse(value) not in SAID_BY_THE_USER
+                ):
                     yield "trust_remote_code in a dict"
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\nimport " in node.value:
             yield from forbidden(ast.parse(node.value))  # a script for another process

@@ -19,7 +19,7 @@ from typing import Any
 from finetune_kit.config import DataConfig
 from finetune_kit.data.records import Message, PromptCompletion, Text
 from finetune_kit.data.template import Dialect, Note, adapt, added_tokens, bos_prefix, dialect_of, render, silent
-from finetune_kit.errors import DataError
+from finetune_kit.errors import DataError, SecurityError
 
 IGNORED = -100  # a label that no loss counts
 
@@ -136,6 +136,8 @@ def _trained_turns(messages: list[Message], train_on: str) -> list[int]:
 def _render(tokenizer: Any, messages: list[Message], tools: Any, kwargs: Any, generation: bool, where: str) -> str:
     try:
         return render(tokenizer, messages, tools, kwargs, generation)
+    except SecurityError:
+        raise
     except Exception as error:  # the template is a program that came with the model: its words are the message
         raise DataError(
             f"{where}: the model's chat template refuses this conversation: {error}",

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune_kit.errors import DataError
+from finetune_kit.errors import DataError, SecurityError
 
 Row = dict[str, Any]
 Numbered = list[tuple[int, Row]]  # (1-based number people find the row by, row)
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 LONGEST_TEXT_RUN = 4096  # characters
+LARGEST_LINE = 64 * 2**20  # bytes of one JSONL row
 _HELD_OUT_NAME = re.compile(r"(?:^|[^a-z])(?:test|valid|validation|val|eval|evaluation|dev|held_?out)(?:[^a-z]|$)")
 _BESIDES = re.compile(r"^(?:readme|licen[cs]e|requirements|notice)", re.IGNORECASE)
 
@@ -25,11 +26,13 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
     A name with `train` in it is for training; test, valid, val, eval, dev or held_out as a word of it is held out.
     """
+    home = folder.resolve()
     files = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in DATA_SUFFIXES
         and path.is_file()
+        and _inside(path, home)
         and not _BESIDES.match(path.name)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
@@ -41,11 +44,26 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return train, held
 
 
+def _inside(path: Path, home: Path) -> bool:
+    """True; SecurityError for a link that leads out of the folder: whoever made the folder chose what is read."""
+    target = path.resolve()
+    if target.is_relative_to(home):
+        return True
+    raise SecurityError(
+        f"{path} is a link to {target}, outside the data's folder.",
+        f"Put the file itself there, or name it: data.path={target}",
+    )
+
+
 def read_jsonl(path: Path) -> Numbered:
     """One object a line; blank lines are passed over. Raises DataError with line and column."""
     rows = []
     with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
+        for number, raw in enumerate(iter(lambda: lines.readline(LARGEST_LINE + 1), b""), start=1):
+            if len(raw) > LARGEST_LINE:
+                raise DataError(
+                    f"{path}:{number}: a line of more than {LARGEST_LINE >> 20} MiB.", "Each row is a line of its own."
+                )
             text = _decode(raw, path, number)
             if text.strip():
                 rows.append((number, _object(_parse(text.rstrip("\r\n"), path, number), f"{path}:{number}")))
@@ -59,7 +77,7 @@ def read_json(path: Path) -> Numbered:
     if not text.strip():
         return []
     try:
-        content = json.loads(text, parse_constant=_no_constant)
+        content = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return read_jsonl(path)
@@ -67,6 +85,8 @@ def read_json(path: Path) -> Numbered:
     except _ConstantError as error:
         line = next((n for n, row in enumerate(text.split("\n"), start=1) if str(error) in row), 1)
         raise DataError(f"{path}:{line}: {error} is not JSON.", _NUMBER) from None
+    except _TwiceError as error:
+        raise DataError(f"{path}: '{error}' is written twice in one object.", _TWICE) from None
     except RecursionError:
         raise DataError(f"{path}: JSON nested too deeply.") from None
     if isinstance(content, dict):
@@ -126,6 +146,38 @@ def read_txt(path: Path) -> list[tuple[int, str, bool]]:
     return [*runs, (begin, gathered, True)] if gathered else runs
 
 
+def check_text(row: Row, where: str) -> None:
+    """Raises DataError for a character that is none in any text of a row: NUL, or half of a surrogate pair."""
+    for path, text in _texts(row):
+        bad = "\0" if "\0" in text else _surrogate(text)
+        if bad:
+            raise DataError(
+                f"{where}: {path}: character {text.index(bad) + 1} is U+{ord(bad):04X}, which is no text.",
+                "Take it out: it comes from broken bytes or from an emoji that was cut in half.",
+            )
+
+
+def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts(item, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list):
+        for number, item in enumerate(value, start=1):
+            yield from _texts(item, f"{path}[{number}]")
+
+
+def _surrogate(text: str) -> str:
+    if text.isascii():
+        return ""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return ""
+
+
 READERS: dict[str, Callable[[Path], Numbered]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
@@ -137,8 +189,23 @@ _MEND = "Mend the line; each row is one JSON object with double quotes."
 _NUMBER = "Write null, or take the value out: JSON has no NaN and no Infinity."
 
 
+_TWICE = "Keep one of them: which one counts differs from reader to reader."
+
+
 class _ConstantError(Exception):
     pass
+
+
+class _TwiceError(Exception):
+    pass
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return row
 
 
 def _no_constant(name: str) -> Iterator[None]:
@@ -159,11 +226,13 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
 
 def _parse(text: str, path: Path, line: int) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{line}:{error.colno}: broken JSON: {error.msg}.", _MEND) from None
     except _ConstantError as error:
         raise DataError(f"{path}:{line}: {error} is not JSON.", _NUMBER) from None
+    except _TwiceError as error:
+        raise DataError(f"{path}:{line}: '{error}' is written twice in one object.", _TWICE) from None
     except RecursionError:
         raise DataError(f"{path}:{line}: JSON nested too deeply.") from None
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from finetune_kit.config import DataConfig
 from finetune_kit.data import tasks
 from finetune_kit.data.chat import end_token_ids
-from finetune_kit.data.files import DATA_SUFFIXES, READERS, Numbered, Row, data_files, read_txt
+from finetune_kit.data.files import DATA_SUFFIXES, READERS, Numbered, Row, check_text, data_files, read_txt
 from finetune_kit.data.formats import as_kind, check_columns, recognise, rename
 from finetune_kit.data.ledger import Ledger, fingerprint_of
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
 from finetune_kit.data.split import drop_overlap, held_out_count, mix, sample, split_off
 from finetune_kit.data.template import prepare_tokenizer
-from finetune_kit.data.tokenise import labelled, mark_contradictions, pairs, prompts, supervised
+from finetune_kit.data.tokenise import Tokens, labelled, mark_contradictions, pairs, prompts, supervised
 from finetune_kit.errors import DataError, ResourceError, SettingsError
 from finetune_kit.network import hub_reachable
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import datasets
 
 HELD_OUT_TASK_ROWS = 128
+MOST_UNKNOWN = 0.05  # share of the tokens
 TASK_ROWS = 256
 FEW = 20  # held-out rows: the 95 % interval of a share is then about +-20 points wide
 BUILDERS = {
@@ -100,6 +101,7 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
         raise DataError(
             f"data.path={_shown(config)}: no training row is left.", "See data.max_lost and the rows themselves."
         )
+    _check_known(tokenizer, trained, config)
     _warn(config, kind, ledger)
     ends = end_token_ids(tokenizer, config.chat_template_kwargs)
     return Data(
@@ -127,6 +129,25 @@ def _check_acts(config: DataConfig) -> None:
     for name, given in (("name", config.name), ("split", config.split), ("revision", config.revision)):
         if given != getattr(DataConfig, name):
             raise SettingsError(f"data.{name}={given} has no effect: no path is a Hub data set.", "Leave it out.")
+
+
+def _check_known(tokenizer: Any, tokens: Tokens, config: DataConfig) -> None:
+    """Raises DataError where more than MOST_UNKNOWN of the tokens are the tokenizer's word for what it cannot write."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        return
+    columns = [column for name, column in tokens.columns.items() if name.endswith("_ids")]
+    counts = [
+        (sum(int((ids == unknown).sum()) for ids in row), sum(map(len, row))) for row in zip(*columns, strict=True)
+    ]
+    found, total = (sum(numbers) for numbers in zip(*counts, strict=True)) if counts else (0, 0)
+    if found > MOST_UNKNOWN * total:
+        first = next(row for row, (count, _) in zip(tokens.columns["row"], counts, strict=True) if count)
+        raise DataError(
+            f"data.path={_shown(config)}: {found / total:.0%} of the tokens are {tokenizer.unk_token}: the model's "
+            f"tokenizer cannot write this text. First: {tokens.records[first].where}.",
+            "Take a model whose tokenizer knows the language or the characters: model.name_or_path=…",
+        )
 
 
 def _warn(config: DataConfig, kind: str, ledger: Ledger) -> None:
@@ -249,9 +270,14 @@ def _read_file(path: Path, config: DataConfig, kind: str) -> list[Record]:
 def _records(rows: Numbered, name: str, config: DataConfig, kind: str) -> list[Record]:
     if not rows:
         raise DataError(f"{name}: no rows.", "Give a file with rows in it.")
+    for number, row in rows:
+        check_text(row, f"{name}:{number}")
     check_columns(config.columns, {column for _, row in rows for column in row}, name)
     named = [(number, rename(row, config.columns)) for number, row in rows]
     columns = {column for _, row in named for column, value in row.items() if value is not None}
+    if not columns:
+        empty = ", ".join(sorted({column for _, row in named for column in row})) or "none"
+        raise DataError(f"{name}: all columns are empty in every row: {empty}.", "Give a file with rows in it.")
     complete = [(number, {column: row.get(column) for column in columns}) for number, row in named]
     found = recognise(columns, complete[0][1], kind, name)
     if config.pairs == "all" and not found.ranked:

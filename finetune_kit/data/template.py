@@ -7,15 +7,26 @@ tool calls and tool results come out at all; what would vanish is written as tex
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from finetune_kit.data.records import Message
-from finetune_kit.errors import DataError
+from finetune_kit.errors import DataError, SecurityError
 
 Note = Callable[[str], None]
+
+# What one conversation may take: a template is a program that came with the model.
+MOST_SECONDS = 0.25  # of computing, and as much again for each million characters of the conversation
+MOST_CHARACTERS = 10**6  # more than 8 times the conversation's own
+MOST_BYTES = 2**30
+STATM = Path("/proc/self/statm")
 
 # Set on a tokenizer that has none. The end token after each answer is what generation stops at.
 FALLBACK_TEMPLATE = (
@@ -58,13 +69,66 @@ def render(
     kwargs: dict[str, Any] | None = None,
     generation: bool = False,
 ) -> str:
-    """The template's text of a conversation as it stands; raises whatever the template raises."""
+    """The template's text of a conversation as it stands; raises whatever the template raises, and SecurityError where
+    it takes longer or writes more than any template has to."""
     plain = [{name: value for name, value in message.items() if name not in ("train", "plain")} for message in messages]
-    return str(
-        tokenizer.apply_chat_template(
-            plain, tools=tools or None, tokenize=False, add_generation_prompt=generation, **(kwargs or {})
+    given = len(str(plain)) + len(str(tools or ""))
+    with _within(MOST_SECONDS * (1 + given / MOST_CHARACTERS)):
+        text = str(
+            tokenizer.apply_chat_template(
+                plain, tools=tools or None, tokenize=False, add_generation_prompt=generation, **(kwargs or {})
+            )
         )
+    if len(text) > MOST_CHARACTERS + 8 * given:
+        raise _refused(f"writes {len(text):,} characters for a conversation of {given:,}")
+    return text
+
+
+def _refused(what: str) -> SecurityError:
+    return SecurityError(
+        f"The model's chat template {what}.",
+        "Take another model: model.name_or_path=…, or give its tokenizer another chat_template.",
     )
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Ends what runs inside with SecurityError after so many seconds of computing, or 1 GiB of memory.
+
+    Time is kept in the main thread alone, where signals arrive; memory where the system counts it (Linux).
+    """
+
+    def late(*_: Any) -> None:
+        raise _refused(f"takes more than {seconds:.2f} s for one conversation")
+
+    timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGVTALRM, late) if timed else None
+    room = _more_memory(MOST_BYTES)
+    try:
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        yield
+    except (MemoryError, OverflowError):
+        raise _refused(f"takes more than {MOST_BYTES >> 30} GiB for one conversation") from None
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
+        if room is not None:
+            resource.setrlimit(resource.RLIMIT_AS, room)
+
+
+def _more_memory(size: int) -> tuple[int, int] | None:
+    """Let this process grow by `size` bytes and no more; returns the limits from before, None where that cannot be."""
+    try:
+        pages = int(STATM.read_text().split()[0])
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = pages * resource.getpagesize() + size
+        if soft == resource.RLIM_INFINITY or limit < soft:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        return soft, hard
+    except (OSError, ValueError):
+        return None
 
 
 def added_tokens(tokenizer: Any) -> dict[str, int]:
@@ -87,6 +151,8 @@ def _probe(tokenizer: Any, template: str, eos: str, kwargs_json: str) -> Dialect
         """The rendering if all `words` come out in it, else ""."""
         try:
             text = render(tokenizer, messages, tools, kwargs)
+        except SecurityError:
+            raise
         except Exception:  # a template is somebody else's program and may raise anything; it means "cannot"
             return ""
         return text if all(word in text for word in words) else ""
@@ -147,6 +213,8 @@ def _complaint(tokenizer: Any, kwargs: dict[str, Any]) -> str:
     probe = [{"role": "user", "content": "ProbeQuestion"}, {"role": "assistant", "content": "ProbeAnswer"}]
     try:
         render(tokenizer, probe, None, kwargs)
+    except SecurityError:
+        raise
     except Exception as error:  # as above: the template's own words, whatever they are
         return str(error)
     return "the words do not come out."

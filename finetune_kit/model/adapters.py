@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import LoraConfig
 from finetune_kit.errors import SettingsError
+from finetune_kit.model.folder import check_files, check_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -131,6 +132,8 @@ def adopt(lora: LoraConfig) -> Path:
             f"lora.init_from={lora.init_from}: no adapter there (adapter_config.json, adapter_model.safetensors).",
             "Name the folder of a finished lora_sft or qlora_sft run.",
         )
+    check_files(folder)
+    check_weights(folder / "adapter_model.safetensors")
     saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
         asked, default, has = getattr(lora, name), getattr(LoraConfig(), name), saved[name]
@@ -193,6 +196,8 @@ def load_adapter(model: Any, folder: str) -> PeftModel:
     import peft
     from safetensors import safe_open
 
+    check_files(Path(folder))
+    check_weights(Path(folder) / "adapter_model.safetensors")
     try:
         adapted = peft.PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import LoraConfig, ModelConfig
-from finetune_kit.errors import ResourceError, SecurityError, SettingsError
+from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
 from finetune_kit.model import adapters, fourbit
 from finetune_kit.model.embedded import LICENSE as EMBEDDED_LICENSE
 from finetune_kit.model.embedded import NAME as EMBEDDED
 from finetune_kit.model.embedded import embedded_folder
+from finetune_kit.model.folder import check_files, check_model
 from finetune_kit.network import hub_reachable
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ITS_OWN = {"local_files_only": True, "trust_remote_code": False}  # a run's folder is never asked for code
+TRUST = "model.trust_remote_code=true model.revision=<its commit, 40 digits>, both on the command line"
 BASE_RECORD = "base.json"  # beside an adapter: which base it belongs to
 OFFLINE_DEFAULT = f"Without a network, the embedded default works: model.name_or_path={EMBEDDED}"
 
@@ -71,8 +74,10 @@ def load_tokenizer(model: ModelConfig, saved: Path | None = None, weights: bool 
     """
     from transformers import AutoTokenizer
 
+    if saved:
+        check_files(saved)
     with _said_plainly(model):
-        source = {"pretrained_model_name_or_path": saved, "local_files_only": True} if saved else _from(model, weights)
+        source = {"pretrained_model_name_or_path": saved, **ITS_OWN} if saved else _from(model, weights)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.eos_token is None:
         raise SettingsError(f"The tokenizer of {model.name_or_path} has no end token.", "Set eos_token in its config.")
@@ -134,6 +139,7 @@ def load_base(
     from transformers.utils.logging import disable_progress_bar
 
     quantised = {}
+    own_heads = ("score.",) if own else ("no head",)  # a new head is random
     if model.load_in_4bit:
         if trained_in_full:
             raise SettingsError("model.load_in_4bit: quantised weights cannot be trained.", "Run qlora_sft")
@@ -144,7 +150,8 @@ def load_base(
     disable_progress_bar()
     with _said_plainly(model):
         source = _from(model, weights=True)
-        base: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(
+        base: PreTrainedModel
+        base, loading = getattr(transformers, auto_class).from_pretrained(
             **source,
             **quantised,
             **own,
@@ -153,6 +160,13 @@ def load_base(
             attn_implementation=model.attn_implementation,
             device_map={"": device()},  # each tensor goes straight to its device: no second copy of the model
             use_safetensors=True,
+            output_loading_info=True,
+        )
+    # transformers fills them with random numbers and only warns
+    if missing := sorted(name for name in loading["missing_keys"] if not name.startswith(own_heads)):
+        raise SettingsError(
+            f"model.name_or_path={model.name_or_path} lacks {len(missing)} of its weights, such as {missing[0]}.",
+            "Get all of its files again.",
         )
     if model.load_in_4bit:
         fourbit.keep_exact(base)
@@ -256,6 +270,7 @@ def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: b
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(
             load_model_config(model),
+            trust_remote_code=model.trust_remote_code,
             dtype=weight_dtype(model, trained_in_full),
             attn_implementation=model.attn_implementation,
         )
@@ -280,11 +295,9 @@ def base_record(model: ModelConfig) -> dict[str, Any]:
 
 def _commit(model: ModelConfig) -> str | None:
     """The commit that a model of the Hub was loaded from, which is its folder's name in the cache."""
-    from huggingface_hub import try_to_load_from_cache
-
     name = resolve_name(model.name_or_path)
-    found = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json", revision=model.revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    found = None if Path(name).is_dir() else _cached_folder(name, model.revision)
+    return found.name if found else None
 
 
 def check_base(model: ModelConfig, folder: Path) -> None:
@@ -323,11 +336,8 @@ def weights_stamp(model: ModelConfig) -> list[tuple[str, int, int]]:
 
 def _weight_files(model: ModelConfig) -> list[Path]:
     """The model's weights in its folder or in the cache, where they are."""
-    from huggingface_hub import try_to_load_from_cache
-
     name = resolve_name(model.name_or_path)
-    cached = try_to_load_from_cache(name, "config.json", revision=model.revision) if not Path(name).is_dir() else None
-    folder = Path(cached).parent if isinstance(cached, str) else Path(name)
+    folder = Path(name) if Path(name).is_dir() else _cached_folder(name, model.revision) or Path(name)
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if not files[0].is_file():
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
@@ -390,7 +400,54 @@ def _from(model: ModelConfig, weights: bool = False) -> dict[str, Any]:
     if model.revision and Path(name).is_dir():
         message = f"model.revision={model.revision} has no effect: {model.name_or_path} is not from the Hub."
         raise SettingsError(message, "Leave it out.")
-    return {"pretrained_model_name_or_path": name, "revision": model.revision, "local_files_only": local}
+    if Path(name).is_dir():
+        check_model(Path(name))
+    elif cached := _cached_folder(name, model.revision):
+        check_model(cached, whole=False)
+    if model.trust_remote_code:
+        _say_once(_own_code(name, model.revision, local))
+    return {
+        "pretrained_model_name_or_path": name,
+        "revision": model.revision,
+        "local_files_only": local,
+        "trust_remote_code": model.trust_remote_code,  # left out, transformers would ask on a terminal
+    }
+
+
+def _cached_folder(name: str, revision: str | None) -> Path | None:
+    """The snapshot of a Hub model in the local cache; None where nothing of it is there yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _own_code(name: str, revision: str | None, local: bool) -> str:
+    """What model.trust_remote_code lets run, in words. Raises SecurityError where the revision does not pin it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if Path(name).is_dir():
+        raise SecurityError(
+            f"model.trust_remote_code: {name} is a local folder, whose code no revision pins.",
+            "Name the model's Hub id with its revision, or leave it out: transformers knows most architectures.",
+        )
+    modules: set[str] = set()
+    for file in ("config.json", "tokenizer_config.json"):
+        try:
+            path = hf_hub_download(name, file, revision=revision, local_files_only=local)
+        except EntryNotFoundError:
+            continue
+        named = json.loads(Path(path).read_text(encoding="utf-8")).get("auto_map", {})
+        for value in named.values():
+            modules.update(str(part) for part in (value if isinstance(value, list) else [value]) if part)
+    if elsewhere := sorted(module for module in modules if "--" in module):
+        raise SecurityError(
+            f"{name} runs code of another repository, which model.revision does not pin: {elsewhere[0]}.",
+            "Leave model.trust_remote_code out, or take another model.",
+        )
+    files = ", ".join(sorted({f"{module.split('.')[0]}.py" for module in modules})) or "none"
+    return f"model.trust_remote_code: code of {name} at {revision} is run, starting in: {files}"
 
 
 @contextmanager
@@ -417,3 +474,26 @@ def _said_plainly(model: ModelConfig) -> Iterator[None]:
             message = f"The Hub cannot be reached, and {name} is neither a local folder nor in the local cache."
             raise ResourceError(message, OFFLINE_DEFAULT) from None
         raise SettingsError(f"model.name_or_path={name}: {str(error).splitlines()[0]}", OFFLINE_DEFAULT) from None
+    except FinetuneKitError:
+        raise
+    except (
+        Exception
+    ) as error:  # what a broken file makes transformers, tokenizers and safetensors raise has no one class
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise SecurityError(
+                f"{name} can only be loaded by running code of its own; transformers does not know its architecture.",
+                f"Read that code. If you trust it: {TRUST}",
+            ) from None
+        if "ignore_mismatched_sizes" in str(error):
+            raise SettingsError(
+                f"model.name_or_path={name}: the shapes in config.json are not those of its weights.", "Get it again."
+            ) from None
+        said = " ".join(str(error).split())[:200]
+        raise SettingsError(
+            f"model.name_or_path={name} cannot be loaded: {type(error).__name__}: {said}",
+            "Get all of its files again, or take another model.",
+        ) from error

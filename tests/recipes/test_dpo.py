@@ -212,8 +212,8 @@ def refused(home: Path, *words: str) -> str:
 
 def test_settings_that_cannot_be_are_refused(home: Path) -> None:
     for word, message in {
-        "beta=0": r"beta (command line): expected a number in (0, inf), found 0.",
-        "beta=-1": r"beta (command line): expected a number in (0, inf), found -1.",
+        "beta=0": r"beta (command line): expected a number in (0, 10], found 0.",
+        "beta=-1": r"beta (command line): expected a number in (0, 10], found -1.",
         "label_smoothing=0.5": r"label_smoothing (command line): expected a number in [0, 0.5), found 0.5.",
         "loss_type=[simgoid]": "loss_type=['simgoid']: Unknown loss type: simgoid.",
         "loss_weights=[1, 2]": "DPOConfig refuses these settings",

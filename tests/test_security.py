@@ -1,0 +1,82 @@
+"""No secret is written, no connection is opened, no old library is used: whole runs, looked at from outside."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from finetune_kit.floors import FLOORS
+from tests.fixtures_cli import ROOT, cli, python
+from tests.fixtures_training import FAST, write_rows
+
+TOKEN = "hf_CANARY" + "Ab1" * 10
+
+# a run in a process in which whoever opens a connection, or asks for an address, is written down and refused
+BLOCKED = """
+import socket, sys
+asked = []
+def refuse(self, address, *rest):
+    if getattr(self, "family", None) != socket.AF_UNIX:
+        asked.append(repr(address))
+    raise OSError("blocked")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = lambda *address, **named: refuse(None, address)
+from finetune_kit.cli import main
+sys.argv = ["finetune_kit", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as stop:
+    code = stop.code
+print("ASKED", *asked, sep="\\n")
+sys.exit(code)
+"""
+
+
+def test_a_local_run_opens_no_connection_and_leaves_the_token_nowhere(home: Path) -> None:
+    pairs = [{"prompt": f"{n} + {n} =", "chosen": str(2 * n), "rejected": "no"} for n in range(40)]
+    write_rows(home / "pairs.jsonl", pairs)
+    words = ("model.name_or_path=tiny", "data.path=pairs.jsonl", "output_dir=run", "save_steps=1", "eval_steps=1")
+    said = python(
+        *("-c", BLOCKED, "run", "dpo", *words, *FAST),
+        cwd=home,
+        PYTHONPATH=str(ROOT),
+        HF_HOME=str(home / "hf"),
+        HF_TOKEN=TOKEN,
+        HUGGING_FACE_HUB_TOKEN=TOKEN,
+        WANDB_API_KEY=TOKEN,
+    )
+    assert said.code == 0, said.err
+    assert said.out.rstrip().endswith("ASKED"), said.out
+    written = [path for path in (home / "run").rglob("*") if path.is_file()]
+    assert {"run.yaml", "report.html", "README.md", "metrics.jsonl", "ledger.json"} <= {path.name for path in written}
+    assert any(path.parent.name.startswith("checkpoint-") for path in written)
+    assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []
+    assert TOKEN not in said.out + said.err
+    assert [path for path in written if path.suffix in (".bin", ".pkl", ".pickle")] == []
+
+
+@pytest.mark.parametrize("library", FLOORS)
+def test_a_version_below_its_floor_is_refused_at_the_start_with_the_cve(
+    library: str, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.chdir(home)
+    floor, reason = FLOORS[library]
+    older = ".".join(map(str, (*floor[:-1], floor[-1] - 1)))
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: older if name == library else real(name))
+    for words in (("run", "lora_sft"), ("check", "lora_sft"), ("evaluate", "run"), ("generate", "run", "a")):
+        said = cli(*words)
+        assert said.code == 6
+        assert f"error: {library} {older} is not safe to use: below {'.'.join(map(str, floor))} {reason}." in said.err
+    assert "CVE-20" in reason
+
+
+def test_a_release_of_the_floor_itself_is_taken(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.chdir(home)
+    written = {library: ".".join(map(str, floor)) + "+local.1" for library, (floor, _) in FLOORS.items()}
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: written.get(name) or real(name))
+    said = cli("check", "lora_sft", "--json", "model.name_or_path=tiny", "data.path=rows.jsonl")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["rows"] > 0
