@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_kit import processes
 from finetune_kit.ancestry import ANCESTRY, ancestors, as_text
 from finetune_kit.config import ModelConfig, RecipeConfig, leaves, to_yaml
 from finetune_kit.data.load import Data
@@ -91,7 +92,16 @@ class Artifact:
 def save(
     model: Any, tokenizer: Any, config: RecipeConfig, data: Data, report: Report, history: list[dict[str, float]]
 ) -> Artifact:
-    """Write the run's folder and prove that it can be read back. Raises NumericsError where it cannot."""
+    """Write the run's folder and prove that it can be read back. Raises NumericsError where it cannot.
+
+    The main process does it, the others wait.
+    """
+    return processes.from_main(lambda: _save(model, tokenizer, config, data, report, history))
+
+
+def _save(
+    model: Any, tokenizer: Any, config: RecipeConfig, data: Data, report: Report, history: list[dict[str, float]]
+) -> Artifact:
     folder = Path(config.train.output_dir or "")
     save_weights(model, tokenizer, config, data.end_token_ids, folder)
     difference = reload_difference(model, config, folder, probe_of(model, data))

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from finetune_kit import processes
 from finetune_kit import recipe as recipes
 from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, leaves, resolve
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich's own takes a tenth of a second to import
 )
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, quiet=not processes.is_main())
 
 RecipeWord = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A built-in's name, or a path to a .py or .yaml file.")
@@ -49,11 +50,14 @@ def main() -> NoReturn:
         # without standalone mode a typer.Exit comes back as its code, and a command's end as None
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except FinetuneKitError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        _say_error(error.message, error.fix)
+        if processes.fails_first(error.exit_code):
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            _say_error(error.message, error.fix)
         sys.exit(error.exit_code)
     except Exception as error:  # typer's own usage errors carry their message and code
+        if not processes.fails_first(1):
+            sys.exit(1)
         if not hasattr(error, "format_message"):
             raise
         _say_error(error.format_message(), "Settings are written key=value. See: python -m finetune_kit --help")
@@ -241,16 +245,23 @@ def run(
     if require not in (None, "improved"):
         raise SettingsError(f"--require {require}: expected improved.")
     recipe, settings = _read(word, config, words)
+    if processes.is_launched():
+        from finetune_kit.model.load import device
+
+        processes.start(on_cpu=device().type != "cuda")
     from finetune_kit.run_folder import claim
 
     folder = claim(settings)
     if settings.hub.push:
         from finetune_kit.hub import check_access
 
-        check_access(settings.hub.model_id or "", settings.hub.private)
+        processes.from_main(lambda: check_access(settings.hub.model_id or "", settings.hub.private))
     what = f"{recipe.name} of {settings.model.name_or_path} on {settings.data.path}, into {folder}"
     out.print(what, style="bold", markup=False)
     artifact = recipe.run(settings)
+    processes.finish()
+    if not processes.is_main():
+        return
     from finetune_kit.evaluation.report import print_report
 
     print_report(artifact.report, out)

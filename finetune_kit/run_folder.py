@@ -10,6 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from finetune_kit import processes
 from finetune_kit.config import RecipeConfig, to_yaml
 from finetune_kit.errors import SettingsError
 
@@ -32,6 +33,11 @@ def claim(config: RecipeConfig) -> Path:
     A folder that the user names must be free and writable (SettingsError). The default runs/<recipe>, and that of a
     run.yaml which is run again, go on with -2, -3, …
     """
+    config.train.output_dir = str(processes.from_main(lambda: _choose(config)))
+    return Path(config.train.output_dir)
+
+
+def _choose(config: RecipeConfig) -> Path:
     given = config.train.output_dir
     folder = Path("runs") / config.recipe if given is None else Path(given)
     if given is None or _is_run_again(config, folder):
@@ -43,7 +49,6 @@ def claim(config: RecipeConfig) -> Path:
     above = next(path for path in folder.absolute().parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise SettingsError(f"train.output_dir={folder} cannot be made: {above} is no folder that can be written to.")
-    config.train.output_dir = str(folder)
     return folder
 
 
@@ -61,6 +66,8 @@ def _next_free(folder: Path) -> Path:
 def begin(config: RecipeConfig, ledger: Any) -> Path:
     """Make the folder with what is known before training: run.yaml and ledger.json."""
     folder = Path(config.train.output_dir or "")
+    if not processes.is_main():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(to_yaml(config, versions()), encoding="utf-8")
     (folder / "ledger.json").write_text(json.dumps(ledger.to_json(), indent=1, ensure_ascii=False), encoding="utf-8")

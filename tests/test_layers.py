@@ -13,7 +13,7 @@ from tests.fixtures_cli import ROOT, python
 # lower may not import higher; modules of one level may import each other, but not in a circle
 LEVELS = (
     {"errors"},
-    {"values", "names", "floors"},
+    {"values", "names", "floors", "processes"},
     {"config", "ancestry", "recipe", "run_folder", "network"},
     {"data", "model", "generation", "rl.math"},
     {"training", "rl", "evaluation", "artifact", "hub"},
@@ -28,7 +28,7 @@ OWNERS = {
     "bitsandbytes": ("finetune_kit/model/",),
     "evaluate": ("finetune_kit/evaluation/metrics.py",),
     "trl": ("recipes/", "finetune_kit/training/rehearsal.py"),  # the head whose memory is rehearsed is TRL's
-    "accelerate": ("finetune_kit/training/", "finetune_kit/rl/ppo.py"),
+    "accelerate": ("finetune_kit/training/", "finetune_kit/rl/ppo.py", "finetune_kit/processes.py"),
     "huggingface_hub": ("finetune_kit/model/load.py", "finetune_kit/hub.py"),
 }
 HEAVY = (

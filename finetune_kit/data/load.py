@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_kit import processes
 from finetune_kit.config import DataConfig
 from finetune_kit.data import tasks
 from finetune_kit.data.chat import end_token_ids
@@ -381,8 +382,11 @@ def _scorer(held_out: list[Record], config: DataConfig) -> Callable[[str, dict[s
     return lambda completion, metadata: scorers[metadata["task"]](completion, metadata)
 
 
-def placeholder(kind: str) -> datasets.Dataset:
-    """Rows of text for a trainer of TRL that takes no tokens: it tokenises these, and is given ours afterwards."""
+def placeholder(kind: str, folder: Path) -> datasets.Dataset:
+    """Rows of text for a trainer of TRL that takes no tokens: it tokenises these, and is given ours afterwards.
+
+    Several processes share what it makes of them, which lies in `folder` then.
+    """
     import datasets
 
     datasets.disable_progress_bars()  # of the trainer's work on these
@@ -390,7 +394,13 @@ def placeholder(kind: str) -> datasets.Dataset:
         "preference": [{"prompt": "a", "chosen": " b", "rejected": " c"}],
         "labelled_completion": [{"prompt": "a", "completion": " b", "label": label} for label in (True, False)],
     }
-    return datasets.Dataset.from_list(rows[kind])
+    made = datasets.Dataset.from_list(rows[kind])
+    if processes.count() == 1:
+        return made
+    if processes.is_main():
+        made.save_to_disk(folder)
+    processes.barrier()
+    return datasets.load_from_disk(folder)
 
 
 def _dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:

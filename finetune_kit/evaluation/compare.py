@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from finetune_kit import processes
 from finetune_kit.config import EvaluateConfig, ModelConfig
 from finetune_kit.data.chat import render_prompt
 from finetune_kit.data.records import LabelledCompletion, prompt_of, reference_of
@@ -111,12 +112,7 @@ def measure(
     if data.kind != "text" and config.size > 0 and (_asked(data) or not data.held_out_records):
         metrics = choose_metrics(config.metrics, data, config.hub_metrics)  # before the work: it may refuse
         _answer(measurement, model, tokenizer, data, config, progress)
-        _score(measurement, metrics, data)
-        judge = _reward_model(config.reward_model, data) if config.reward_model else judge
-        if judge is not None:
-            texts = [completion.text for completion in measurement.completions]
-            scores = judge(measurement.prompts, texts, _asked(data)[: len(texts)])
-            measurement.metrics["reward"] = [float(score) for score in scores]
+        measurement.metrics = processes.from_main(lambda: _scores(measurement, metrics, data, config, judge))
     elif config.metrics or config.hub_metrics or config.reward_model:
         reason = "plain text has no answers to score" if data.kind == "text" else "evaluate.size is 0"
         named = ", ".join([*config.metrics, *config.hub_metrics, *filter(None, [config.reward_model])])
@@ -146,15 +142,19 @@ def _answer(
     longest = config.max_new_tokens or max(lengths, default=0) + MARGIN
     tools = [record.tools for record in records]
     prompts = [render_prompt(tokenizer, *pair, data.chat_template_kwargs) for pair in zip(turns, tools, strict=True)]
-    measurement.completions = generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=longest,
-        end_token_ids=data.end_token_ids,
-        batch_size=config.batch_size,
-        progress=_told(progress, "answers", len(prompts)),
-    )
+
+    def answer(mine: list[int]) -> list[Completion]:
+        return generate(
+            model,
+            tokenizer,
+            [prompts[index] for index in mine],
+            max_new_tokens=longest,
+            end_token_ids=data.end_token_ids,
+            batch_size=config.batch_size,
+            progress=_told(progress, "answers", len(prompts)),
+        )
+
+    measurement.completions = processes.spread(len(prompts), answer, processes.is_sharded(model))
     ends = tokenizer.convert_ids_to_tokens(data.end_token_ids)
     measurement.decoding = {"do_sample": False, "max_new_tokens": longest, "end_tokens": ends}
 
@@ -164,13 +164,20 @@ def _asked(data: Any) -> list[Any]:
     return [item for item in data.held_out_records if not isinstance(item, LabelledCompletion) or item.label]
 
 
-def _score(measurement: Measurement, metrics: list[Any], data: Any) -> None:
-    """Every metric's score of every answer."""
+def _scores(
+    measurement: Measurement, metrics: list[Any], data: Any, config: EvaluateConfig, judge: Judge | None
+) -> dict[str, list[float]]:
+    """Every metric's score of every answer, and the judge's."""
+    found = {}
     predictions = [completion.text for completion in measurement.completions]
     metadata = [record.metadata for record in _asked(data)[: len(predictions)]]
     for metric in metrics:
-        scores = score_rows(metric, predictions, measurement.references, metadata, measurement.where)
-        measurement.metrics[metric.name] = scores
+        found[metric.name] = score_rows(metric, predictions, measurement.references, metadata, measurement.where)
+    judge = _reward_model(config.reward_model, data) if config.reward_model else judge
+    if judge is not None:
+        scores = judge(measurement.prompts, predictions, _asked(data)[: len(predictions)])
+        found["reward"] = [float(score) for score in scores]
+    return found
 
 
 def _reward_model(source: str, data: Any) -> Judge:
@@ -216,7 +223,7 @@ def _where(data: Any, row: int) -> str:
 
 
 def _told(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
-    return None if progress is None else lambda done: progress(what, done, total)
+    return None if progress is None else lambda done: progress(what, min(done * processes.count(), total), total)
 
 
 def compare(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune_kit import processes
 from finetune_kit.errors import NumericsError
 from finetune_kit.generation import evaluation_mode, in_batches
 
@@ -28,7 +29,8 @@ def row_losses(
 
     Supervised: label not -100, first position aside, which nothing predicts. The loss of the rows together is
     sum(nll) / sum(tokens); it does not depend on batch_size, unlike a mean of batch means. Rows are padded on the
-    right. Raises NumericsError naming the row (by `where`) whose loss is not finite.
+    right. Where there are several processes each scores a share of the rows, and `progress` is told of its own. Raises
+    NumericsError naming the row (by `where`) whose loss is not finite.
     """
     nll = [0.0] * len(rows)
     positions = [[at - 1 for at in range(1, len(labels)) if labels[at] != IGNORED] for _, labels in rows]
@@ -47,20 +49,26 @@ def row_losses(
         if progress is not None:
             progress(done)
 
+    def share(mine: list[int]) -> list[float]:
+        in_batches(_plan(model, rows, positions, batch_size, mine), score, "scoring held-out rows")
+        return [nll[index] for index in mine]
+
     with evaluation_mode(model):
-        in_batches(_plan(model, rows, positions, batch_size), score, "scoring held-out rows")
+        nll = processes.spread(len(rows), share, processes.is_sharded(model))
     return nll, [len(row) for row in positions]
 
 
-def _plan(model: Any, rows: Sequence[Row], positions: list[list[int]], batch_size: int) -> list[list[int]]:
-    """Batches of row indices, longest rows first, within batch_size rows and LOGITS logits. Rows to score only.
+def _plan(
+    model: Any, rows: Sequence[Row], positions: list[list[int]], batch_size: int, mine: Sequence[int]
+) -> list[list[int]]:
+    """Batches of row indices, longest rows first, within batch_size rows and LOGITS logits. Of `mine`, those to score.
 
     Of rows about as long, those that begin alike are neighbours: the packed forward computes their beginning once.
     """
     vocabulary = model.config.get_text_config().vocab_size
     batches: list[list[int]] = []
     kept: set[int] = set()
-    scored = (index for index in range(len(rows)) if positions[index])
+    scored = (index for index in mine if positions[index])
     for index in sorted(scored, key=lambda index: (-(len(rows[index][0]) // 16), list(rows[index][0]))):
         together = kept | set(positions[index])
         last = batches[-1] if batches else []

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune_kit import processes
 from finetune_kit.config import EvaluateConfig
 from finetune_kit.data.records import prompt_of, reference_of
 from finetune_kit.data.tokenise import sequences
@@ -71,8 +72,12 @@ def measure_rewards(
         raise DataError("There is no held-out pair to measure on.", "Set data.held_out_size to 100 or more.")
     measured = Rewards(where=[data.held_out_records[row].where for _, _, _, row in pairs])
     flat = [ids for chosen, rejected, _, _ in pairs for ids in (chosen, rejected)]
-    told = None if progress is None else lambda done: progress("held-out answers", done, len(flat))
-    scores = score_rows(model, flat, config.batch_size, told)
+    told = (
+        None
+        if progress is None
+        else lambda done: progress("held-out answers", min(done * processes.count(), len(flat)), len(flat))
+    )
+    scores = _scores(model, flat, config.batch_size, told)
     for index, number in enumerate(scores):
         if not math.isfinite(number):
             raise NumericsError(
@@ -101,11 +106,20 @@ def held_out_rewards(
     pairs = list(_pairs(data.held_out))
     if not pairs:
         raise DataError("There is no held-out pair to measure on.", "Set data.held_out_size to 100 or more.")
-    scores = score_rows(
-        model, [ids for chosen, rejected, _, _ in pairs for ids in (chosen, rejected)], config.batch_size
-    )
+    scores = _scores(model, [ids for chosen, rejected, _, _ in pairs for ids in (chosen, rejected)], config.batch_size)
     differences = [good - bad for good, bad in zip(scores[0::2], scores[1::2], strict=True)]
     return {"loss": _mean(pair_losses(differences)), "preference_accuracy": _mean(rights(differences))}
+
+
+def _scores(
+    model: Any, rows: Sequence[list[int]], batch_size: int, told: Callable[[int], None] | None = None
+) -> list[float]:
+    """The scores of rows, each process scoring a share of them."""
+
+    def share(mine: list[int]) -> list[float]:
+        return score_rows(model, [rows[index] for index in mine], batch_size, told)
+
+    return processes.spread(len(rows), share, processes.is_sharded(model))
 
 
 def _pairs(rows: Any) -> Iterator[tuple[list[int], list[int], int, int]]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune_kit import processes
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
@@ -298,9 +299,7 @@ class PPOTrainer:
             scores, parts = self.rewards(prompts, texts, records)
         except FinetuneKitError as error:
             failed = error
-        # all processes stop with the one that cannot go on: alone it would leave them waiting
-        if self._total(torch.tensor(float(failed is not None), device=where)) > 0:
-            raise failed or NumericsError("The rewards of another process failed; its message says why.")
+        processes.stop_together(failed)
         return torch.tensor(scores, device=where), {k: torch.tensor(v, device=where) for k, v in parts.items()}
 
     def _why_stop(self, line: dict[str, float]) -> str | None:
@@ -345,7 +344,7 @@ class PPOTrainer:
         count = sum(parameter.numel() for parameter in self.trained.values())
         self.record.say(
             f"{len(self.prompts):,} prompts; {self.updates} updates of {self.config.batch_size} completions; "
-            f"{count:,} parameters of policy and value trained, on {self.model.device.type}"
+            f"{count:,} parameters of policy and value trained, on {processes.where(self.model)}"
         )
         if self.padded_because and self.config.train.padding_free:
             self.record.say(f"note: padded batches: {self.padded_because}")

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetune_kit import processes
 from finetune_kit.config import RecipeConfig, TrainConfig, section, setting
 from finetune_kit.data.load import Data
 from finetune_kit.errors import DataError, SettingsError
@@ -69,14 +70,19 @@ INERT = {
 }
 
 
-def check_settings(config: PPOSettings, processes: int) -> None:
+def check_settings(config: PPOSettings, devices: int) -> None:
     """Raises SettingsError for batch sizes that do not divide, and for settings that cannot act."""
-    parts = processes * config.num_mini_batches
+    if sharding := processes.sharding():
+        raise SettingsError(
+            f"{sharding} was asked for, and PPO's loop shares gradients alone: each device holds the whole model.",
+            "Take accelerate_config.yaml; docs/scale.md says what fits.",
+        )
+    parts = devices * config.num_mini_batches
     if config.batch_size % parts:
         near = max(1, round(config.batch_size / parts)) * parts
         raise SettingsError(
             f"batch_size={config.batch_size} does not divide into {config.num_mini_batches} mini-batches "
-            f"on {processes} device{'s' if processes > 1 else ''}: {config.batch_size} / {parts} is not whole.",
+            f"on {devices} device{'s' if devices > 1 else ''}: {config.batch_size} / {parts} is not whole.",
             f"Set batch_size={near}, or another num_mini_batches.",
         )
     for name, reason in INERT.items():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import shutil
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune_kit import processes
 from finetune_kit.config import RecipeConfig, TrainConfig
 from finetune_kit.data.load import Data, placeholder
 from finetune_kit.errors import ResourceError, SettingsError
@@ -21,6 +23,7 @@ from finetune_kit.model.adapters import parameter_counts
 from finetune_kit.model.load import computes_in_bfloat16, device
 from finetune_kit.run_folder import begin
 from finetune_kit.training.progress import console
+from finetune_kit.training.sharing import share_rows
 
 # transformers' names for the same AdamW; the fused one runs on every device here and is the fastest.
 DEFAULT_OPTIMIZER = "adamw_torch_fused"
@@ -67,11 +70,12 @@ def build(
     check_vocabulary(config.model.name_or_path, policy, tokenizer)
     trained = [(parameter, parameter.data) for parameter in policy.parameters() if parameter.requires_grad]
     rows = data.train if rows is None else rows
+    scratch = Path(trainer_config.output_dir) / "rows.part"
     try:
         trainer = trainer_class(
             model=policy,
             args=trainer_config,
-            train_dataset=placeholder(data.kind) if tokenises else rows,
+            train_dataset=placeholder(data.kind, scratch) if tokenises else rows,
             processing_class=tokenizer,
             **parts or {},
         )
@@ -79,6 +83,9 @@ def build(
         raise SettingsError(f"{trainer_class.__name__} refuses these settings: {error}") from None
     if tokenises:
         trainer.train_dataset = rows
+    processes.barrier()
+    if processes.is_main():
+        shutil.rmtree(scratch, ignore_errors=True)
     begin(config, data.ledger)
     trainer.remove_callback(PrinterCallback)  # it prints the logs as a dict; progress.py says them
     if config.hub.strategy == "every_save":
@@ -86,6 +93,8 @@ def build(
     for parameter, weights in trained:  # TRL rounds adapters of quantised models to bfloat16
         if parameter.dtype != weights.dtype:
             parameter.data = weights
+    if processes.count() > 1 and data.kind != "prompt":
+        share_rows(trainer, by_token=data.kind in ("prompt_completion", "text"))
     announce(config, policy, data)
     if config.train.padding_free and (reason := padded_because(config, policy, data)):
         console.print(f"note: padded batches: {reason}")
@@ -127,14 +136,14 @@ def padded_because(config: RecipeConfig, policy: Any, data: Data) -> str:
 def announce(config: RecipeConfig, policy: Any, data: Data) -> None:
     """Say what is about to be trained, on what, and what the ledger noted."""
     trained, total = parameter_counts(policy)
-    counts, planned = data.ledger.train, steps(config, data)
+    counts, planned = data.ledger.train, steps(config, data, processes.count())
     console.print(
         f"{counts.rows:,} training rows ({counts.truncated} truncated, {counts.lost} dropped), "
         f"{len(data.held_out):,} held out; {counts.supervised_tokens:,} of {counts.tokens:,} tokens are trained on"
     )
     console.print(
         f"{trained:,} of {total:,} parameters trained, {planned['steps']} steps of {planned['rows_in_a_step']} rows, "
-        f"on {policy.device.type}"
+        f"on {processes.where(policy)}"
     )
     for note in data.ledger.notes:
         console.print(f"note: {note}")
@@ -253,6 +262,7 @@ def training_arguments(config_class: Any, config: RecipeConfig, data: Data) -> d
     known = {item.name for item in dataclasses.fields(config_class)}
     for name, value in train.extra.items():
         arguments[name] = _extra(name, value, arguments, config_class)
+    arguments.setdefault("ddp_find_unused_parameters", False)  # every trained weight is used in every pass
     return {name: value for name, value in arguments.items() if name in known}
 
 

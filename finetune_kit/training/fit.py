@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune_kit import processes
 from finetune_kit.config import TrainConfig
 from finetune_kit.model.adapters import restore
 from finetune_kit.model.load import public_name
 from finetune_kit.training.guard import finite_gradients, finite_log
 from finetune_kit.training.progress import Record
+from finetune_kit.training.sharing import check_wrapper
 
 # What a run is judged by on the way: {"loss": …}, and the metric `metric` of the report where it is another.
 Score = Callable[..., dict[str, float]]
@@ -30,11 +32,13 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
         hooks(on_train_begin=record.on_train_begin, on_step_end=record.on_step_end, on_log=record.on_log)
     )
     trainer.add_callback(hooks(on_step_end=watch.on_step_end, on_save=lean_checkpoint))
+    trainer.add_callback(hooks(on_train_begin=lambda *_, **__: check_wrapper(trainer.model_wrapped)))
     try:
         trainer.train()
     finally:
         record.close()
     if watch.best_folder is not None:
+        processes.barrier()  # the main process may still be writing it
         restore(trainer.model, watch.best_folder)
     return record.history
 
@@ -87,6 +91,8 @@ class Watch:
 
 def lean_checkpoint(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
     """Removes what nothing reads (the arguments as a pickle, TRL's card) and the local path that PEFT writes."""
+    if not processes.is_main():
+        return
     folder = Path(args.output_dir)
     checkpoint = folder / f"checkpoint-{state.global_step}"
     for path in (checkpoint / "training_args.bin", checkpoint / "README.md", folder / "README.md"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from finetune_kit import processes
 from finetune_kit.config import TrainConfig
 from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
@@ -48,10 +49,11 @@ def masked_pairs(data: Data) -> Any:
 def rotated(data: Data, train: TrainConfig) -> Any:
     """The training rows in the columns of TRL's KTO trainer, in the order of training.
 
-    KL_completion_ids is the completion of the row before in the same batch: KTO estimates the KL divergence from
-    answers to other prompts. The rows are shuffled here, by the seed, because the trainer keeps their order.
+    KL_completion_ids is the completion of the row before in the same batch, that of all processes: KTO estimates the KL
+    divergence from answers to other prompts. The rows are shuffled here, by the seed, because the trainer keeps their
+    order.
     """
-    size = train.per_device_train_batch_size
+    size = train.per_device_train_batch_size * processes.count()
     rows = data.train.shuffle(seed=train.seed)
     answers = rows["completion_ids"]
     batches = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]

@@ -13,7 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)  # what a run says on the way
+from finetune_kit import processes
+
+# what a run says on the way, once
+console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not processes.is_main())
 
 
 def peak_memory_gib() -> float:
@@ -91,6 +94,8 @@ class Record:
 
     def write(self, line: dict[str, float]) -> None:
         self.history.append(line)
+        if not processes.is_main():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from finetune_kit import processes
 from finetune_kit.config import RecipeConfig
 from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
@@ -120,12 +121,12 @@ def _prove(trainer: Any, config: Any) -> None:
 def _log_probs(policy: Any, config: RecipeConfig, data: Data) -> dict[str, Any]:
     """{"chosen": (n,), "rejected": (n,)}: read from the cache where another run has left them, else computed."""
     path = _path(policy, config, data)
-    found = _read(path) if path else None
+    found = processes.from_main(lambda: _read(path) if path else None)
     if found is not None:
         console.print(f"reference: log-probabilities of {len(data.train)} pairs, as computed by an earlier run")
         return found
     found = _compute(policy, config, data)
-    if path:
+    if path and processes.is_main():
         _write(path, found)
     return found
 

@@ -38,7 +38,7 @@ def test_the_limit_on_logits_splits_batches_without_changing_a_loss(monkeypatch)
     expected, _ = row_losses(model, ROWS, WHERE, 64)
     monkeypatch.setattr(loss, "LOGITS", 258 * 40)
     positions = [[at - 1 for at in range(1, len(labels)) if labels[at] != -100] for _, labels in ROWS]
-    plan = loss._plan(model, ROWS, positions, 64)
+    plan = loss._plan(model, ROWS, positions, 64, range(len(ROWS)))
     assert sorted(index for batch in plan for index in batch) == list(range(len(ROWS)))
     assert all(len(batch) == 1 or len(batch) * len({at for i in batch for at in positions[i]}) <= 40 for batch in plan)
     assert len(plan) > 4

@@ -1,0 +1,69 @@
+"""One of two processes, or one alone: trains recipes on the same rows in the same steps and writes what came out.
+
+`two_processes.py HOME NAME`; each process writes HOME/NAME-<its number>.json, with the figures of each recipe.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune_kit import processes
+from finetune_kit.evaluation.compare import measure
+from finetune_kit.evaluation.rewards import measure_rewards
+from tests.fixtures_training import Trained, fit_only, write_rows
+
+TOGETHER = 8  # rows in a step, of all processes
+ALIKE = {
+    "lora_sft": (),
+    "full_sft": (),
+    "qlora_sft": (),
+    "reward_model": (),
+    "dpo": ("precompute_ref_log_probs=true",),
+    "kto": (),
+    "orpo": (),
+}
+STEPS = ("max_steps=-1", "num_train_epochs=2", "gradient_accumulation_steps=1", "learning_rate=1e-3")
+
+
+def write_home(home: Path, tiny_model: Path) -> None:
+    """`tiny` and, for each kind of rows, a file: sums with answers of 1 to 28 bytes, 22 to train on."""
+    (home / "tiny").symlink_to(tiny_model, target_is_directory=True)
+    answers = [(f"{n} + {n * n} =", str(n + n * n), " exactly" * (n % 4)) for n in range(25)]
+    said = [{"prompt": prompt, "completion": number + tail} for prompt, number, tail in answers]
+    pairs = [
+        {"prompt": prompt, "chosen": number, "rejected": number[::-1] + tail + "!"} for prompt, number, tail in answers
+    ]
+    write_rows(home / "prompt_completion.jsonl", said)
+    write_rows(home / "preference.jsonl", pairs)
+    write_rows(home / "labelled_completion.jsonl", [{**row, "label": n % 3 > 0} for n, row in enumerate(said)])
+
+
+def train(recipe: str, home: Path, name: str) -> Trained:
+    kinds = {"reward_model": "preference", "dpo": "preference", "orpo": "preference", "kto": "labelled_completion"}
+    rows = home / f"{kinds.get(recipe, 'prompt_completion')}.jsonl"
+    words = [f"data.path={rows}", f"per_device_train_batch_size={TOGETHER // processes.count()}"]
+    return fit_only(recipe, home, *words, *STEPS, *ALIKE[recipe], f"output_dir={home / name / recipe}")
+
+
+def figures(run: Trained) -> dict[str, Any]:
+    """The losses of all steps, and what an evaluation counts."""
+    if run.config.recipe == "reward_model":
+        measured: Any = measure_rewards(run.model, run.tokenizer, run.data, run.config.evaluate)
+        scores = {"chosen": measured.chosen, "where": measured.where}
+    else:
+        run.config.evaluate.size = 3
+        measured = measure(run.model, run.tokenizer, run.data, run.config.evaluate)
+        answers = [completion.text for completion in measured.completions]
+        scores = {"nll": measured.nll, "tokens": measured.tokens, "where": measured.where, "answers": answers}
+    weights = sum(float(weight.double().abs().sum()) for weight in run.weights.values())
+    return {"losses": run.losses, "weights": weights, **scores}
+
+
+if __name__ == "__main__":
+    home, name = Path(sys.argv[1]), sys.argv[2]
+    if processes.count() > 1:
+        processes.start(on_cpu=True)
+    found = {recipe: figures(train(recipe, home, name)) for recipe in ALIKE}
+    (home / f"{name}-{processes.rank()}.json").write_text(json.dumps(found))
+    processes.finish()
