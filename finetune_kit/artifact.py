@@ -94,17 +94,39 @@ def save(
 ) -> Artifact:
     """Write the run's folder and prove that it can be read back. Raises NumericsError where it cannot.
 
-    The main process does it, the others wait.
+    The main process does it, the others wait; of a model that is cut into shards all of them gather the weights first.
     """
-    return processes.from_main(lambda: _save(model, tokenizer, config, data, report, history))
+    expected = probe_logits(model, probe_of(model, data))
+    weights = gathered(model)
+    return processes.from_main(lambda: _save(model, weights, expected, tokenizer, config, data, report, history))
+
+
+def gathered(model: Any) -> dict[str, torch.Tensor] | None:
+    """The whole weights of a model cut into shards, on the main process's CPU; None where each process has them all.
+
+    To be called by all processes.
+    """
+    if not processes.is_sharded(model):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]  # its values are tensors
 
 
 def _save(
-    model: Any, tokenizer: Any, config: RecipeConfig, data: Data, report: Report, history: list[dict[str, float]]
+    model: Any,
+    weights: dict[str, torch.Tensor] | None,
+    expected: torch.Tensor,
+    tokenizer: Any,
+    config: RecipeConfig,
+    data: Data,
+    report: Report,
+    history: list[dict[str, float]],
 ) -> Artifact:
     folder = Path(config.train.output_dir or "")
-    save_weights(model, tokenizer, config, data.end_token_ids, folder)
-    difference = reload_difference(model, config, folder, probe_of(model, data))
+    save_weights(model, tokenizer, config, data.end_token_ids, folder, weights)
+    difference = reload_difference(model, config, folder, probe_of(model, data), expected)
     if not difference <= TOLERANCE:
         raise NumericsError(
             f"What was saved in {folder} is not what was trained: loaded, its outputs differ by {difference:.3g}.",
@@ -124,8 +146,19 @@ def _save(
     return Artifact(folder, report)
 
 
-def save_weights(model: Any, tokenizer: Any, config: RecipeConfig, end_token_ids: list[int], folder: Path) -> None:
-    """Adapter or model as safetensors, tokenizer with its template, generation config that knows where to stop."""
+def save_weights(
+    model: Any,
+    tokenizer: Any,
+    config: RecipeConfig,
+    end_token_ids: list[int],
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Adapter or model as safetensors, tokenizer with its template, generation config that knows where to stop.
+
+    `weights`: those of a model that is cut into shards, gathered.
+    """
+    given = {} if weights is None else {"state_dict": weights}
     generation = None if auto_class(model) == REWARDS else model.generation_config
     if generation is not None:
         generation.eos_token_id, generation.pad_token_id = end_token_ids, tokenizer.pad_token_id
@@ -134,14 +167,14 @@ def save_weights(model: Any, tokenizer: Any, config: RecipeConfig, end_token_ids
         adapter.base_model_name_or_path = public_name(config.model.name_or_path)
         adapter.revision = config.model.revision
         # embeddings are saved where modules_to_save names them; to find out more, PEFT would ask the Hub
-        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter])
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter], **given)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, of placeholders and a local path
         if generation is not None:
             generation.save_pretrained(folder)
         record = json.dumps(base_record(config.model), indent=1, ensure_ascii=False)
         (folder / BASE_RECORD).write_text(record, encoding="utf-8")
     else:
-        model.save_pretrained(folder, max_shard_size="5GB")
+        model.save_pretrained(folder, max_shard_size="5GB", **given)
     tokenizer.save_pretrained(folder)
 
 
@@ -157,9 +190,15 @@ def probe_of(model: Any, data: Data) -> list[int]:
     return list(ids if auto_class(model) == REWARDS else ids[:64])
 
 
-def reload_difference(model: Any, config: RecipeConfig, folder: Path, probe: list[int]) -> float:
-    """Largest difference of a logit of `probe` between the model in memory and the saved one in a new process."""
-    expected = probe_logits(model, probe)
+def reload_difference(
+    model: Any, config: RecipeConfig, folder: Path, probe: list[int], expected: torch.Tensor | None = None
+) -> float:
+    """Largest difference of a logit of `probe` between the model in memory and the saved one in a new process.
+
+    `expected`: the logits of the model in memory, where they are known already.
+    """
+    if expected is None:
+        expected = probe_logits(model, probe)
     base = resolve_name(config.model.name_or_path) if is_adapter(model) else ""
     quantised = model.config.quantization_config.to_json_string(use_diff=False) if config.model.load_in_4bit else ""
     kind = auto_class(model)

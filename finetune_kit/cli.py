@@ -144,6 +144,7 @@ def check(
     memory: Annotated[
         str | None, typer.Option("--memory", help="What there is, such as 24GiB: exit 5 and say what fits instead.")
     ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="How many will share the run, each with that memory.")] = 1,
     debug: Debug = False,
 ) -> None:
     """Plan a run: data, masks, memory, steps.
@@ -160,13 +161,16 @@ def check(
     room = budget.read_size(memory) if memory is not None else None
     tokenizer = load_tokenizer(settings.model, weights=measure)
     data = load_data(settings.data, settings.kind, tokenizer, seed=settings.train.seed)
-    planned = plan(settings, data)
+    planned = plan(settings, data, devices)
     if measure:
         from finetune_kit.training.trial import measure_step
 
         planned["measured"] = measure_step(recipe, settings)
-    if room is not None:
-        given = (config or recipe.settings, words or [])
+    given = (config or recipe.settings, words or [])
+    if devices > 1:
+        spread = budget.ways_on_devices(recipe, settings, given, data, devices, room)
+        planned |= {"devices": devices, "memory_room": room, "ways_on_devices": [vars(way) for way in spread]}
+    elif room is not None:
         ways = budget.ways(recipe, settings, given, data, sum(planned["memory_bytes"].values()), room)
         planned["memory_room"], planned["ways"] = room, [vars(way) for way in ways]
     if as_json:
@@ -174,8 +178,13 @@ def check(
     else:
         print_preview(data, tokenizer, out)
         _print_plan(settings, planned)
-    if room is not None and not ways[0].fits:
-        raise _does_not_fit(planned, [word, *(["--config", str(config)] if config else []), *(words or [])])
+        if devices > 1:
+            _print_ways_on_devices(planned)
+    typed = [word, *(["--config", str(config)] if config else []), *(words or [])]
+    if devices > 1:
+        _advise(planned, typed)
+    elif room is not None and not ways[0].fits:
+        raise _does_not_fit(planned, typed)
 
 
 def _print_plan(settings: RecipeConfig, planned: dict[str, Any]) -> None:
@@ -208,6 +217,39 @@ def _print_plan(settings: RecipeConfig, planned: dict[str, Any]) -> None:
         for way in planned["ways"]:
             table.add_row("yes" if way["fits"] else "no", _size(way["bytes"]), way["recipe"], " ".join(way["words"]))
         out.print(table)
+
+
+def _print_ways_on_devices(planned: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    room = planned["memory_room"]
+    there = f" with {_size(room)} each" if room is not None else ""
+    out.print(
+        f"\n[bold]On {planned['devices']} devices{there}[/]: bytes on each, and sent by each in an optimizer step"
+    )
+    table = Table.grid(padding=(0, 2))
+    for way in planned["ways_on_devices"]:
+        fits = {True: "fits", False: "does not fit", None: ""}[way["fits"]]
+        row = (way["recipe"], " ".join(way["words"]), way["sharding"], _size(way["bytes"]), _size(way["sent"]), fits)
+        table.add_row(*row)
+    out.print(table)
+
+
+def _advise(planned: dict[str, Any], typed: list[str]) -> None:
+    """The command of the first way that fits. Raises ResourceError where none does."""
+    ways = planned["ways_on_devices"]
+    way = next((way for way in ways if way["fits"] is not False), None)
+    if way is None:
+        least = min(ways, key=lambda way: way["bytes"])
+        raise ResourceError(
+            f"None of these ways fits into {_size(planned['memory_room'])} on each of {planned['devices']} devices.",
+            f"The least is {_size(least['bytes'])}: take more devices, a smaller model or shorter rows.",
+        )
+    name = typed[0] if way["recipe"] == ways[0]["recipe"] else way["recipe"]
+    launched = f"--num_processes {planned['devices']} -m finetune_kit run"
+    words = shlex.join([name, *typed[1:], *way["words"]])
+    command = f"accelerate launch --config_file {way['file']} {launched} {words}"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"Try: {command}", markup=False)
 
 
 def _does_not_fit(planned: dict[str, Any], typed: list[str]) -> ResourceError:

@@ -14,8 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_kit import processes
+from finetune_kit.artifact import probe_logits
+from finetune_kit.config import ModelConfig
 from finetune_kit.errors import SettingsError
+from finetune_kit.model.load import load_adapted, load_base
 from finetune_kit.training.sharing import check_wrapper, last_round
+from tests import two_shards
 from tests.fixtures_cli import ROOT, Said
 from tests.two_processes import ALIKE, figures, train, write_home
 
@@ -32,6 +36,13 @@ def launch(*words: str, cwd: Path, **more: str) -> Said:
     return Said(done.returncode, done.stdout, done.stderr)
 
 
+def _torchrun(*words: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     folder = tmp_path_factory.mktemp("processes")
@@ -42,13 +53,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.fixture(scope="module")
 def two(home: Path) -> list[dict[str, Any]]:
     """What each of two processes found, by recipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = ["-m", "tests.two_processes", str(home), "two"]
-    done = subprocess.run(
-        [*command, *script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    _torchrun("tests.two_processes", str(home), "two")
     return [json.loads((home / f"two-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -70,6 +75,23 @@ def test_two_processes_with_4_rows_each_have_the_losses_of_one_with_8_to_1e_4(
         assert first.get(name) == pytest.approx(one.get(name), abs=0.05)
     assert first.get("tokens") == one.get("tokens")
     assert first.get("answers") == second.get("answers") == one.get("answers")
+
+
+def test_a_model_in_two_shards_trains_evaluates_and_is_saved_as_one_process_does(home: Path) -> None:
+    """torch's fully_shard on every block, with the packed forward, full and LoRA; saved, it loads as it was."""
+    _torchrun("tests.two_shards", str(home))
+    shards = [json.loads((home / f"shards-{rank}.json").read_text()) for rank in range(2)]
+    assert shards[0] == shards[1]
+    for lora in (False, True):
+        model, found = two_shards.policy(home, lora), shards[0][str(lora)]
+        one = two_shards.figures(model)
+        assert found["sharded"]
+        assert found["losses"] == pytest.approx(one["losses"], abs=1e-5)
+        assert found["nll"] == pytest.approx(one["nll"], abs=1e-3)
+        saved = home / f"sharded-{lora}"
+        base = ModelConfig(str(home / "tiny" if lora else saved))
+        loaded = load_adapted(base, saved) if lora else load_base(base)
+        assert float((probe_logits(loaded, [1, 40, 41]) - probe_logits(model, [1, 40, 41])).abs().max()) < 1e-4
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.data(), st.booleans())

@@ -15,11 +15,26 @@ from finetune_kit.errors import FinetuneKitError, SettingsError
 from finetune_kit.model.fourbit import check_device
 from finetune_kit.model.load import device, empty_policy
 from finetune_kit.training.arguments import micro_batch
+from finetune_kit.training.devices import shares
 from finetune_kit.training.memory import memory
 
 UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 # each needs less than the one before, and gives something up for it
 SMALLER = ("full_sft", "lora_sft", "qlora_sft")
+
+
+@dataclass(frozen=True)
+class WayOnDevices:
+    """A recipe with `words` added, spread over devices by `file`: bytes on each, bytes that each sends in an optimizer
+    step, and whether there is room for it; None where the room is not known."""
+
+    recipe: str
+    words: list[str]
+    sharding: str
+    file: str
+    bytes: int
+    sent: int
+    fits: bool | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,34 @@ def ways(
     found = [asked, *_of_recipe(recipe.name, config, data, room, asked)]
     for name, smaller in _smaller(recipe, given):
         found += _of_recipe(name, smaller, data, room)
+    return found
+
+
+def ways_on_devices(
+    recipe: recipes.Recipe,
+    config: RecipeConfig,
+    given: tuple[Path | None, Sequence[str]],
+    data: Data,
+    devices: int,
+    room: int | None,
+) -> list[WayOnDevices]:
+    """The ways to run on `devices` devices with `room` bytes each, the least given up first.
+
+    Every sharding of what was asked for, and then with gradient checkpointing, and then of the recipes below it, with
+    the rows of one device as they are.
+    """
+    found = []
+    for name, each in [(recipe.name, config), *_smaller(recipe, given)]:
+        lora = getattr(each, "lora", None)
+        policy = empty_policy(each.model, lora, trained_in_full=lora is None)
+        for checkpointing in (False, True)[each.train.gradient_checkpointing :]:
+            changed = copy.deepcopy(each)
+            changed.train.gradient_checkpointing = checkpointing
+            added = checkpointing != config.train.gradient_checkpointing
+            words = [f"gradient_checkpointing={str(checkpointing).lower()}"] if added else []
+            for share in shares(changed, data, policy, devices):
+                fits = None if room is None else share.bytes <= room
+                found.append(WayOnDevices(name, words, share.sharding, share.file, share.bytes, share.sent, fits))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune_kit import processes
 from finetune_kit.config import TrainConfig
+from finetune_kit.errors import SettingsError
 from finetune_kit.model.adapters import restore
 from finetune_kit.model.load import public_name
 from finetune_kit.training.guard import finite_gradients, finite_log
@@ -25,6 +26,11 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
     With `train.eval_steps`, `score(model, metric=…)` is taken every so many steps, the best checkpoint is kept beside
     the last one, and the model ends with the best weights.
     """
+    if train.eval_steps and (sharding := processes.sharding()):
+        raise SettingsError(
+            f"train.eval_steps puts the best weights back at the end, which {sharding} has in shards.",
+            "Leave it out: held-out rows are measured before and after.",
+        )
     record = Record(Path(trainer.args.output_dir))
     watch = Watch(trainer, train, score, record)
     trainer.add_callback(hooks(on_pre_optimizer_step=finite_gradients, on_log=finite_log))

@@ -66,14 +66,14 @@ def step_bytes(policy: Any, batch: Batch, setting: Setting) -> int:
     most grows with each block's activations, from then on with each block's gradients.
     Raises RuntimeError where the model's code cannot run on tensors without content.
     """
-    count = len(_blocks(policy))
+    count = len(blocks_of(policy))
     if count <= 3:
         return max(_rehearse(policy, count, batch, setting))
     two, three = (_rehearse(policy, number, batch, setting) for number in (2, 3))
     return max(many + (count - 3) * (many - few) for few, many in zip(two, three, strict=True))
 
 
-def _blocks(policy: Any) -> torch.nn.ModuleList:
+def blocks_of(policy: Any) -> torch.nn.ModuleList:
     """The transformer's blocks; empty where the model keeps them in some other way."""
     count = policy.config.get_text_config().num_hidden_layers
     lists = (module for module in policy.modules() if isinstance(module, torch.nn.ModuleList))
@@ -113,7 +113,7 @@ def _quiet_torch() -> Iterator[None]:
 
 def _copy(policy: Any, count: int) -> tuple[Any, torch.nn.ModuleList]:
     """A policy of its own with the first `count` blocks only, and those."""
-    blocks = _blocks(policy)
+    blocks = blocks_of(policy)
     others = list(blocks[count:])
     del blocks[count:]
     fewer = copy.deepcopy(policy)

@@ -1,0 +1,82 @@
+"""One of two processes: a model cut into shards by torch's own fully_shard, on gloo.
+
+`two_shards.py HOME`; writes HOME/shards-<number>.json, losses of training with the packed forward and the guard,
+and held-out losses; and HOME/sharded-True (LoRA) and sharded-False (full), the saved models.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from finetune_kit import processes
+from finetune_kit.artifact import gathered, save_weights
+from finetune_kit.config import LoraConfig, ModelConfig, RecipeConfig
+from finetune_kit.evaluation.loss import Row, row_losses
+from finetune_kit.model import packed
+from finetune_kit.model.load import load_policy, load_tokenizer
+from finetune_kit.training.guard import finite_gradients
+from finetune_kit.training.rehearsal import blocks_of
+
+ROWS: list[Row] = [
+    ([1] * 9 + list(range(40, 44 + n)), [-100] * 9 + list(range(40, 44 + n))) for n in (3, 9, 5, 14, 8, 2, 11)
+]
+
+
+def policy(home: Path, lora: bool) -> Any:
+    model = load_policy(ModelConfig(str(home / "tiny")), LoraConfig() if lora else None, trained_in_full=not lora)
+    assert packed.enable(model) == ""
+    return model
+
+
+def train(model: Any) -> list[float]:
+    """3 steps on all rows, the same on all processes, so that their mean is the gradient of one."""
+    width = max(len(ids) for ids, _ in ROWS)
+    ids, labels, mask = (
+        torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+        for rows, fill in (
+            ([ids for ids, _ in ROWS], 0),
+            ([said for _, said in ROWS], -100),
+            ([[1] * len(i) for i, _ in ROWS], 0),
+        )
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model.train()(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        finite_gradients(None, SimpleNamespace(global_step=0), None, model=model)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def figures(model: Any) -> dict[str, Any]:
+    names = [f"row {number}" for number in range(len(ROWS))]
+    return {"losses": train(model), "nll": row_losses(model, ROWS, names, 3)[0]}
+
+
+if __name__ == "__main__":
+    from torch.distributed.fsdp import fully_shard
+
+    home = Path(sys.argv[1])
+    processes.start(on_cpu=True)
+    found = {}
+    for lora in (False, True):
+        model = policy(home, lora)
+        for block in blocks_of(model):
+            fully_shard(block)
+        fully_shard(model)
+        found[str(lora)] = {**figures(model), "sharded": processes.is_sharded(model)}
+        weights = gathered(model)
+        config = RecipeConfig()
+        config.model.name_or_path = str(home / "tiny")
+        if processes.is_main():
+            save_weights(model, load_tokenizer(config.model), config, [3], home / f"sharded-{lora}", weights)
+        processes.barrier()
+    (home / f"shards-{processes.rank()}.json").write_text(json.dumps(found))
+    processes.finish()
