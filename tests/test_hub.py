@@ -95,6 +95,7 @@ def test_a_pushed_card_has_the_report_s_numbers_after_training_with_intervals_in
     assert "The card names no base_model: tiny is not a model of the Hub." in said.out
     card = ModelCard(hub.repos["ada/sums"].files()["README.md"].decode())
     metrics = json.loads((run / "report.json").read_text())["metrics"]
+    assert hub.asked("POST /api/validate-yaml") >= 1  # huggingface_hub's own validator has seen it
     assert card.data.model_name == "sums"
     results = card.data.eval_results
     assert {it.metric_type: it.metric_value for it in results} == {
