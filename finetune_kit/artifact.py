@@ -133,7 +133,6 @@ def _save(
             "The folder is kept for inspection. Please report this with its run.yaml.",
         )
     results = {**report.to_json(), "reload_max_logit_difference": difference}
-    (folder / "report.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
     run = {
         "recipe": config.recipe,
         "settings": to_yaml(without_paths(config), versions()),
@@ -143,6 +142,10 @@ def _save(
     line = [*ancestors(config), _entry(config, data, results)]
     (folder / ANCESTRY).write_text(json.dumps(line, indent=1, ensure_ascii=False), encoding="utf-8")
     (folder / "README.md").write_text(card(config, data, results, line), encoding="utf-8")
+    # last: it is what makes a run a finished one
+    beside = folder / ".report.json.new"
+    beside.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    beside.replace(folder / "report.json")
     return Artifact(folder, report)
 
 

@@ -20,8 +20,8 @@ from rich.markup import escape
 from finetune_kit import processes
 from finetune_kit import recipe as recipes
 from finetune_kit.ancestry import start_from_run
-from finetune_kit.config import RecipeConfig, leaves, resolve
-from finetune_kit.errors import FinetuneKitError, NumericsError, ResourceError, SettingsError
+from finetune_kit.config import RecipeConfig, full_key, leaves, resolve
+from finetune_kit.errors import FinetuneKitError, NumericsError, ResourceError, SettingsError, Stopped
 from finetune_kit.floors import check_floors
 
 app = typer.Typer(
@@ -53,7 +53,7 @@ def main() -> NoReturn:
         if processes.fails_first(error.exit_code):
             if "--debug" in sys.argv:
                 traceback.print_exc()
-            _say_error(error.message, error.fix)
+            _say_error(error.message, error.fix, "stopped" if isinstance(error, Stopped) else "error")
         sys.exit(error.exit_code)
     except Exception as error:  # typer's own usage errors carry their message and code
         if not processes.fails_first(1):
@@ -64,9 +64,9 @@ def main() -> NoReturn:
         sys.exit(getattr(error, "exit_code", 2))
 
 
-def _say_error(message: str, fix: str) -> None:
+def _say_error(message: str, fix: str, what: str = "error") -> None:
     said = Console(stderr=True, highlight=False, soft_wrap=True)
-    said.print("error: ", style="bold red", end="")
+    said.print(f"{what}: ", style="bold red", end="")
     said.print(message, markup=False)
     if fix:
         said.print(fix, markup=False)
@@ -278,11 +278,18 @@ def run(
     require: Annotated[
         str | None, typer.Option("--require", help="improved: exit 4 unless the result is better.")
     ] = None,
+    allow_changed: Annotated[
+        str | None, typer.Option(metavar="KEY,…", help="Settings in which an unfinished run may go on changed.")
+    ] = None,
+    strict_resume: Annotated[
+        bool, typer.Option("--strict-resume", help="A broken checkpoint is an error, not passed over.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train, and report what it changed.
 
-    The same held-out rows are measured before and after.
+    The same held-out rows are measured before and after. Stopped or killed, the same command goes on from the newest
+    whole checkpoint, as if nothing had happened.
     """
     if require not in (None, "improved"):
         raise SettingsError(f"--require {require}: expected improved.")
@@ -291,8 +298,10 @@ def run(
         from finetune_kit.model.load import device
 
         processes.start(on_cpu=device().type != "cuda")
-    from finetune_kit.run_folder import claim
+    from finetune_kit.run_folder import claim, is_unfinished
 
+    keys = [word.strip() for word in (allow_changed or "").split(",") if word.strip()]
+    settings.allow_changed = tuple(full_key(settings, key, "--allow-changed") for key in keys)
     folder = claim(settings)
     if settings.hub.push:
         from finetune_kit.hub import check_access
@@ -300,8 +309,15 @@ def run(
         processes.from_main(lambda: check_access(settings.hub.model_id or "", settings.hub.private))
     what = f"{recipe.name} of {settings.model.name_or_path} on {settings.data.path}, into {folder}"
     out.print(what, style="bold", markup=False)
-    artifact = recipe.run(settings)
-    processes.finish()
+    from finetune_kit.training import checkpoint, stopping
+
+    if is_unfinished(folder):
+        found = processes.from_main(lambda: checkpoint.newest_whole(folder, strict_resume))
+        where = f"goes on from step {checkpoint.step_of(found)}" if found else "begins anew: it had no checkpoint yet"
+        out.print(f"{folder} holds an unfinished run of these settings, which {where}.", markup=False)
+    with stopping.heeding_signals(folder):
+        artifact = recipe.run(settings)
+        processes.finish()
     if not processes.is_main():
         return
     from finetune_kit.evaluation.report import print_report

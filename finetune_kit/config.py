@@ -130,8 +130,12 @@ class TrainConfig:
     eval_steps: int | None = setting(
         None, "between two held-out losses; unset: start and end", "steps", within="[1, inf)"
     )
-    save_steps: int | None = setting(None, "between two checkpoints; unset: only the end", "steps", within="[1, inf)")
-    save_total_limit: int = setting(2, "checkpoints kept, the best one included", within="[1, inf)")
+    save_steps: int | None = setting(
+        500, "between two checkpoints, and one at the end of training; null: none", "steps", within="[1, inf)"
+    )
+    save_total_limit: int = setting(
+        2, "checkpoints kept; the newest and the best one are kept in any case", within="[1, inf)"
+    )
     early_stopping_patience: int | None = setting(
         None, "held-out losses without improvement before the run stops", "evaluations", within="[1, inf)"
     )
@@ -186,6 +190,7 @@ class RecipeConfig:
 
     `kind`: the kind of record that it trains on (data/records.py). `recipe` names it for people, `recipe_word` finds it
     again: a built-in's name, or a path. `origins` maps a dotted key to where its value came from; absent: the recipe.
+    `allow_changed`: settings in which it may differ from the unfinished run that goes on.
     """
 
     kind: ClassVar[str] = "prompt_completion"
@@ -200,6 +205,7 @@ class RecipeConfig:
         self.recipe: str = ""
         self.recipe_word: str = ""
         self.origins: dict[str, str] = {}
+        self.allow_changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -355,7 +361,7 @@ def _check_hub(config: RecipeConfig) -> None:
     if hub.strategy == "every_save" and train.save_steps is None and train.eval_steps is None:
         raise SettingsError(
             f"{_named(config, 'hub.strategy')}: every_save has no effect without checkpoints on the way.",
-            "Add save_steps=100, or leave it out.",
+            "Leave out save_steps=null, or this.",
         )
 
 
@@ -399,6 +405,11 @@ def recipe_of_yaml(path: Path) -> str:
             f"Begin it with 'recipe: lora_sft', or: python -m finetune_kit run RECIPE --config {path}",
         )
     return recipe
+
+
+def full_key(config: RecipeConfig, written: str, origin: str) -> str:
+    """The dotted key of the setting that `written` means. Raises SettingsError with the nearest right name."""
+    return _find(written, {leaf.key: leaf for leaf in leaves(config)}, config.recipe, origin)[0].key
 
 
 def _read_yaml(path: Path, known: dict[str, Leaf]) -> Iterator[tuple[str, values.Node, str]]:

@@ -5,7 +5,8 @@ FinetuneKitError
 ├── DataError         3   rows, files, masks
 ├── NumericsError     4   NaN, collapse, a result that does not hold
 ├── ResourceError     5   memory, disk, a package or a network that is not there
-└── SecurityError     6   something that would run a stranger's code
+├── SecurityError     6   something that would run a stranger's code
+└── Stopped          75   ended by a signal; the same command goes on
 
 0 is success. Any other exception is a bug of ours and keeps its traceback.
 """
@@ -43,3 +44,7 @@ class ResourceError(FinetuneKitError):
 
 class SecurityError(FinetuneKitError):
     exit_code = 6
+
+
+class Stopped(FinetuneKitError):
+    exit_code = 75

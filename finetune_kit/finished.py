@@ -19,6 +19,7 @@ from finetune_kit.floors import check_floors
 from finetune_kit.model.adapters import as_started, detach
 from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer
+from finetune_kit.run_folder import is_unfinished
 from finetune_kit.training.progress import telling
 
 OF_ITS_BASE = ("model.name_or_path", "model.trust_remote_code")  # what may be said of it again
@@ -53,6 +54,10 @@ def open_run(folder: Path, words: list[str]) -> FinishedRun:
     if not (folder / "run.yaml").is_file():
         raise SettingsError(
             f"{folder} is no run's folder: it has no run.yaml.", "A run is made by: python -m finetune_kit run RECIPE"
+        )
+    if is_unfinished(folder):
+        raise SettingsError(
+            f"{folder} is a run that has not finished.", f"Go on: python -m finetune_kit run {folder / 'run.yaml'}"
         )
     if not any(folder.glob("*.safetensors")):
         raise SettingsError(f"{folder} is a run that has not finished: it holds no weights.")

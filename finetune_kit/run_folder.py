@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
 import platform
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune_kit import processes
-from finetune_kit.config import RecipeConfig, to_yaml
+from finetune_kit.config import RecipeConfig, leaves, to_yaml
 from finetune_kit.errors import SettingsError
 
 STACK = (
@@ -26,12 +30,50 @@ STACK = (
     "huggingface_hub",
 )
 
+IDENTITY = "identity.json"  # in a run's folder: what a run that goes on there must have in common with it
+# settings that leave what is trained as it is
+FREE = (
+    "train.output_dir",
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.report_to",
+    "evaluate.bootstrap_samples",
+)
+RATE = (
+    "train.learning_rate",
+    "train.lr_scheduler_type",
+    "train.warmup_steps",
+    "train.max_steps",
+    "train.num_train_epochs",
+)
+# settings that a run can go on with changed, and then act from there on; those of `evaluate` act in any case
+OPENABLE = (
+    *RATE,
+    "train.weight_decay",
+    "train.max_grad_norm",
+    "train.eval_steps",
+    "train.early_stopping_patience",
+    "train.gradient_checkpointing",
+    "train.padding_free",
+    "model.attn_implementation",
+)
+# what else must be the same, and its name for people
+STAMPS = {
+    "data": "other data: fingerprint",
+    "model": "another model:",
+    "tokenizer": "another tokenizer:",
+    "files": "other files that the settings name:",
+    "processes": "another number of processes:",
+}
+
 
 def claim(config: RecipeConfig) -> Path:
     """Decide the run's folder and put it into config.train.output_dir; nothing is created yet.
 
-    A folder that the user names must be free and writable (SettingsError). The default runs/<recipe>, and that of a
-    run.yaml which is run again, go on with -2, -3, …
+    An unfinished run of the same settings goes on in its folder; config.allow_changed opens single ones. Else a folder
+    that the user names must be free and writable (SettingsError). The default runs/<recipe>, and that of a run.yaml
+    which is run again, go on with -2, -3, …; a finished run, or one that another process trains, is never touched.
     """
     config.train.output_dir = str(processes.from_main(lambda: _choose(config)))
     return Path(config.train.output_dir)
@@ -40,8 +82,15 @@ def claim(config: RecipeConfig) -> Path:
 def _choose(config: RecipeConfig) -> Path:
     given = config.train.output_dir
     folder = Path("runs") / config.recipe if given is None else Path(given)
-    if given is None or _is_run_again(config, folder):
-        folder = _next_free(folder)
+    again = _is_run_again(config, folder)
+    _check_openable(config.allow_changed)
+    if given is None or again:
+        mine = [path for path in _numbered(folder, itself_first=again) if _goes_on(path, config)]
+        if config.allow_changed and not mine:
+            raise SettingsError("--allow-changed: no unfinished run differs from this one in these settings alone.")
+        folder = mine[0] if mine else _next_free(folder)
+    elif is_unfinished(folder):
+        _refuse_others(folder, config)
     elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         what = "holds another run" if (folder / "run.yaml").exists() else "is not empty"
         fix = f"Choose: output_dir={_next_free(folder)}"
@@ -52,10 +101,108 @@ def _choose(config: RecipeConfig) -> Path:
     return folder
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run was begun there and has not come to its report, which is written last."""
+    return (folder / IDENTITY).is_file() and not (folder / "report.json").is_file()
+
+
+def _check_openable(keys: Sequence[str]) -> None:
+    for key in keys:
+        if key not in OPENABLE and not key.startswith("evaluate."):
+            raise SettingsError(
+                f"--allow-changed {key}: a run that has begun cannot go on with another one, or it would not act.",
+                f"These can be changed: {', '.join(OPENABLE)} and evaluate.…",
+            )
+
+
+def _goes_on(folder: Path, config: RecipeConfig) -> bool:
+    if not is_unfinished(folder) or is_being_trained(folder):
+        return False
+    return set(changed(read_identity(folder)["settings"], settings_of(config))) <= set(config.allow_changed)
+
+
+def _refuse_others(folder: Path, config: RecipeConfig) -> None:
+    if is_being_trained(folder):
+        fix = f"Choose: output_dir={_next_free(folder)}"
+        raise SettingsError(f"train.output_dir={folder} is being trained by another process.", fix)
+    _compare(folder, read_identity(folder), {"settings": settings_of(config)}, config)
+
+
+def settings_of(config: RecipeConfig) -> dict[str, Any]:
+    """The settings that a run's result depends on, by dotted key, as JSON gives them back."""
+    kept = {leaf.key: leaf.value for leaf in leaves(config) if leaf.key not in FREE and not leaf.key.startswith("hub.")}
+    known: dict[str, Any] = json.loads(json.dumps({"recipe": config.recipe_word, **kept}))
+    return known
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What the run in a folder was begun with: settings, versions, and hashes of data, model and tokenizer."""
+    known: dict[str, Any] = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    return known
+
+
+def changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys that differ, in order."""
+    return [key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key)]
+
+
+def _compare(folder: Path, then: dict[str, Any], now: dict[str, Any], config: RecipeConfig) -> None:
+    """Raises SettingsError where the unfinished run in `folder` was another one, with each difference."""
+    free = f"Begin another run: output_dir={_next_free(folder)}"
+    settings = [key for key in changed(then["settings"], now["settings"]) if key not in config.allow_changed]
+    if settings:
+        was = [f"{key} {_shown(then['settings'].get(key))} → {_shown(now['settings'].get(key))}" for key in settings]
+        opened = all(key in OPENABLE or key.startswith("evaluate.") for key in settings)
+        on = f"Go on with them: --allow-changed {','.join([*config.allow_changed, *settings])}   " if opened else ""
+        raise SettingsError(f"{folder} holds an unfinished run with other settings: {', '.join(was)}.", on + free)
+    stamps = [name for name in STAMPS if name in now and then.get(name) != now[name]]
+    if stamps:
+        was = [f"{STAMPS[name]} {_shown(then.get(name))} → {_shown(now[name])}" for name in stamps]
+        raise SettingsError(f"{folder} holds an unfinished run of {', '.join(was)}.", free)
+
+
+def _shown(value: Any) -> str:
+    """A value for people: hashes and long ones cut."""
+    if isinstance(value, dict):
+        value = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(value, ensure_ascii=False).strip('"')
+    return text if len(text) <= 60 else f"{text[:12]}…"
+
+
+_held: list[int] = []  # the folder of the run that this process trains, open, so that its lock lasts as long as it
+
+
+def is_being_trained(folder: Path) -> bool:
+    """Whether another living process trains in a folder; if not, this one has it from now on.
+
+    The lock is the kernel's and goes with the process, however that ends. Of a run's processes the main one asks.
+    """
+    if _held and os.path.samestat(os.fstat(_held[0]), folder.stat()):
+        return False
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(number)
+        return True
+    for other in _held:
+        os.close(other)
+    _held[:] = [number]
+    return False
+
+
 def _is_run_again(config: RecipeConfig, folder: Path) -> bool:
     """Whether the folder's name comes from the run.yaml in it."""
     file = Path(config.origins.get("train.output_dir", "").rpartition(":")[0])
     return file.name == "run.yaml" and file.resolve().parent == folder.resolve()
+
+
+def _numbered(folder: Path, itself_first: bool) -> list[Path]:
+    """A folder and its -2, -3, … that are there, the newest first."""
+    later = [path for path in folder.parent.glob(f"{folder.name}-*") if path.name.rpartition("-")[2].isdigit()]
+    later = sorted(later, key=lambda path: -int(path.name.rpartition("-")[2]))
+    later = [path for path in later if path.name.rpartition("-")[0] == folder.name]
+    return [folder, *later] if itself_first else [*later, folder]
 
 
 def _next_free(folder: Path) -> Path:
@@ -63,14 +210,34 @@ def _next_free(folder: Path) -> Path:
     return folder if not folder.exists() else next(path for path in names if not path.exists())
 
 
-def begin(config: RecipeConfig, ledger: Any) -> Path:
-    """Make the folder with what is known before training: run.yaml and ledger.json."""
+def begin(config: RecipeConfig, ledger: Any, stamps: dict[str, Any]) -> Path:
+    """Make the folder with what is known before training: run.yaml, ledger.json, and identity.json with `stamps`.
+
+    A folder appears with all three or not at all. An unfinished run in it goes on; SettingsError where that was begun
+    with other settings or stamps.
+    """
     folder = Path(config.train.output_dir or "")
-    if not processes.is_main():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.yaml").write_text(to_yaml(config, versions()), encoding="utf-8")
-    (folder / "ledger.json").write_text(json.dumps(ledger.to_json(), indent=1, ensure_ascii=False), encoding="utf-8")
+    identity = {"settings": settings_of(config), **json.loads(json.dumps(stamps)), "versions": versions()}
+    if is_unfinished(folder):
+        _compare(folder, read_identity(folder), identity, config)
+    new = folder.absolute().with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    texts = {
+        IDENTITY: json.dumps(identity, indent=1, ensure_ascii=False),
+        "run.yaml": to_yaml(config, versions()),
+        "ledger.json": json.dumps(ledger.to_json(), indent=1, ensure_ascii=False),
+    }
+    for name, text in texts.items():
+        (new / name).write_text(text, encoding="utf-8")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        new.replace(folder)
+    else:
+        for name in texts:
+            (new / name).replace(folder / name)
+        new.rmdir()
+    if is_being_trained(folder):
+        raise SettingsError(f"train.output_dir={folder} is being trained by another process.", "Choose another one.")
     return folder
 
 

@@ -38,7 +38,7 @@ from finetune_kit.evaluation.compare import compare, measure
 from finetune_kit.model.load import load_policy, load_tokenizer
 from finetune_kit.rl.rewards import load_rewards
 from finetune_kit.rl.settings import PPOSettings
-from finetune_kit.run_folder import begin
+from finetune_kit.training.checkpoint import begin
 from finetune_kit.training.progress import telling
 
 
@@ -61,7 +61,7 @@ def run(config: Config) -> Artifact:
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
     rewards = load_rewards(config.reward, data, config.model, policy)
     trainer = PPOTrainer(policy, tokenizer, data, rewards, config)
-    begin(config, data.ledger)
+    begin(config, tokenizer, data)
     before = measure(policy, tokenizer, data, config.evaluate, telling("before"), judge=rewards.judge)
     history = trainer.train()
     after = measure(policy, tokenizer, data, config.evaluate, telling("after"), judge=rewards.judge)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune_kit.errors import SettingsError
+from finetune_kit.training import checkpoint
 
 TENSORS, NUMBERS = "state.safetensors", "state.json"
 
@@ -18,35 +19,28 @@ TENSORS, NUMBERS = "state.safetensors", "state.json"
 @dataclass(frozen=True)
 class Snapshot:
     """tensors: weights and optimizer by parameter name, on the CPU. numbers: step, KL coefficient, and what the run
-    must have in common with the one that goes on. scheduler: its own state."""
+    must have in common with the one that goes on. scheduler: its own state. record: that of metrics.jsonl."""
 
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
     scheduler: dict[str, Any]
+    record: dict[str, Any]
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
-    """`folder`/checkpoint-<step>, whole or not at all; the `keep` newest are left. Returns its path."""
+def write_checkpoint(folder: Path, snapshot: Snapshot, facts: dict[str, Any]) -> Path:
+    """`folder`/checkpoint-<step>, whole or not at all, committed with `facts`. Returns its path; one that is there
+    already is left as it is."""
     from safetensors.torch import save_file
 
     target = folder / f"checkpoint-{snapshot.numbers['step']}"
-    half = folder / f"{target.name}.part"
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}, half / TENSORS)
-    content = {**snapshot.numbers, "scheduler": snapshot.scheduler}
-    (half / NUMBERS).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    half.replace(target)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    if not (target / checkpoint.MANIFEST).is_file():
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}, target / TENSORS)
+        content = {**snapshot.numbers, "scheduler": snapshot.scheduler, "record": snapshot.record}
+        (target / NUMBERS).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        checkpoint.commit(target, {"step": snapshot.numbers["step"], **facts})
     return target
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / NUMBERS).is_file() and path.suffix != ".part"]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def read_checkpoint(path: Path) -> Snapshot:
@@ -56,8 +50,8 @@ def read_checkpoint(path: Path) -> Snapshot:
     if not (path / NUMBERS).is_file() or not (path / TENSORS).is_file():
         raise SettingsError(f"{path} is no checkpoint of PPO: {NUMBERS} and {TENSORS} belong to it.")
     numbers = json.loads((path / NUMBERS).read_text(encoding="utf-8"))
-    scheduler = numbers.pop("scheduler")
-    return Snapshot(load_file(path / TENSORS), numbers, scheduler)
+    scheduler, record = numbers.pop("scheduler"), numbers.pop("record")
+    return Snapshot(load_file(path / TENSORS), numbers, scheduler, record)
 
 
 def optimizer_tensors(optimizer: Any, names: list[str]) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ from finetune_kit.rl.rollout import Reference, Rows, Sampled, lay_out, look, pas
 from finetune_kit.rl.settings import PPOSettings, check_prompts, check_settings
 from finetune_kit.rl.value import NAME, build_value, value_parameters
 from finetune_kit.rl.watch import CAUSES, collapse
+from finetune_kit.run_folder import is_unfinished, read_identity
+from finetune_kit.training import checkpoint, stopping
 from finetune_kit.training.guard import CAUSES as NOT_FINITE
 from finetune_kit.training.progress import Record, peak_memory_gib
 
@@ -87,6 +89,7 @@ class PPOTrainer:
         self.updates = train.max_steps if train.max_steps > 0 else epochs
         warmup = train.warmup_steps if train.warmup_steps >= 1 else train.warmup_steps * self.updates
         self.scheduler = get_scheduler(train.lr_scheduler_type, self.optimizer, math.ceil(warmup), self.updates)
+        self.record = Record(Path(config.train.output_dir or ""))
         self.step = 0
         self.kl_coef = config.kl_coef
         self.constant = 0  # updates in a row in which all scores were alike
@@ -107,38 +110,67 @@ class PPOTrainer:
         )
 
     def train(self) -> list[dict[str, float]]:
-        """All updates, from where this trainer is. The value is saved beside the policy, which is left without it.
+        """All updates, from the newest whole checkpoint in the run's folder, or from where this trainer is.
 
-        Raises NumericsError (not finite, or a watchdog) and DataError (a reward), the last good state in a checkpoint.
+        The value is saved beside the policy, which is left without it.
+
+        Raises NumericsError (not finite, or a watchdog) and DataError (a reward), the last good state in a checkpoint;
+        Stopped after a signal.
         """
-        folder, train = Path(self.config.train.output_dir or ""), self.config.train
+        folder, train = self.record.path.parent, self.config.train
         folder.mkdir(parents=True, exist_ok=True)
-        self.record = Record(folder)
+        self._go_on()
         if self.is_main:
             self.record.on_train_begin(None, SimpleNamespace(max_steps=self.updates), None)
             self._announce()
         good = before = self.snapshot()
         try:
-            while self.step < self.updates:
-                try:
-                    line = self.update()
-                    self._log(line)
-                    if (reason := self._why_stop(line)) is not None:
-                        raise NumericsError(f"{reason}, at update {self.step}.", CAUSES)
-                except (NumericsError, DataError) as error:
-                    # what is wrong with `before` shows in what it samples: the state ahead of it is the last good one
-                    path = self._keep(good)
-                    raise type(error)(f"{error.message} The last good state is in {path}.", error.fix) from None
-                if self.constant >= self.config.max_constant_updates:
-                    self.record.say(f"All completions of {self.constant} updates scored alike: nothing more to learn.")
-                    break
-                good, before = before, self.snapshot()
-                if train.save_steps and self.step % train.save_steps == 0:
-                    self._keep(before)
+            with stopping.finishing_steps():
+                while self.step < self.updates and self.constant < self.config.max_constant_updates:
+                    try:
+                        line = self.update()
+                        self._log(line)
+                        if (reason := self._why_stop(line)) is not None:
+                            raise NumericsError(f"{reason}, at update {self.step}.", CAUSES)
+                    except (NumericsError, DataError) as error:
+                        # what is wrong with `before` shows in what it samples: the state ahead of it is the last good
+                        path = self._keep(good, and_none_newer=True)
+                        raise type(error)(f"{error.message} The last good state is in {path}.", error.fix) from None
+                    good, before = before, self.snapshot()
+                    if stopping.asked(self.accelerator):
+                        self._keep(before)
+                        raise stopping.stopped(folder)
+                    if train.save_steps and self.step % train.save_steps == 0:
+                        self._keep(before)
+            if self.constant >= self.config.max_constant_updates:
+                self.record.say(f"All completions of {self.constant} updates scored alike: nothing more to learn.")
+            if train.save_steps:
+                self._keep(before)
         finally:
             self.record.close()
         self._put_value_aside(folder)
         return self.record.history
+
+    def _go_on(self) -> None:
+        """From the newest whole checkpoint of the run begun in the folder, unless this trainer is past its start."""
+        folder = self.record.path.parent
+        if self.step or not is_unfinished(folder):
+            return
+        found = processes.from_main(lambda: checkpoint.newest_whole(folder))
+        if found is None:
+            self.record.restore({})
+            return
+        checkpoint.check_steps(found, self.updates)
+        snapshot = read_checkpoint(found)
+        self.restore(snapshot)
+        self.record.restore(snapshot.record)
+        then, now = checkpoint.read_manifest(found)["settings"], self._facts()["settings"]
+        if then != now:
+            checkpoint.reopen(self.optimizer, self.scheduler, then, now)
+
+    def _facts(self) -> dict[str, Any]:
+        folder = self.record.path.parent
+        return read_identity(folder) if is_unfinished(folder) else {}
 
     def update(self) -> dict[str, float]:
         """One update of the policy and the value; returns what it was like, by the field's names."""
@@ -362,10 +394,17 @@ class PPOTrainer:
         )
         self.record.on_step_end(None, SimpleNamespace(global_step=self.step), None)
 
-    def _keep(self, snapshot: Snapshot) -> Path:
+    def _keep(self, snapshot: Snapshot, and_none_newer: bool = False) -> Path:
         """Write a checkpoint, by one process; returns where it is."""
-        folder = Path(self.config.train.output_dir or "")
-        return write_checkpoint(folder, snapshot, self.config.train.save_total_limit) if self.is_main else folder
+        folder = self.record.path.parent
+        if not self.is_main:
+            return folder
+        kept = write_checkpoint(folder, snapshot, self._facts())
+        for newer in checkpoint.checkpoints(folder) if and_none_newer else ():
+            if checkpoint.step_of(newer) > checkpoint.step_of(kept):
+                checkpoint.discard(newer)
+        checkpoint.rotate(folder, self.config.train.save_total_limit)
+        return kept
 
     def snapshot(self) -> Snapshot:
         """Everything that the updates to come depend on, copied to the CPU."""
@@ -373,7 +412,8 @@ class PPOTrainer:
         tensors |= optimizer_tensors(self.optimizer, list(self.trained))
         numbers = {"step": self.step, "kl_coef": self.kl_coef, "constant": self.constant, "varied": self.varied}
         numbers |= {"batch_size": self.config.batch_size, "seed": self.config.train.seed, "prompts": len(self.prompts)}
-        return Snapshot({k: v.cpu().clone() for k, v in tensors.items()}, numbers, self.scheduler.state_dict())
+        copies = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+        return Snapshot(copies, numbers, self.scheduler.state_dict(), self.record.state())
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put a snapshot back. Raises SettingsError where it is of a run with other prompts, batches or weights."""
@@ -396,9 +436,9 @@ class PPOTrainer:
         self.step, self.kl_coef = int(snapshot.numbers["step"]), float(snapshot.numbers["kl_coef"])
         self.constant, self.varied = int(snapshot.numbers["constant"]), bool(snapshot.numbers["varied"])
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, folder: Path) -> None:
         """Go on from a checkpoint folder of this very run."""
-        self.restore(read_checkpoint(checkpoint))
+        self.restore(read_checkpoint(folder))
 
     def _put_value_aside(self, folder: Path) -> None:
         """The value into value.safetensors, its adapter out of the policy: what is left is what is served."""

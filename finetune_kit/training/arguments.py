@@ -21,7 +21,7 @@ from finetune_kit.hub import push_checkpoint
 from finetune_kit.model import packed
 from finetune_kit.model.adapters import parameter_counts
 from finetune_kit.model.load import computes_in_bfloat16, device
-from finetune_kit.run_folder import begin
+from finetune_kit.training.checkpoint import begin
 from finetune_kit.training.progress import console
 from finetune_kit.training.sharing import share_rows
 
@@ -40,7 +40,10 @@ INERT = {
     ),
     "weights and arithmetic follow model.dtype": ("fp16*", "bf16_full_eval"),
     "the reference is the policy's start": ("sync_ref_model", "ref_model_*", "precompute_ref_*"),
-    "a run begins anew": ("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
+    "run the same command again: an unfinished run goes on from its newest whole checkpoint": (
+        *("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
+        *("save_only_model", "enable_jit_checkpoint"),
+    ),
     "a run is pushed by the hub section: hub.push, hub.model_id": ("push_to_hub", "hub_*"),
 }
 
@@ -70,7 +73,8 @@ def build(
     check_vocabulary(config.model.name_or_path, policy, tokenizer)
     trained = [(parameter, parameter.data) for parameter in policy.parameters() if parameter.requires_grad]
     rows = data.train if rows is None else rows
-    scratch = Path(trainer_config.output_dir) / "rows.part"
+    folder = Path(trainer_config.output_dir).absolute()
+    scratch = folder.with_name(f".{folder.name}.rows")
     try:
         trainer = trainer_class(
             model=policy,
@@ -86,7 +90,7 @@ def build(
     processes.barrier()
     if processes.is_main():
         shutil.rmtree(scratch, ignore_errors=True)
-    begin(config, data.ledger)
+    begin(config, tokenizer, data)
     trainer.remove_callback(PrinterCallback)  # it prints the logs as a dict; progress.py says them
     if config.hub.strategy == "every_save":
         trainer.add_callback(_pushes_checkpoints(config))
@@ -242,7 +246,7 @@ def training_arguments(config_class: Any, config: RecipeConfig, data: Data) -> d
         "logging_steps": train.logging_steps,
         "save_strategy": "steps" if train.save_steps else "no",
         "save_steps": train.save_steps or 500,
-        "save_total_limit": train.save_total_limit,
+        "save_total_limit": None,  # fit.py rotates, after a checkpoint counts
         "seed": train.seed,
         "report_to": train.report_to,
         # held-out losses are our own (fit.py): the trainer's is a mean of batch means

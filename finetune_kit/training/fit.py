@@ -1,8 +1,9 @@
-"""Train: with the guard on, the record kept, held-out scores on the way, and the best weights at the end."""
+"""Train: with the guard on, the record kept, checkpoints committed, and the best weights at the end."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,41 +13,193 @@ from finetune_kit.config import TrainConfig
 from finetune_kit.errors import SettingsError
 from finetune_kit.model.adapters import restore
 from finetune_kit.model.load import public_name
+from finetune_kit.run_folder import read_identity
+from finetune_kit.training import checkpoint, stopping
 from finetune_kit.training.guard import finite_gradients, finite_log
-from finetune_kit.training.progress import Record
+from finetune_kit.training.progress import Record, console
 from finetune_kit.training.sharing import check_wrapper
 
 # What a run is judged by on the way: {"loss": …}, and the metric `metric` of the report where it is another.
 Score = Callable[..., dict[str, float]]
 
+PROGRESS = "progress.json"  # in a checkpoint: what this package's own callbacks keep
+# what the trainers count for their own log between two lines of it, and start anew with when they resume
+COUNTED = ("_globalstep_last_logged", "_total_loss_scalar", "_total_train_tokens", "_step")
+
 
 def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]]:
     """Train and return the lines of metrics.jsonl.
 
-    With `train.eval_steps`, `score(model, metric=…)` is taken every so many steps, the best checkpoint is kept beside
-    the last one, and the model ends with the best weights.
+    Goes on from the newest whole checkpoint in the run's folder, as if the run had never stopped. With
+    `train.eval_steps`, `score(model, metric=…)` is taken every so many steps, the best checkpoint is kept beside the
+    last one, and the model ends with the best weights. Raises Stopped after a signal.
     """
     if train.eval_steps and (sharding := processes.sharding()):
         raise SettingsError(
             f"train.eval_steps puts the best weights back at the end, which {sharding} has in shards.",
             "Leave it out: held-out rows are measured before and after.",
         )
-    record = Record(Path(trainer.args.output_dir))
+    folder = Path(trainer.args.output_dir)
+    record = Record(folder)
     watch = Watch(trainer, train, score, record)
+    kept = Kept(trainer, train, record, watch)
     trainer.add_callback(hooks(on_pre_optimizer_step=finite_gradients, on_log=finite_log))
     trainer.add_callback(
         hooks(on_train_begin=record.on_train_begin, on_step_end=record.on_step_end, on_log=record.on_log)
     )
-    trainer.add_callback(hooks(on_step_end=watch.on_step_end, on_save=lean_checkpoint))
+    trainer.add_callback(hooks(on_step_end=watch.on_step_end))
+    trainer.add_callback(hooks(on_train_begin=kept.on_train_begin, on_step_end=kept.on_step_end, on_save=kept.on_save))
     trainer.add_callback(hooks(on_train_begin=lambda *_, **__: check_wrapper(trainer.model_wrapped)))
+    start = kept.find()
     try:
-        trainer.train()
+        if not kept.trained:
+            with stopping.finishing_steps():
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
     finally:
         record.close()
-    if watch.best_folder is not None:
+    if stopping.asked(trainer.accelerator):
+        raise stopping.stopped(folder)
+    if (weights := watch.best_folder or (start if kept.trained else None)) is not None:
         processes.barrier()  # the main process may still be writing it
-        restore(trainer.model, watch.best_folder)
+        restore(trainer.model, weights)
     return record.history
+
+
+class Kept:
+    """A checkpoint of transformers made whole: what the record, the watch and the trainer's own log count goes into it,
+    it is committed, and older ones are deleted. And back.
+
+    `trained`: the checkpoint that the run goes on from is its last one.
+    """
+
+    def __init__(self, trainer: Any, train: TrainConfig, record: Record, watch: Watch) -> None:
+        self.trainer, self.train, self.record, self.watch = trainer, train, record, watch
+        self.folder = Path(trainer.args.output_dir)
+        self.trained = False
+        self.own: dict[str, Any] = {}
+        self.then: dict[str, Any] = {}
+        self.now: dict[str, Any] = read_identity(self.folder)
+
+    def find(self) -> Path | None:
+        """The checkpoint to go on from, with what lies beside the trainer's own state put back; None for none."""
+        found = processes.from_main(lambda: checkpoint.newest_whole(self.folder))
+        if found is None:
+            self.record.restore({})
+            return None
+        self.then = checkpoint.read_manifest(found)
+        self.own = json.loads(self._own_file(found).read_text(encoding="utf-8"))
+        kept = json.loads((found / PROGRESS).read_text(encoding="utf-8"))
+        self.record.restore(kept["record"])
+        self.watch.restore(kept["watch"])
+        steps = self._steps(int(kept["max_steps"]))
+        checkpoint.check_steps(found, steps)
+        self.trained = self.watch.stopped or checkpoint.step_of(found) >= steps
+        return found
+
+    def _steps(self, then: int) -> int:
+        """The steps of the whole run; `then`: as they were when the checkpoint was made."""
+        args = self.trainer.args
+        was, now = self.then["settings"], self.now["settings"]
+        if all(was[key] == now[key] for key in ("train.max_steps", "train.num_train_epochs")):
+            return then
+        if args.max_steps > 0:
+            return int(args.max_steps)
+        passes, accumulation = len(self.trainer.get_train_dataloader()), int(args.gradient_accumulation_steps)
+        return math.ceil(self.train.num_train_epochs * math.ceil(passes / accumulation))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the trainer has read its own state."""
+        if not self.then:
+            return
+        import torch
+        from safetensors.torch import load_file
+
+        trainer, own = self.trainer, self.own
+        for name in COUNTED:
+            if name in own and hasattr(trainer, name):
+                setattr(trainer, name, own[name])
+        if hasattr(trainer, "_tr_loss"):
+            trainer._tr_loss = torch.tensor(own["_tr_loss"], device=args.device)
+        for name, into in (("_metrics", _logged(trainer)), ("_stored_metrics", _stored(trainer))):
+            for key, numbers in own[name].items():
+                into[key] = numbers
+        if own["buffered"]:
+            tensors = load_file(self._buffer_file(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+            on_device = {key: tensor.to(args.device) for key, tensor in tensors.items()}
+            trainer._buffered_inputs = [
+                {name: on_device.get(f"{at}.{name}", plain) for name, plain in batch.items()}
+                for at, batch in enumerate(own["buffered"])
+            ]
+        changes = self.then["settings"] != self.now["settings"]
+        if changes:
+            checkpoint.reopen(kwargs["optimizer"], kwargs["lr_scheduler"], self.then["settings"], self.now["settings"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the watch, whose evaluation belongs to the step."""
+        if stopping.asked(self.trainer.accelerator):
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = self.folder / f"checkpoint-{state.global_step}"
+        self._write_own(folder)
+        processes.barrier()
+        if processes.is_main():
+            lean_checkpoint(folder)
+            kept = {"record": self.record.state(), "watch": self.watch.state(), "max_steps": state.max_steps}
+            (folder / PROGRESS).write_text(json.dumps(kept), encoding="utf-8")
+            checkpoint.commit(folder, {"step": state.global_step, **self.now})
+            checkpoint.rotate(self.folder, self.train.save_total_limit, self.watch.best_folder)
+        processes.barrier()
+
+    def _write_own(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        trainer = self.trainer
+        own = {name: getattr(trainer, name) for name in COUNTED if hasattr(trainer, name)}
+        own["_tr_loss"] = float(getattr(trainer, "_tr_loss", 0.0))
+        own["_metrics"] = {name: [float(number) for number in found] for name, found in _logged(trainer).items()}
+        own["_stored_metrics"] = {name: [float(n) for n in found] for name, found in _stored(trainer).items()}
+        batches, tensors = _buffered(trainer)
+        own["buffered"] = batches
+        self._own_file(folder).write_text(json.dumps(own), encoding="utf-8")
+        if tensors:
+            save_file(tensors, self._buffer_file(folder))
+
+    def _own_file(self, folder: Path) -> Path:
+        return folder / f"trainer_{self.trainer.args.process_index}.json"
+
+    def _buffer_file(self, folder: Path) -> Path:
+        return folder / f"completions_{self.trainer.args.process_index}.safetensors"
+
+
+def _logged(trainer: Any) -> dict[str, list[float]]:
+    """What TRL's trainers average over the steps of a log line."""
+    found: dict[str, list[float]] = getattr(trainer, "_metrics", {}).get("train", {})
+    return found
+
+
+def _stored(trainer: Any) -> dict[str, list[float]]:
+    """The same of the experimental ones."""
+    stored = getattr(trainer, "_stored_metrics", {})
+    found: dict[str, list[float]] = stored["train"] if hasattr(stored, "default_factory") else {}
+    return found
+
+
+def _buffered(trainer: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The completions that GRPO and RLOO are going to use again in the next step: batches without their tensors, and
+    the tensors by `<batch>.<name>`. Empty where the next step samples anew."""
+    batches = getattr(trainer, "_buffered_inputs", None) or []
+    every = trainer.args.steps_per_generation * trainer.num_iterations if batches else 1
+    if not batches or trainer._step % every == 0:
+        return [], {}
+    tensors = {
+        f"{at}.{name}": value.detach().cpu().clone()
+        for at, batch in enumerate(batches)
+        for name, value in batch.items()
+        if hasattr(value, "detach")
+    }
+    plain = [{name: None if hasattr(v, "detach") else v for name, v in batch.items()} for batch in batches]
+    return plain, tensors
 
 
 def hooks(**events: Callable[..., None]) -> Any:
@@ -65,6 +218,18 @@ class Watch:
         self.best: float | None = None
         self.best_folder: Path | None = None
         self.not_better = 0
+        self.stopped = False
+
+    def state(self) -> dict[str, Any]:
+        best = self.best_folder.name if self.best_folder else None
+        return {"best": self.best, "best_folder": best, "not_better": self.not_better, "stopped": self.stopped}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.best, self.not_better, self.stopped = state["best"], state["not_better"], state["stopped"]
+        self.best_folder = self.record.path.parent / state["best_folder"] if state["best_folder"] else None
+        if self.best_folder is not None and (reason := checkpoint.broken(self.best_folder)):
+            console.print(f"note: {self.best_folder}, the best one so far, is broken: {reason}. The best counts anew.")
+            self.best = self.best_folder = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.train.eval_steps:
@@ -85,25 +250,21 @@ class Watch:
             self.best, self.not_better = value, 0
             self.best_folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             state.best_metric, state.best_model_checkpoint = scores[name], str(self.best_folder)
-            control.should_save = True  # rotation spares state.best_model_checkpoint
+            control.should_save = True  # rotation spares it
             return
         self.not_better += 1
         if self.train.early_stopping_patience is not None and self.not_better >= self.train.early_stopping_patience:
             self.record.say(
                 f"held-out {name} did not improve {self.not_better} times: stopping at step {state.global_step}"
             )
-            control.should_training_stop = control.should_save = True
+            self.stopped = control.should_training_stop = control.should_save = True
 
 
-def lean_checkpoint(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+def lean_checkpoint(folder: Path) -> None:
     """Removes what nothing reads (the arguments as a pickle, TRL's card) and the local path that PEFT writes."""
-    if not processes.is_main():
-        return
-    folder = Path(args.output_dir)
-    checkpoint = folder / f"checkpoint-{state.global_step}"
-    for path in (checkpoint / "training_args.bin", checkpoint / "README.md", folder / "README.md"):
+    for path in (folder / "training_args.bin", folder / "README.md", folder.parent / "README.md"):
         path.unlink(missing_ok=True)
-    adapter = checkpoint / "adapter_config.json"
+    adapter = folder / "adapter_config.json"
     if adapter.is_file():
         content = json.loads(adapter.read_text(encoding="utf-8"))
         content["base_model_name_or_path"] = public_name(content["base_model_name_or_path"])

@@ -60,11 +60,28 @@ class Record:
         self.path = folder / "metrics.jsonl"
         self.history: list[dict[str, float]] = []
         self.bar: Progress | None = None
+        self.seconds = 0.0  # of training before this process took the run up
         self.started = self.last_time = time.perf_counter()
         self.last_tokens = 0.0
 
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, so that the run goes on with the same lines."""
+        seconds = time.perf_counter() - self.started
+        return {"history": list(self.history), "tokens": self.last_tokens, "seconds": round(seconds, 2)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put a checkpoint's state back, and cut metrics.jsonl back to it; {}: nothing has been recorded yet."""
+        self.history[:] = state.get("history", [])
+        self.last_tokens, self.seconds = state.get("tokens", 0.0), state.get("seconds", 0.0)
+        self.started = time.perf_counter() - self.seconds
+        if processes.is_main() and (self.history or self.path.exists()):
+            beside = self.path.with_name(f".{self.path.name}.new")
+            beside.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
+            beside.replace(self.path)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = self.last_time = time.perf_counter()
+        self.last_time = time.perf_counter()
+        self.started = self.last_time - self.seconds
         if not console.is_terminal:
             return
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,17 @@ import torch
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.data.chat import end_token_ids
-from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
+from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError, Stopped
 from finetune_kit.model.load import load_tokenizer
 from finetune_kit.model.reward import load_reward_model
-from finetune_kit.rl.checkpoint import checkpoints
+from finetune_kit.rl.ppo import PPOTrainer
+from finetune_kit.rl.rewards import Part, Rewards
 from finetune_kit.rl.rollout import lay_out, look
 from finetune_kit.rl.watch import collapse
+from finetune_kit.training.checkpoint import MANIFEST, begin, checkpoints, read_manifest
+from finetune_kit.training.stopping import heeding_signals
 from tests.fixtures_cli import ROOT
-from tests.rl.fixtures import ROWS, lower, settings, trainer, weights, write_home
+from tests.rl.fixtures import ROWS, lower, parts, settings, trainer, weights, write_home
 
 TIMES = {"seconds", "peak_memory_gib", "time/update", "time/generation", "time/scoring", "time/training"}
 LEARN = ("max_steps=12", "batch_size=64", "per_device_train_batch_size=64", "kl_coef=0.01")
@@ -113,7 +118,7 @@ def test_a_checkpoint_holds_no_pickle(home: Path) -> None:
     trainer(home, "save_steps=1", "max_steps=3", "save_total_limit=2").train()
     found = checkpoints(home / "run")
     assert [path.name for path in found] == ["checkpoint-2", "checkpoint-3"]
-    assert {path.name for path in found[0].iterdir()} == {"state.safetensors", "state.json"}
+    assert {path.name for path in found[0].iterdir()} == {"state.safetensors", "state.json", MANIFEST}
 
 
 def test_every_curve_has_the_name_that_the_field_knows_and_times_add_up(home: Path) -> None:
@@ -358,3 +363,76 @@ def test_the_recipe_reads_as_the_others_do() -> None:
     found = recipe.load(str(recipe.folder() / "ppo.py"))
     assert found.config_class.kind == "prompt"
     assert replace(config.reward, sources=["task"]) == type(config)().reward
+
+
+class TestARunThatGoesOn:
+    WORDS = ("max_steps=4", "save_steps=1", "save_total_limit=9", "adaptive_kl_target=0.5", "adaptive_kl_horizon=100")
+
+    @staticmethod
+    def begun(home: Path, *words: str, score: Any = lower) -> Any:
+        made = trainer(home, *words, score=score)
+        begin(made.config, made.tokenizer, made.data)
+        return made
+
+    @pytest.mark.parametrize("value", ["shared", "adapter"])
+    @pytest.mark.parametrize("step", [1, 3, 4], ids=["mid-epoch", "past an epoch's border", "last step"])
+    def test_cut_after_an_update_it_is_the_uninterrupted_run_to_the_bit(
+        self, home: Path, step: int, value: str
+    ) -> None:
+        words = (*self.WORDS, f"value_model={value}")
+        whole = self.begun(home, *words, f"output_dir={home / 'whole'}")
+        expected = whole.train()
+        assert len(whole.prompts) / 16 < 3  # updates in an epoch
+        shutil.copytree(home / "whole", home / "rest")
+        for later in range(step + 1, 5):
+            shutil.rmtree(home / "rest" / f"checkpoint-{later}")
+        (home / "rest" / f"checkpoint-{step + 1}").mkdir()  # half written
+        torch.manual_seed(12345)
+        rest = self.begun(home, *words, f"output_dir={home / 'rest'}")
+        found = rest.train()
+        assert [without_times(line) for line in found] == [without_times(line) for line in expected]
+        assert [json.loads(line) for line in (home / "rest" / "metrics.jsonl").read_text().splitlines()] == found
+        for name, weight in weights(whole).items():
+            assert torch.equal(weight, rest.trained[name]), name
+        ends = [read_manifest(home / run / "checkpoint-4")["files"]["state.safetensors"] for run in ("whole", "rest")]
+        assert ends[0] == ends[1]
+
+    def test_a_signal_in_update_2_ends_it_commits_it_and_the_rest_is_the_same(self, home: Path) -> None:
+        calls = iter(range(99))
+
+        def interrupting(prompts: Any, completions: Any, records: Any) -> list[float]:
+            if next(calls) == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return lower(prompts, completions, records)
+
+        words = ("max_steps=4", "save_steps=null")
+        expected = trainer(home, *words, f"output_dir={home / 'whole'}")
+        expected.train()
+        cut = self.begun(home, *words, score=interrupting)
+        with pytest.raises(Stopped, match="checkpoint-2 is what it goes on from"), heeding_signals(home / "run"):
+            cut.train()
+        rest = self.begun(home, *words)
+        assert [line["step"] for line in rest.train()] == [1, 2, 3, 4]
+        for name, weight in weights(expected).items():
+            assert torch.equal(weight, rest.trained[name]), name
+
+    def test_a_run_that_went_wrong_leaves_no_checkpoint_after_its_last_good_one(self, home: Path) -> None:
+        calls = iter(range(99))
+
+        def broken(prompts: Any, completions: Any, records: Any) -> list[float]:
+            return lower(prompts, completions, records) if next(calls) < 3 else [math.nan] * len(prompts)
+
+        with pytest.raises(NumericsError, match=r"The last good state is in .*checkpoint-2"):
+            self.begun(home, *self.WORDS, score=broken).train()
+        assert [path.name for path in checkpoints(home / "run")] == ["checkpoint-1", "checkpoint-2"]
+
+    def test_another_rate_is_refused_and_opened_it_acts(self, home: Path) -> None:
+        self.begun(home, *self.WORDS, "max_steps=2").train()
+        with pytest.raises(SettingsError, match=r"train.learning_rate 0.01 → 0.001"):
+            self.begun(home, *self.WORDS, "max_steps=2", "learning_rate=1e-3")
+        config = settings(home, *self.WORDS, "learning_rate=1e-3")
+        config.allow_changed = ("train.learning_rate", "train.max_steps")
+        policy, tokenizer, data = parts(config)
+        made = PPOTrainer(policy, tokenizer, data, Rewards((Part("lower", 1.0, lower),)), config)
+        begin(config, tokenizer, data)
+        assert [line["learning_rate"] for line in made.train()] == [1e-2, 1e-2, 1e-3, 1e-3]

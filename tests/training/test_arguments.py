@@ -37,7 +37,7 @@ CHANGED = {
     "extra": "{adam_beta2: 0.9}",
 }
 # These act in fit.py instead; tests/training/test_fit.py shows how.
-IN_FIT = {"eval_steps", "early_stopping_patience", "metric_for_best_model", "padding_free"}
+IN_FIT = {"eval_steps", "early_stopping_patience", "metric_for_best_model", "padding_free", "save_total_limit"}
 
 
 def arguments_of(home: Path, *words: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class TestExtra:
             ("train.extra.per_device_eval_batch_size=2", "measured by finetune_kit"),
             ("train.extra.load_best_model_at_end=true", "measured by finetune_kit"),
             ("train.extra.fp16=true", "model.dtype"),
-            ("train.extra.resume_from_checkpoint=x", "begins anew"),
+            ("train.extra.resume_from_checkpoint=x", "goes on from its newest whole checkpoint"),
             ("train.extra.push_to_hub=true", "a run is pushed by the hub section"),
             ("train.extra.hub_token=secret", "a run is pushed by the hub section"),
             ("train.extra.loss_type=nonsense", "nonsense"),

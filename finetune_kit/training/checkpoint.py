@@ -1,0 +1,225 @@
+"""Checkpoints that count only when whole. One mechanism for every trainer.
+
+A checkpoint's files are written first; MANIFEST.json, with the size and SHA-256 of each, is written last, under another
+name, and renamed once everything is on the disk. A folder without one is half written and never read; a folder that
+differs from its manifest is set aside, and the next older one is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune_kit import processes, run_folder
+from finetune_kit.config import RecipeConfig, leaves
+from finetune_kit.data.load import Data
+from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.training.progress import console
+
+MANIFEST = "MANIFEST.json"
+PREFIX, TRASH, CORRUPT = "checkpoint-", ".trash-", ".corrupt"
+
+
+def begin(config: RecipeConfig, tokenizer: Any, data: Data) -> Path:
+    """Make the run's folder, or go on with the unfinished run in it.
+
+    Raises SettingsError where that one had other settings, data, weights, tokenizer or number of processes.
+    """
+
+    def make() -> Path:
+        stamps = {**stamps_of(config, tokenizer, data), "processes": processes.count()}
+        return run_folder.begin(config, data.ledger, stamps)
+
+    return processes.from_main(make)
+
+
+def stamps_of(config: RecipeConfig, tokenizer: Any, data: Data) -> dict[str, Any]:
+    """What a run's result depends on beside its settings, as hashes: rows, base model, tokenizer, files it names."""
+    from finetune_kit.model.load import base_record
+
+    model = base_record(config.model)
+    named = {leaf.key: leaf.value for leaf in leaves(config) if not leaf.key.startswith(("data.", "train.", "hub."))}
+    named["recipe"] = config.recipe_word
+    paths = {key: Path(value).expanduser() for key, value in named.items() if isinstance(value, str) and value}
+    files = {key: _content(path) for key, path in paths.items() if key != "model.name_or_path" and path.exists()}
+    return {
+        "data": data.ledger.fingerprint,
+        "model": {"weights": model["weights"], "config": model["config"], "revision": model["revision"]},
+        "tokenizer": _tokenizer_hash(tokenizer),
+        "files": files,
+    }
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of a file, or of the weights and settings in a folder."""
+    names = sorted([*path.glob("*.safetensors"), *path.glob("*config.json")]) if path.is_dir() else [path]
+    return hashlib.sha256("".join(f"{file.name} {_sha256(file)} " for file in names).encode()).hexdigest()
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """Of vocabulary, rules, special tokens and chat template; not of how it happens to pad."""
+    rules = {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    if getattr(tokenizer, "is_fast", False):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules.pop("padding", None)
+        rules.pop("truncation", None)
+    known = [
+        rules,
+        str(tokenizer.chat_template),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    ]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def commit(folder: Path, facts: dict[str, Any]) -> None:
+    """Make a written checkpoint count. `facts`: step, and what the run that goes on from it must have in common."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path, sync=True)}
+    for inner in {path.parent for path in folder.rglob("*") if path.is_file()} | {folder}:
+        sync_folder(inner)
+    write_whole(folder / MANIFEST, json.dumps({**facts, "files": files}, indent=1, ensure_ascii=False))
+    sync_folder(folder.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file that is there whole or not at all, whenever the process or the machine dies."""
+    beside = path.with_name(f".{path.name}.new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Names in a folder are kept by its own fsync, not by those of its files."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _sha256(path: Path, sync: bool = False) -> str:
+    with path.open("rb", buffering=0) as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The facts that a checkpoint was committed with."""
+    facts: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    return facts
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps behind a checkpoint folder's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's committed checkpoints, oldest first; their files are not read."""
+    return [path for path in _folders(run) if (path / MANIFEST).is_file()]
+
+
+def _folders(run: Path) -> list[Path]:
+    found = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=step_of)
+
+
+def broken(checkpoint: Path) -> str:
+    """What differs between a checkpoint and its manifest; "" where it is whole."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+        stamp = tuple(sorted((name, (checkpoint / name).stat().st_mtime_ns) for name in files))
+        sizes = {name: (checkpoint / name).stat().st_size for name in files}
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    for name, file in files.items():
+        if sizes[name] != file["bytes"]:
+            return f"{name} has {sizes[name]:,} bytes, not {file['bytes']:,}"
+    return _changed(checkpoint, stamp, (checkpoint / MANIFEST).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)  # a command looks at a checkpoint when it starts, and again before it loads it
+def _changed(checkpoint: Path, stamp: tuple[tuple[str, int], ...], manifest: int) -> str:
+    for name, file in read_manifest(checkpoint)["files"].items():
+        if _sha256(checkpoint / name) != file["sha256"]:
+            return f"{name} has another SHA-256"
+    return ""
+
+
+def newest_whole(run: Path, strict: bool = False) -> Path | None:
+    """The newest checkpoint that holds what its manifest says; None where there is none.
+
+    A newer one that does not is said aloud, renamed to <name>.corrupt and passed over; with `strict` it is a
+    ResourceError instead. What a killed process left half written is removed.
+    """
+    for leftover in [*run.glob(f"{TRASH}*"), *(path for path in _folders(run) if not (path / MANIFEST).is_file())]:
+        shutil.rmtree(leftover)
+    for checkpoint in reversed(checkpoints(run)):
+        reason = broken(checkpoint)
+        if not reason:
+            return checkpoint
+        if strict:
+            raise ResourceError(
+                f"{checkpoint} is broken: {reason}.",
+                "Without --strict-resume it is set aside, and the next older checkpoint is taken.",
+            )
+        console.print(f"note: {checkpoint} is broken, and set aside as {set_aside(checkpoint).name}: {reason}")
+    return None
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint so that nothing takes it for one; returns its new path."""
+    taken = list(checkpoint.parent.glob(f"{checkpoint.name}{CORRUPT}*"))
+    aside = checkpoint.with_name(f"{checkpoint.name}{CORRUPT}" + (f"-{len(taken) + 1}" if taken else ""))
+    return checkpoint.rename(aside)
+
+
+def rotate(run: Path, keep: int, best: Path | None = None) -> None:
+    """Delete the oldest committed checkpoints until `keep` are left, never the newest one or the best one."""
+    found = checkpoints(run)
+    spared = {path.name for path in (*found[-1:], *([best] if best else []))}
+    for old in [path for path in found if path.name not in spared][: max(0, len(found) - keep)]:
+        discard(old)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint: it stops counting at once, whenever the process dies."""
+    trash = checkpoint.with_name(f"{TRASH}{checkpoint.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    shutil.rmtree(checkpoint.rename(trash))
+
+
+def check_steps(checkpoint: Path, steps: int) -> None:
+    """Raises SettingsError for a checkpoint beyond the end of the run."""
+    if step_of(checkpoint) > steps:
+        fix = f"Set max_steps to at least {step_of(checkpoint)}."
+        raise SettingsError(f"{checkpoint} is beyond the {steps} steps of this run.", fix)
+
+
+def reopen(optimizer: Any, scheduler: Any, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Let changed settings of rate and decay act, which the loaded state of optimizer and scheduler would overrule."""
+    if then.get("train.weight_decay") != now["train.weight_decay"]:
+        optimizer.param_groups[0]["weight_decay"] = now["train.weight_decay"]  # the others are those without decay
+    if all(then.get(key) == now[key] for key in run_folder.RATE):
+        return
+    was, rate = then["train.learning_rate"], now["train.learning_rate"]
+    bases = [base * rate / was if was else rate for base in scheduler.base_lrs]
+    scheduler.base_lrs = bases
+    scales: list[Callable[[int], float]] = scheduler.lr_lambdas
+    for group, base, scale in zip(optimizer.param_groups, bases, scales, strict=True):
+        group["initial_lr"], group["lr"] = base, base * scale(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
