@@ -62,11 +62,12 @@ def furnish(folder: Path) -> Path:
     return folder
 
 
-def start(home: Path, recipe: str, folder: str) -> subprocess.Popen[str]:
-    """The public command, in a process of its own."""
+def start(home: Path, recipe: str, folder: str, launcher: list[str] | None = None) -> subprocess.Popen[str]:
+    """The public command, in a process of its own, or in those of a launcher."""
     own = {word.split("=")[0] for word in RECIPES[recipe]}
     words = [word for word in WORDS if word.split("=")[0] not in own]
-    command = [sys.executable, "-m", "finetune_kit", "run", recipe, *words, *RECIPES[recipe], f"output_dir={folder}"]
+    launched = launcher or [sys.executable, "-m", "finetune_kit"]
+    command = [*launched, "run", recipe, *words, *RECIPES[recipe], f"output_dir={folder}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FINETUNE_KIT_CACHE": str(home / "cache")}
     log = (home / f"{folder}.log").open("a")
     return subprocess.Popen(command, cwd=home, env=environment, text=True, stdout=log, stderr=log)

@@ -2,11 +2,15 @@
 
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from finetune_kit.training.checkpoint import broken, checkpoints
+from finetune_kit.training.checkpoint import broken, checkpoints, read_manifest
 from tests.kills import (
     FILES,
     RECIPES,
@@ -53,3 +57,32 @@ def test_killed_when_a_file_of_each_kind_appears(home: Path, pattern: str) -> No
     if not finished(run):
         assert start(home, "lora_sft", run.name).wait() == 0
     assert_same_end(run, whole(home, "lora_sft"))
+
+
+@pytest.mark.long
+def test_with_a_signal_on_the_second_of_two_processes_both_commit_and_end_with_75_and_go_on_exactly(home: Path) -> None:
+    def launch(folder: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+        return start(home, "lora_sft", folder, [*command, "finetune_kit"])
+
+    assert launch("two-whole").wait() == 0
+    run, process = home / "two", launch("two")
+
+    def second() -> psutil.Process:
+        workers = psutil.Process(process.pid).children(recursive=True)
+        return next(worker for worker in workers if worker.environ().get("RANK") == "1")
+
+    while not (run / "checkpoint-3").is_dir():
+        assert process.poll() is None
+        time.sleep(0.01)
+    second().send_signal(signal.SIGTERM)
+    assert process.wait() != 0  # the launcher has an exit code of its own
+    said, kept = (home / "two.log").read_text(), checkpoints(run)[-1]
+    assert said.count(f"two/{kept.name} is what it goes on from") == 1
+    assert "exitcode  : 75" in said
+    assert broken(kept) == ""
+    assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_0.json", "trainer_1.json"} <= read_manifest(kept)[
+        "files"
+    ].keys()
+    assert launch("two").wait() == 0
+    assert_same_end(run, home / "two-whole")

@@ -31,7 +31,6 @@ CHANGED = {
     "gradient_checkpointing": "true",
     "logging_steps": "3",
     "save_steps": "4",
-    "save_total_limit": "3",
     "seed": "5",
     "report_to": "[tensorboard]",
     "extra": "{adam_beta2: 0.9}",
