@@ -101,13 +101,13 @@ class TestGenerationConfig:
 
 @pytest.mark.parametrize("which", ["lora_run", "full_run"])
 class TestNothingLocal:
-    def test_only_run_yaml_and_the_trainers_own_state_name_a_local_path(
+    def test_only_run_yaml_the_identity_and_the_trainers_own_state_name_a_local_path(
         self, which: str, request: pytest.FixtureRequest
     ) -> None:
         run: Artifact = request.getfixturevalue(which)
         home = str(run.folder.parent).encode()
         naming = {path.name for path in run.folder.rglob("*") if path.is_file() and home in path.read_bytes()}
-        assert naming <= {"run.yaml", "trainer_state.json"}
+        assert naming <= {"run.yaml", "trainer_state.json", "identity.json", "MANIFEST.json"}
 
     def test_there_is_no_pickle_of_arguments(self, which: str, request: pytest.FixtureRequest) -> None:
         run: Artifact = request.getfixturevalue(which)

@@ -34,7 +34,15 @@ SENT = {
     *("chat_template.jinja", "generation_config.json", "report.html", "report.json", "run.yaml", "tokenizer.json"),
     "tokenizer_config.json",
 }
-STAYING = ("training_args.bin", "optimizer.pt", "trainer_state.json", "metrics.jsonl", "ledger.json", ".env")
+STAYING = (
+    "identity.json",
+    "training_args.bin",
+    "optimizer.pt",
+    "trainer_state.json",
+    "metrics.jsonl",
+    "ledger.json",
+    ".env",
+)
 
 
 @pytest.fixture
@@ -324,7 +332,10 @@ def test_without_a_hub_it_is_said_at_once(hub: Hub, monkeypatch: pytest.MonkeyPa
         (["hub.strategy=every_save"], "hub.strategy (command line) has no effect without hub.push=true"),
         (["hub.push=true"], "does not say where to"),
         (["hub.push=true", "hub.model_id=x"], "expected user/name, found 'x'"),
-        (["hub.push=true", "hub.model_id=ada/x", "hub.strategy=every_save"], "without checkpoints on the way"),
+        (
+            ["hub.push=true", "hub.model_id=ada/x", "hub.strategy=every_save", "save_steps=null"],
+            "without checkpoints on the way",
+        ),
     ],
 )
 def test_a_hub_setting_that_cannot_act_is_refused(words: list[str], said: str) -> None:

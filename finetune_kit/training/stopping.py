@@ -37,6 +37,8 @@ def heeding_signals(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if not _asked:  # raised by something else
+            raise
         raise stopped(folder) from None
     finally:
         for number, handler in before.items():

@@ -22,6 +22,7 @@ def test_the_folder_holds_the_adapter_the_tokenizer_the_record_the_report_and_th
     files = {path.name for path in lora_run.folder.iterdir()}
     assert files == {
         "run.yaml",
+        "identity.json",
         "ledger.json",
         "metrics.jsonl",
         "report.json",
