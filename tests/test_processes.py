@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_kit import processes
+from finetune_kit import recipe as recipes
 from finetune_kit.artifact import probe_logits
 from finetune_kit.config import ModelConfig
 from finetune_kit.errors import SettingsError
@@ -21,7 +23,7 @@ from finetune_kit.model.load import load_adapted, load_base
 from finetune_kit.training.sharing import check_wrapper, last_round
 from tests import two_shards
 from tests.fixtures_cli import ROOT, Said
-from tests.two_processes import ALIKE, figures, train, write_home
+from tests.two_processes import ALIKE, figures, kept, train, write_home
 
 SHIPPED = ("--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", "2")
 QUICK = ("model.name_or_path=tiny", "max_steps=2", "per_device_train_batch_size=4", "logging_steps=1")
@@ -75,6 +77,18 @@ def test_two_processes_with_4_rows_each_have_the_losses_of_one_with_8_to_1e_4(
         assert first.get(name) == pytest.approx(one.get(name), abs=0.05)
     assert first.get("tokens") == one.get("tokens")
     assert first.get("answers") == second.get("answers") == one.get("answers")
+
+
+def test_on_two_processes_a_run_cut_after_4_of_6_steps_goes_on_to_the_bit_and_one_process_refuses_it(
+    home: Path, two: list[dict[str, Any]]
+) -> None:
+    for found in two:
+        assert len(found["resumed"]["losses"]) == 6
+        assert found["resumed"]["losses"] == found["resumed"]["whole"]
+        assert found["resumed"]["weights"]
+    shutil.rmtree(home / "cut" / "checkpoint-6")
+    with pytest.raises(SettingsError, match="processes"):
+        kept(home, "cut")
 
 
 def test_a_model_in_two_shards_trains_evaluates_and_is_saved_as_one_process_does(home: Path) -> None:
@@ -186,3 +200,27 @@ def test_one_process_works_alone_and_without_a_group() -> None:
     assert processes.from_main(lambda: 7) == 7
     processes.barrier()
     assert processes.fails_first(2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", recipes.BUILTIN)
+def test_every_recipe_runs_through_accelerate_launch_on_two_processes(recipe: str, home: Path) -> None:
+    kinds = {"reward_model": "preference", "dpo": "preference", "orpo": "preference", "kto": "labelled_completion"}
+    own = {
+        "ppo": ("batch_size=8", "num_mini_batches=2", "num_ppo_epochs=1", "max_new_tokens=8"),
+        "grpo": ("num_generations=2", "max_completion_length=8"),
+        "rloo": ("num_generations=2", "max_completion_length=8"),
+    }
+    rows = f"data.path={kinds.get(recipe, 'prompt_completion')}.jsonl"
+    words = [*QUICK, f"output_dir=every/{recipe}", "evaluate.general_text=false", "evaluate.bootstrap_samples=50"]
+    if recipe in own:
+        (home / "short.py").write_text(
+            "def short(prompts, completions, records):\n    return [-len(c) for c in completions]\n"
+        )
+        words += ["reward.sources=[short.py:short]", *own[recipe]]
+    said = launch(*SHIPPED, "-m", "finetune_kit", "run", recipe, rows, "held_out_size=3", *words, cwd=home)
+    assert said.code == 0, said.err[-3000:]
+    assert said.out.count("The run is in") == 1
+    report = json.loads((home / "every" / recipe / "report.json").read_text())
+    assert report["rows"]["held_out"] in (0, 3)
+    assert len((home / "every" / recipe / "metrics.jsonl").read_text().splitlines()) == 2

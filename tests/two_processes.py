@@ -4,14 +4,18 @@
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune_kit import processes
 from finetune_kit.evaluation.compare import measure
 from finetune_kit.evaluation.rewards import measure_rewards
-from tests.fixtures_training import Trained, fit_only, write_rows
+from finetune_kit.training.fit import fit
+from tests.fixtures_training import Trained, fit_only, prepare, write_rows
 
 TOGETHER = 8  # rows in a step, of all processes
 ALIKE = {
@@ -60,10 +64,35 @@ def figures(run: Trained) -> dict[str, Any]:
     return {"losses": run.losses, "weights": weights, **scores}
 
 
+def kept(home: Path, folder: str) -> Trained:
+    """A run with dropout and a checkpoint after each of its 6 steps, up to the first step that is still to be taken."""
+    words = ("lora.lora_dropout=0.3", "save_steps=1", "save_total_limit=99", "per_device_train_batch_size=4", *STEPS)
+    places = (f"data.path={home / 'prompt_completion.jsonl'}", f"output_dir={home / folder}")
+    run = prepare("lora_sft", home, *places, *words)
+    torch.manual_seed(12345 + processes.rank())
+    return run
+
+
+def resumed(home: Path) -> dict[str, Any]:
+    """Whether a run cut after step 4, in the second epoch, is the uninterrupted one to the bit when it goes on."""
+    whole = kept(home, "whole")
+    lines = fit(whole.trainer, whole.config.train, whole.score)
+    if processes.is_main():
+        shutil.copytree(whole.folder, home / "cut")
+        for step in (5, 6):
+            shutil.rmtree(home / "cut" / f"checkpoint-{step}")
+    processes.barrier()
+    again = kept(home, "cut")
+    losses = [line["loss"] for line in fit(again.trainer, again.config.train, again.score) if "loss" in line]
+    same = all(torch.equal(weight, whole.weights[name]) for name, weight in again.weights.items())
+    return {"losses": losses, "whole": [line["loss"] for line in lines if "loss" in line], "weights": same}
+
+
 if __name__ == "__main__":
     home, name = Path(sys.argv[1]), sys.argv[2]
     if processes.count() > 1:
         processes.start(on_cpu=True)
     found = {recipe: figures(train(recipe, home, name)) for recipe in ALIKE}
+    found["resumed"] = resumed(home)
     (home / f"{name}-{processes.rank()}.json").write_text(json.dumps(found))
     processes.finish()
