@@ -222,5 +222,5 @@ def test_every_recipe_runs_through_accelerate_launch_on_two_processes(recipe: st
     assert said.code == 0, said.err[-3000:]
     assert said.out.count("The run is in") == 1
     report = json.loads((home / "every" / recipe / "report.json").read_text())
-    assert report["rows"]["held_out"] in (0, 3)
+    assert report["rows"]["held_out"] <= 3
     assert len((home / "every" / recipe / "metrics.jsonl").read_text().splitlines()) == 2
