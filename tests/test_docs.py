@@ -31,7 +31,15 @@ from finetune_kit.errors import DataError
 from finetune_kit.model.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/data.md", "docs/choose.md", "docs/add_a_method.md", "docs/ppo.md", "docs/scale.md"]
+PAGES = [
+    "README.md",
+    "docs/data.md",
+    "docs/choose.md",
+    "docs/add_a_method.md",
+    "docs/ppo.md",
+    "docs/scale.md",
+    "docs/reliability.md",
+]
 NOT_RUN = ("git", "cd", "source")  # what a reader needs and the test already stands on
 SMALL = ("max_steps=2", "evaluate.size=4", "evaluate.general_text=false", "evaluate.bootstrap_samples=50")
 FEW = 8  # problems of a generated task
