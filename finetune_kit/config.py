@@ -121,6 +121,9 @@ class TrainConfig:
     optim: str = setting("auto", "optimizer by transformers' name; auto: fused AdamW")
     weight_decay: float = setting(0.0, "decoupled weight decay of the optimizer", within="[0, inf)")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm", within="[0, inf)")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = setting(
+        "stop", "a loss or gradient that is not finite: stop; skip that step; or also go back to the last checkpoint"
+    )
     neftune_noise_alpha: float | None = setting(None, "noise on embeddings (arXiv 2310.05914)", within="[0, inf)")
     padding_free: bool = setting(
         True, "no padding through the layers, shared beginnings once, the head only at labels: the same numbers, sooner"

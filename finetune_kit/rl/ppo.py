@@ -35,6 +35,7 @@ from finetune_kit.rl.watch import CAUSES, collapse
 from finetune_kit.run_folder import is_unfinished, read_identity
 from finetune_kit.training import checkpoint, stopping
 from finetune_kit.training.guard import CAUSES as NOT_FINITE
+from finetune_kit.training.guard import MOST_IN_A_ROW
 from finetune_kit.training.progress import Record, peak_memory_gib
 
 
@@ -94,6 +95,8 @@ class PPOTrainer:
         self.kl_coef = config.kl_coef
         self.constant = 0  # updates in a row in which all scores were alike
         self.varied = False  # whether they ever were not
+        self.skipped = self.in_a_row = 0  # steps that moved nothing, for a gradient that is not finite
+        self.good: Snapshot | None = None  # what rollback goes back to
 
     def _sampler(self) -> Any:
         """What draws the completions: rollout.sample, or vLLM in its place."""
@@ -127,6 +130,7 @@ class PPOTrainer:
         try:
             with stopping.finishing_steps():
                 while self.step < self.updates and self.constant < self.config.max_constant_updates:
+                    self.good = before
                     try:
                         line = self.update()
                         self._log(line)
@@ -281,11 +285,15 @@ class PPOTrainer:
             if stopped and steps:
                 self.optimizer.zero_grad()
                 break
-            found["grad_norm"] = self._move()
+            norm = self._move()
+            if norm is None:
+                continue
+            found["grad_norm"] = norm
             found["loss"] = found["loss/policy_avg"] + config.vf_coef * found["loss/value_avg"]
             steps += 1
             sums = {name: sums.get(name, 0.0) + number for name, number in found.items()}
         line = {name: number / steps for name, number in sums.items()}
+        line |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
         return {**line, "policy/steps": steps, "policy/stopped_early": float(stopped)}
 
     def _loss(self, rollout: Rollout, rows: list[int]) -> tuple[Tensor, list[Tensor]]:
@@ -303,8 +311,11 @@ class PPOTrainer:
             loss = loss - config.entropy_coef * ppo.masked_sum(seen.entropy, mask)
         return loss, [policy.loss, value.loss, policy.clipped, policy.approxkl, policy.ratio, value.clipped]
 
-    def _move(self) -> float:
-        """One step of the optimizer; returns the gradient's norm. Raises NumericsError before a NaN moves a weight."""
+    def _move(self) -> float | None:
+        """One step of the optimizer; returns the gradient's norm, None where it is not finite and moves nothing.
+
+        Raises NumericsError where a run that meets such a gradient is to stop.
+        """
         parameters = [p for p in self.trained.values() if p.grad is not None]
         if self.accelerator.num_processes > 1:
             flat = self._total(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
@@ -313,11 +324,33 @@ class PPOTrainer:
         limit = self.config.train.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if not math.isfinite(norm):
-            message = f"A gradient is not finite at update {self.step}; no weight has been moved by it."
-            raise NumericsError(message, NOT_FINITE)
+            self._pass_over()
+            return None
+        self.in_a_row = 0
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def _pass_over(self) -> None:
+        """What train.on_nonfinite says of a gradient that is not finite. Raises NumericsError where that is to stop."""
+        policy = self.config.train.on_nonfinite
+        self.in_a_row += 1
+        found = f"A gradient is not finite at update {self.step}; no weight has been moved by it."
+        if policy == "stop" or self.in_a_row > MOST_IN_A_ROW:
+            often = f" It is the {self.in_a_row}th in a row." if self.in_a_row > 1 else ""
+            raise NumericsError(found + often, NOT_FINITE)
+        self.optimizer.zero_grad()
+        self.skipped += 1
+        if policy == "rollback" and self.good is not None:
+            kept = self.step, self.constant, self.varied, self.kl_coef, self.scheduler.state_dict()
+            self.restore(self.good)
+            self.step, self.constant, self.varied, self.kl_coef = kept[:4]
+            self.scheduler.load_state_dict(kept[4])
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+        if self.is_main:
+            back = "; weights and optimizer are those it began with" if policy == "rollback" else ""
+            self.record.say(f"note: a step of update {self.step} is skipped{back}: a gradient is not finite.")
 
     def _score(self, chosen: list[int], sampled: list[Sampled]) -> tuple[Tensor, dict[str, Tensor]]:
         """(b,) scores, and those of each reward by name, of the completions' texts without their end tokens."""

@@ -22,6 +22,7 @@ from finetune_kit.model import packed
 from finetune_kit.model.adapters import parameter_counts
 from finetune_kit.model.load import computes_in_bfloat16, device
 from finetune_kit.training.checkpoint import begin
+from finetune_kit.training.guard import Guard, watching
 from finetune_kit.training.progress import console
 from finetune_kit.training.sharing import share_rows
 
@@ -94,6 +95,7 @@ def build(
     trainer.remove_callback(PrinterCallback)  # it prints the logs as a dict; progress.py says them
     if config.hub.strategy == "every_save":
         trainer.add_callback(_pushes_checkpoints(config))
+    trainer.add_callback(watching(Guard(config.train.on_nonfinite, data, trainer)))
     for parameter, weights in trained:  # TRL rounds adapters of quantised models to bfloat16
         if parameter.dtype != weights.dtype:
             parameter.data = weights

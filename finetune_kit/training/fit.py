@@ -15,8 +15,7 @@ from finetune_kit.model.adapters import restore
 from finetune_kit.model.load import public_name
 from finetune_kit.run_folder import read_identity
 from finetune_kit.training import checkpoint, stopping
-from finetune_kit.training.guard import finite_gradients, finite_log
-from finetune_kit.training.progress import Record, console
+from finetune_kit.training.progress import Record, console, hooks
 from finetune_kit.training.sharing import check_wrapper
 
 # What a run is judged by on the way: {"loss": …}, and the metric `metric` of the report where it is another.
@@ -43,7 +42,6 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
     record = Record(folder)
     watch = Watch(trainer, train, score, record)
     kept = Kept(trainer, train, record, watch)
-    trainer.add_callback(hooks(on_pre_optimizer_step=finite_gradients, on_log=finite_log))
     trainer.add_callback(
         hooks(on_train_begin=record.on_train_begin, on_step_end=record.on_step_end, on_log=record.on_log)
     )
@@ -200,13 +198,6 @@ def _buffered(trainer: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     }
     plain = [{name: None if hasattr(v, "detach") else v for name, v in batch.items()} for batch in batches]
     return plain, tensors
-
-
-def hooks(**events: Callable[..., None]) -> Any:
-    """A callback of transformers made of plain functions, named by event (on_step_end=…)."""
-    from transformers import TrainerCallback
-
-    return type("Hooks", (TrainerCallback,), {name: staticmethod(event) for name, event in events.items()})()
 
 
 class Watch:

@@ -1,29 +1,179 @@
-"""Stops a run before a number that is not finite can move a weight."""
+"""Keeps numbers that are not finite out of the weights: they are found before the optimizer moves anything.
+
+train.on_nonfinite says what then: stop; skip, the step moves nothing; rollback, weights and optimizer are taken back to
+the last checkpoint, too.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from finetune_kit.data.load import Data
+from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError
+from finetune_kit.model.adapters import restore
+from finetune_kit.training import checkpoint
+from finetune_kit.training.progress import console, hooks
 
 CAUSES = "Likely causes: a learning_rate too high, float16 overflow, a broken row. Try a tenth of train.learning_rate."
+MOST_IN_A_ROW = 3  # steps without a move after which a run that skips them stops
+MOST_NAMED = 8  # rows in a message
 
 
-def finite_gradients(args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
-    """Before the optimizer moves anything: raises NumericsError when a gradient is not finite."""
+def watching(guard: Guard) -> Any:
+    """The guard as a callback of transformers."""
+    return hooks(
+        on_train_begin=guard.on_train_begin,
+        on_step_begin=guard.on_step_begin,
+        on_pre_optimizer_step=guard.on_pre_optimizer_step,
+        on_step_end=guard.on_step_end,
+        on_log=guard.on_log,
+    )
+
+
+def finite(tensors: Iterable[Any]) -> bool:
+    """Whether every number in some tensors is finite. One look for all of them."""
     import torch
 
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    found = list(tensors)
+    if not found:
+        return True
     # a NaN or an infinity anywhere makes its own norm NaN or infinite
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-    if not bool(torch.isfinite(norms).all()):
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(found)])
+    return bool(torch.isfinite(norms).all())
+
+
+class Guard:
+    """Watches a trainer of transformers by its events; see the module.
+
+    `skipped`: steps that moved nothing. Raises NumericsError at the first one with `stop`, after MOST_IN_A_ROW else,
+    where rollback has no checkpoint to go back to, and for weights that are not finite: they are not saved.
+    """
+
+    def __init__(self, policy: str, data: Data, trainer: Any) -> None:
+        self.policy, self.data, self.trainer = policy, data, trainer
+        self.seen: list[tuple[Any, Any, Any]] = []  # input_ids, attention_mask, position_ids since the last step
+        self.skipped = self.in_a_row = self.since_log = self.steps_since_log = 0
+        self.good_loss: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # ahead of the packed forward, which lays the rows end to end
+        self.trainer.model.register_forward_pre_hook(self._note, prepend=True, with_kwargs=True)
+
+    def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if module.training and ids is not None:
+            self.seen.append((ids, kwargs.get("attention_mask"), kwargs.get("position_ids")))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.clear()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+        """Before the optimizer moves anything."""
+        import torch
+
+        self.steps_since_log += 1
+        loss = getattr(self.trainer, "_tr_loss", torch.zeros(()))
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if finite([*gradients, loss]):
+            self.in_a_row = 0
+            self.good_loss = loss.clone()
+            return
         step = state.global_step + 1
-        raise NumericsError(f"A gradient is not finite at step {step}; no weight has been moved by it.", CAUSES)
+        found = f"A gradient is not finite at step {step}; no weight has been moved by it. {self.rows()}"
+        last = _last_checkpoint(Path(args.output_dir))
+        kept = f" The last good checkpoint is {last}." if last else ""
+        self.in_a_row += 1
+        if self.policy == "stop" or self.in_a_row > MOST_IN_A_ROW:
+            often = f" It is the {self.in_a_row}th step in a row." if self.in_a_row > 1 else ""
+            raise NumericsError(found + often + kept, CAUSES)
+        if self.policy == "rollback":
+            if last is None:
+                fix = f"Set save_steps to have one. {CAUSES}"
+                raise NumericsError(f"{found} There is no checkpoint to go back to.", fix)
+            self._roll_back(last)
+        model.zero_grad(set_to_none=True)  # the optimizer passes over what has no gradient
+        self.skipped += 1
+        self.since_log += 1
+        loss.copy_(self.good_loss if self.good_loss is not None else torch.zeros_like(loss))
+        back = f", back to {last.name}" if self.policy == "rollback" and last else ""
+        console.print(f"note: step {step} is skipped{back}: a gradient is not finite. {self.rows()}", markup=False)
+
+    def _roll_back(self, folder: Path) -> None:
+        """Weights and optimizer of a checkpoint of this run, whose files are those of its manifest; rates go on."""
+        if reason := checkpoint.broken(folder):
+            raise NumericsError(f"{folder}, to go back to after a gradient that is not finite, is broken: {reason}.")
+        trainer = self.trainer
+        restore(trainer.accelerator.unwrap_model(trainer.model), folder)
+        schedule = trainer.lr_scheduler.state_dict()
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        trainer._load_optimizer_and_scheduler(str(folder))
+        trainer.lr_scheduler.load_state_dict(schedule)
+        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the move, ahead of any save."""
+        trained = [p.detach() for p in self.trainer.model.parameters() if p.requires_grad]
+        if not finite(trained):
+            last = _last_checkpoint(Path(args.output_dir))
+            kept = f" The last good checkpoint is {last}." if last else ""
+            found = f"A weight is not finite after step {state.global_step}; nothing is saved.{kept}"
+            raise NumericsError(found, CAUSES)
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
+        """At each logged step; what skipped steps left in it is taken out."""
+        if self.skipped and "loss" in logs:
+            moved = self.steps_since_log - self.since_log
+            if moved > 0:
+                logs["loss"] *= self.steps_since_log / moved  # the trainer divides by all steps
+            for name in [name for name, number in logs.items() if not _finite_number(number)]:
+                del logs[name]
+            if moved <= 0:
+                logs.pop("loss", None)
+            logs["skipped_steps"] = self.skipped
+        self.since_log = self.steps_since_log = 0 if "loss" in logs or self.skipped else self.steps_since_log
+        for name in ("loss", "grad_norm"):
+            if name in logs and not math.isfinite(logs[name]):
+                raise NumericsError(f"{name} is {logs[name]} at step {state.global_step}.", CAUSES)
+
+    def rows(self) -> str:
+        """The rows of the step's batches, with where they come from and their lengths."""
+        known = {
+            tuple(ids): self.data.train_records[row["row"]].where
+            for row in self.data.train
+            for ids, _ in sequences(row).values()
+        }
+        named = []
+        for ids in (ids for batch in self.seen for ids in _unpadded(*batch)):
+            where = known.get(tuple(ids))
+            named.append(f"{where or 'a row'} ({len(ids)} tokens)")
+        named = list(dict.fromkeys(named))
+        more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+        return f"Its rows: {', '.join(named[:MOST_NAMED])}{more}." if named else ""
 
 
-def finite_log(args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
-    """At each logged step: raises NumericsError when the loss or the gradient norm is not finite."""
-    for name in ("loss", "grad_norm"):
-        if name in logs and not math.isfinite(logs[name]):
-            raise NumericsError(f"{name} is {logs[name]} at step {state.global_step}.", CAUSES)
+def _finite_number(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    return next(iter(reversed(checkpoint.checkpoints(folder))), None)
+
+
+def _unpadded(ids: Any, mask: Any, positions: Any) -> list[list[int]]:
+    """The sequences of a batch, without padding; of packed ones where positions begin anew."""
+    rows: list[list[int]] = []
+    for line in range(len(ids)):
+        row = ids[line].tolist()
+        if mask is not None and mask.shape == ids.shape:
+            row = [token for token, real in zip(row, mask[line].tolist(), strict=True) if real]
+        starts = [0, len(row)]
+        if positions is not None and mask is None and positions.shape == ids.shape:
+            starts = [at for at, position in enumerate(positions[line].tolist()) if position == 0] + [len(row)]
+        rows += [row[start:stop] for start, stop in pairwise(starts)]
+    return rows

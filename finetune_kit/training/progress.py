@@ -130,3 +130,10 @@ class Record:
             return
         left = (time.perf_counter() - self.started) / max(state.global_step, 1) * (state.max_steps - state.global_step)
         self.say(f"step {state.global_step}/{state.max_steps}  {text}  {left:,.0f} s left")
+
+
+def hooks(**events: Callable[..., None]) -> Any:
+    """A callback of transformers made of plain functions, named by event (on_step_end=…)."""
+    from transformers import TrainerCallback
+
+    return type("Hooks", (TrainerCallback,), {name: staticmethod(event) for name, event in events.items()})()

@@ -356,6 +356,26 @@ def test_a_nan_in_the_gradient_moves_no_weight(home: Path) -> None:
     assert all(torch.equal(weight, made.trained[name]) for name, weight in start.items())
 
 
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_an_update_of_nan_gradients_moves_nothing_and_the_run_ends_with_finite_numbers(home: Path, policy: str) -> None:
+    made = trainer(home, "max_steps=3", f"train.on_nonfinite={policy}", "num_ppo_epochs=1", "num_mini_batches=2")
+    plain = made._loss
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def poisoned(rollout: Any, rows: Any) -> Any:
+        loss, figures = plain(rollout, rows)
+        kept.setdefault(made.step, weights(made))
+        return loss * (math.nan if made.step == 2 else 1.0), figures
+
+    made._loss = poisoned  # type: ignore[method-assign]
+    lines = made.train()
+    assert all(torch.equal(kept[2][name], kept[3][name]) for name in kept[2])
+    assert any(not torch.equal(kept[1][name], kept[2][name]) for name in kept[1])
+    assert [line.get("skipped_steps", 0) for line in lines] == [0, 2, 2]
+    assert [line["policy/steps"] for line in lines] == [2, 0, 2]
+    assert all(math.isfinite(number) for line in lines for number in line.values())
+
+
 def test_the_recipe_reads_as_the_others_do() -> None:
     from finetune_kit import recipe
 
