@@ -23,7 +23,7 @@ from finetune_kit.errors import DataError, SecurityError
 Note = Callable[[str], None]
 
 # What one conversation may take: a template is a program that came with the model.
-MOST_SECONDS = 0.25  # of computing, and as much again for each million characters of the conversation
+MOST_SECONDS = 1.0  # of computing, and as much again for each million characters of the conversation
 MOST_CHARACTERS = 10**6  # more than 8 times the conversation's own
 MOST_BYTES = 2**30
 STATM = Path("/proc/self/statm")
@@ -98,8 +98,10 @@ def _within(seconds: float) -> Iterator[None]:
     Time is kept in the main thread alone, where signals arrive; memory where the system counts it (Linux).
     """
 
+    import jinja2.sandbox  # noqa: F401  # that it is loaded on the way to the first rendering is not the template's fault
+
     def late(*_: Any) -> None:
-        raise _refused(f"takes more than {seconds:.2f} s for one conversation")
+        raise _refused(f"takes more than {seconds:.1f} s for one conversation")
 
     timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGVTALRM, late) if timed else None

@@ -33,7 +33,7 @@ from finetune_kit.rl.settings import PPOSettings, check_prompts, check_settings
 from finetune_kit.rl.value import NAME, build_value, value_parameters
 from finetune_kit.rl.watch import CAUSES, collapse
 from finetune_kit.run_folder import is_unfinished, read_identity
-from finetune_kit.training import checkpoint, stopping
+from finetune_kit.training import checkpoint, room, stopping
 from finetune_kit.training.guard import CAUSES as NOT_FINITE
 from finetune_kit.training.guard import MOST_IN_A_ROW
 from finetune_kit.training.progress import Record, peak_memory_gib
@@ -97,6 +97,7 @@ class PPOTrainer:
         self.varied = False  # whether they ever were not
         self.skipped = self.in_a_row = 0  # steps that moved nothing, for a gradient that is not finite
         self.good: Snapshot | None = None  # what rollback goes back to
+        self.disk = room.Disk(Path(config.train.output_dir or ""))
 
     def _sampler(self) -> Any:
         """What draws the completions: rollout.sample, or vLLM in its place."""
@@ -132,7 +133,7 @@ class PPOTrainer:
                 while self.step < self.updates and self.constant < self.config.max_constant_updates:
                     self.good = before
                     try:
-                        line = self.update()
+                        line = self._fitting_update(before)
                         self._log(line)
                         if (reason := self._why_stop(line)) is not None:
                             raise NumericsError(f"{reason}, at update {self.step}.", CAUSES)
@@ -144,7 +145,11 @@ class PPOTrainer:
                     if stopping.asked(self.accelerator):
                         self._keep(before)
                         raise stopping.stopped(folder)
-                    if train.save_steps and self.step % train.save_steps == 0:
+                    if (
+                        train.save_steps
+                        and self.step % train.save_steps == 0
+                        and self.disk.has_room(self.model, self.accelerator)
+                    ):
                         self._keep(before)
             if self.constant >= self.config.max_constant_updates:
                 self.record.say(f"All completions of {self.constant} updates scored alike: nothing more to learn.")
@@ -175,6 +180,28 @@ class PPOTrainer:
     def _facts(self) -> dict[str, Any]:
         folder = self.record.path.parent
         return read_identity(folder) if is_unfinished(folder) else {}
+
+    def _fitting_update(self, before: Snapshot) -> dict[str, float]:
+        """An update; where it runs out of memory it is made again with half as many rows in a forward pass."""
+        while True:
+            try:
+                return self.update()
+            except (RuntimeError, MemoryError) as error:
+                if not room.out_of_memory(error):
+                    raise
+            # here, where no traceback holds its tensors any more
+            self.optimizer.zero_grad()
+            train = self.config.train
+            rows = train.per_device_train_batch_size
+            if rows == 1 or self.accelerator.num_processes > 1:
+                raise room.too_large(rows, train.gradient_checkpointing, self.model)
+            train.per_device_train_batch_size = room.fewer(rows)
+            room.empty_cache()
+            if self.is_main:
+                taken = train.per_device_train_batch_size
+                self.record.say(f"note: {rows} rows at once do not fit into memory: going on with {taken}")
+                self.record.write({"step": self.step, "per_device_train_batch_size": taken})
+            self.restore(before)
 
     def update(self) -> dict[str, float]:
         """One update of the policy and the value; returns what it was like, by the field's names."""
@@ -432,7 +459,8 @@ class PPOTrainer:
         folder = self.record.path.parent
         if not self.is_main:
             return folder
-        kept = write_checkpoint(folder, snapshot, self._facts())
+        with room.half_written(folder):
+            kept = write_checkpoint(folder, snapshot, self._facts())
         for newer in checkpoint.checkpoints(folder) if and_none_newer else ():
             if checkpoint.step_of(newer) > checkpoint.step_of(kept):
                 checkpoint.discard(newer)

@@ -14,7 +14,7 @@ from finetune_kit.errors import SettingsError
 from finetune_kit.model.adapters import restore
 from finetune_kit.model.load import public_name
 from finetune_kit.run_folder import read_identity
-from finetune_kit.training import checkpoint, stopping
+from finetune_kit.training import checkpoint, room, stopping
 from finetune_kit.training.progress import Record, console, hooks
 from finetune_kit.training.sharing import check_wrapper
 
@@ -31,8 +31,11 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
 
     Goes on from the newest whole checkpoint in the run's folder, as if the run had never stopped. With
     `train.eval_steps`, `score(model, metric=…)` is taken every so many steps, the best checkpoint is kept beside the
-    last one, and the model ends with the best weights. Raises Stopped after a signal.
+    last one, and the model ends with the best weights. Where memory is short, half as many rows are taken at once in
+    twice as many passes; where the disk is, a checkpoint is left out. Raises Stopped after a signal, ResourceError.
     """
+    import torch
+
     if train.eval_steps and (sharding := processes.sharding()):
         raise SettingsError(
             f"train.eval_steps puts the best weights back at the end, which {sharding} has in shards.",
@@ -46,13 +49,26 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
         hooks(on_train_begin=record.on_train_begin, on_step_end=record.on_step_end, on_log=record.on_log)
     )
     trainer.add_callback(hooks(on_step_end=watch.on_step_end))
-    trainer.add_callback(hooks(on_train_begin=kept.on_train_begin, on_step_end=kept.on_step_end, on_save=kept.on_save))
+    trainer.add_callback(kept.callback())
     trainer.add_callback(hooks(on_train_begin=lambda *_, **__: check_wrapper(trainer.model_wrapped)))
     start = kept.find()
+    room.check_start(trainer.model, train, folder)
+    random = torch.get_rng_state()
     try:
-        if not kept.trained:
-            with stopping.finishing_steps():
-                trainer.train(resume_from_checkpoint=str(start) if start else None)
+        while not kept.trained:
+            try:
+                with stopping.finishing_steps(), room.half_written(folder):
+                    trainer.train(resume_from_checkpoint=str(start) if start else None)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not room.out_of_memory(error):
+                    raise
+            # here, where no traceback holds the tensors of the step any more
+            rows = room.halve(trainer, trainer.model)
+            start = kept.put_down(start)
+            if start is None:
+                torch.set_rng_state(random)
+            record.write({"step": trainer.state.global_step, "per_device_train_batch_size": rows})
     finally:
         record.close()
     if stopping.asked(trainer.accelerator):
@@ -77,6 +93,33 @@ class Kept:
         self.own: dict[str, Any] = {}
         self.then: dict[str, Any] = {}
         self.now: dict[str, Any] = read_identity(self.folder)
+        self.disk = room.Disk(self.folder)
+        self.loss: Any = None  # as it was summed up before the step that is being made
+
+    def callback(self) -> Any:
+        """These events as a callback of transformers."""
+        return hooks(
+            on_train_begin=self.on_train_begin,
+            on_step_begin=self.on_step_begin,
+            on_step_end=self.on_step_end,
+            on_save=self.on_save,
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.loss = self.trainer._tr_loss.clone()
+
+    def put_down(self, start: Path | None) -> Path | None:
+        """A checkpoint of the last whole step, for a trainer that broke off in the next one; `start`: where it had gone
+        on from, which is returned if no step was made since."""
+        trainer, step = self.trainer, self.trainer.state.global_step
+        trainer.model.zero_grad(set_to_none=True)
+        if step == (checkpoint.step_of(start) if start else 0):
+            return start
+        if not (self.folder / f"checkpoint-{step}" / checkpoint.MANIFEST).is_file():
+            trainer._tr_loss = self.loss
+            trainer._save_checkpoint(trainer.model, trial=None)
+            self.on_save(trainer.args, trainer.state, trainer.control)
+        return self.find()
 
     def find(self) -> Path | None:
         """The checkpoint to go on from, with what lies beside the trainer's own state put back; None for none."""
@@ -136,6 +179,8 @@ class Kept:
         """After the watch, whose evaluation belongs to the step."""
         if stopping.asked(self.trainer.accelerator):
             control.should_save = control.should_training_stop = True
+        if control.should_save and not self.disk.has_room(self.trainer.model, self.trainer.accelerator):
+            control.should_save = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = self.folder / f"checkpoint-{state.global_step}"

@@ -18,6 +18,7 @@ from finetune_kit.errors import NumericsError
 from finetune_kit.model.adapters import restore
 from finetune_kit.training import checkpoint
 from finetune_kit.training.progress import console, hooks
+from finetune_kit.training.room import all_agree
 
 CAUSES = "Likely causes: a learning_rate too high, float16 overflow, a broken row. Try a tenth of train.learning_rate."
 MOST_IN_A_ROW = 3  # steps without a move after which a run that skips them stops
@@ -79,7 +80,7 @@ class Guard:
         self.steps_since_log += 1
         loss = getattr(self.trainer, "_tr_loss", torch.zeros(()))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if finite([*gradients, loss]):
+        if all_agree(self.trainer.accelerator, finite([*gradients, loss])):
             self.in_a_row = 0
             self.good_loss = loss.clone()
             return
@@ -119,7 +120,7 @@ class Guard:
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the move, ahead of any save."""
         trained = [p.detach() for p in self.trainer.model.parameters() if p.requires_grad]
-        if not finite(trained):
+        if not all_agree(self.trainer.accelerator, finite(trained)):
             last = _last_checkpoint(Path(args.output_dir))
             kept = f" The last good checkpoint is {last}." if last else ""
             found = f"A weight is not finite after step {state.global_step}; nothing is saved.{kept}"

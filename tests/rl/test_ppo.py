@@ -376,6 +376,28 @@ def test_an_update_of_nan_gradients_moves_nothing_and_the_run_ends_with_finite_n
     assert all(math.isfinite(number) for line in lines for number in line.values())
 
 
+def test_4_rows_that_do_not_fit_become_passes_of_2_and_the_run_stays_the_same_within_1e_5(home: Path) -> None:
+    words = ("max_steps=3", "per_device_train_batch_size=4", "num_mini_batches=1")
+    whole, made = (trainer(home, *words, f"output_dir={home / name}") for name in ("whole", "cut"))
+    plain = made._loss
+
+    def short(rollout: Any, rows: Any) -> Any:
+        if made.step >= 2 and len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return plain(rollout, rows)
+
+    made._loss = short  # type: ignore[method-assign]
+    expected, lines = whole.train(), made.train()
+    assert [line["per_device_train_batch_size"] for line in lines if "per_device_train_batch_size" in line] == [2]
+    logged = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logged] == [1, 2, 3]
+    for line, other in zip(logged, expected, strict=True):
+        assert line["objective/scores"] == other["objective/scores"]
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    largest = max(float((whole.trained[name] - made.trained[name]).abs().max()) for name in whole.trained)
+    assert largest < 1e-5
+
+
 def test_the_recipe_reads_as_the_others_do() -> None:
     from finetune_kit import recipe
 

@@ -1,0 +1,153 @@
+"""What a run does when memory or the disk is too small: fewer rows at once, and a checkpoint left out; never a lost run."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune_kit.config import TrainConfig
+from finetune_kit.errors import ResourceError
+from finetune_kit.training import checkpoint
+from finetune_kit.training.progress import console
+
+MOST_FAILED_SAVES = 3
+SPARE = 16 * 2**20  # bytes left on the disk for the run's small files
+FULL_DISK = ("No space left", "unexpected pos", "File too large", "Disk quota", "file write failed", "write failed")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was short, on any device."""
+    # CUDA and MPS: "out of memory"; the CPU allocator: "not enough memory" or "can't allocate memory"
+    signs = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, RuntimeError | MemoryError) and any(sign in str(error) for sign in signs)
+
+
+def fewer(rows: int) -> int:
+    """Half of a batch, or the largest part that divides it: the product with the passes stays whole."""
+    return next(part for part in range(rows // 2, 0, -1) if rows % part == 0)
+
+
+def halve(trainer: Any, model: Any) -> int:
+    """Let a trainer of transformers take half as many rows at once, in twice as many passes: the same step.
+
+    Returns the rows. Raises ResourceError where one row alone does not fit, for trainers that sample in groups, and
+    with several processes, the others of which are in the middle of the step.
+    """
+    args = trainer.args
+    rows = int(args.per_device_train_batch_size)
+    if rows == 1 or hasattr(args, "num_generations") or trainer.accelerator.num_processes > 1:
+        raise too_large(rows, args.gradient_checkpointing, model)
+    taken = fewer(rows)
+    args.per_device_train_batch_size = taken
+    args.gradient_accumulation_steps *= rows // taken
+    trainer._train_batch_size = args.train_batch_size  # what the trainer took it from when it was made
+    empty_cache()
+    console.print(
+        f"note: {rows} rows at once do not fit into memory: going on with {taken} rows in "
+        f"{args.gradient_accumulation_steps} passes, which makes the same step"
+    )
+    return taken
+
+
+def too_large(rows: int, checkpointing: bool, model: Any) -> ResourceError:
+    levers = [] if checkpointing else ["train.gradient_checkpointing=true (about 1.3x the time)"]
+    levers += ["a smaller data.max_length"]
+    levers += ["run qlora_sft (4-bit weights)" if hasattr(model, "peft_config") else "an adapter: run lora_sft"]
+    levers += ["a smaller model"]
+    return ResourceError(
+        f"Out of memory in training with {rows} row{'s' if rows > 1 else ''} at once.",
+        f"The cheapest ways out: {'; '.join(levers[:3])}.",
+    )
+
+
+def empty_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def bytes_of_checkpoint(model: Any, folder: Path) -> int:
+    """What the next checkpoint will take: as much as the last one, or trained weights with two moments each."""
+    last = next(iter(reversed(checkpoint.checkpoints(folder))), None)
+    if last is not None:
+        return sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
+    return 12 * _trained(model)
+
+
+def _trained(model: Any) -> int:
+    """Numbers that are trained."""
+    return sum(int(parameter.numel()) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def check_start(model: Any, train: TrainConfig, folder: Path) -> None:
+    """Raises ResourceError where the disk has no room for what the run leaves and one checkpoint on the way to it."""
+    weights = 4 * _trained(model)
+    needed = weights + (bytes_of_checkpoint(model, folder) if train.save_steps or train.eval_steps else 0) + SPARE
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"The disk of {folder} has {_size(free)} free; the run leaves about {_size(needed)}.",
+            "Make room, or put the run elsewhere: output_dir=…",
+        )
+
+
+class Disk:
+    """Looks for room before each checkpoint, and counts those that had none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.failed = 0
+
+    def has_room(self, model: Any, accelerator: Any) -> bool:
+        """Whether the next checkpoint may be written, which all processes agree on; said where not.
+
+        Raises ResourceError after the third in a row.
+        """
+        needed, free = bytes_of_checkpoint(model, self.folder) + SPARE, shutil.disk_usage(self.folder).free
+        if all_agree(accelerator, free >= needed):
+            self.failed = 0
+            return True
+        self.failed += 1
+        why = f"the disk has {_size(free)} free, a checkpoint needs {_size(needed)}"
+        if self.failed >= MOST_FAILED_SAVES:
+            raise _full(self.folder, f"{self.failed} checkpoints in a row could not be written: {why}.")
+        if accelerator.is_main_process:
+            console.print(f"note: no checkpoint is written: {why}. Training goes on, and tries again at the next one.")
+        return False
+
+
+def all_agree(accelerator: Any, well: bool) -> bool:
+    """Whether something holds in every process; each of them has to ask."""
+    if accelerator.num_processes == 1:
+        return well
+    import torch
+
+    return float(accelerator.reduce(torch.tensor(float(not well), device=accelerator.device), reduction="sum")) == 0
+
+
+@contextlib.contextmanager
+def half_written(folder: Path) -> Iterator[None]:
+    """A disk that fills up in the middle of a checkpoint ends in ResourceError, the half of it removed."""
+    try:
+        yield
+    except Exception as error:  # each library that writes has its own class for it
+        if not any(sign in str(error) for sign in FULL_DISK):
+            raise
+        for path in folder.glob(f"{checkpoint.PREFIX}*"):
+            if path.is_dir() and not (path / checkpoint.MANIFEST).is_file():
+                shutil.rmtree(path)
+        raise _full(folder, f"A checkpoint could not be written: {str(error).splitlines()[0]}.") from error
+
+
+def _full(folder: Path, what: str) -> ResourceError:
+    last = next(iter(reversed(checkpoint.checkpoints(folder))), None)
+    kept = f" The last good checkpoint is {last}." if last else ""
+    return ResourceError(f"{what}{kept}", "Make room, and run the same command again: it goes on from there.")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
