@@ -1,4 +1,4 @@
-"""What a run does when memory or the disk is too small: fewer rows at once, and a checkpoint left out; never a lost run."""
+"""What a run does when memory or the disk is too small: fewer rows at once, a checkpoint left out, but no lost run."""
 
 from __future__ import annotations
 
