@@ -12,9 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from finetune_kit import processes
 from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
-from finetune_kit.errors import NumericsError
+from finetune_kit.errors import NumericsError, SettingsError
 from finetune_kit.model.adapters import restore
 from finetune_kit.training import checkpoint
 from finetune_kit.training.progress import console, hooks
@@ -62,6 +63,11 @@ class Guard:
         self.good_loss: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.policy == "rollback" and (sharding := processes.sharding()):
+            raise SettingsError(
+                f"train.on_nonfinite=rollback puts a checkpoint's weights back, which {sharding} has in shards.",
+                "Take skip, or stop.",
+            )
         # ahead of the packed forward, which lays the rows end to end
         self.trainer.model.register_forward_pre_hook(self._note, prepend=True, with_kwargs=True)
 
@@ -80,7 +86,7 @@ class Guard:
         self.steps_since_log += 1
         loss = getattr(self.trainer, "_tr_loss", torch.zeros(()))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if all_agree(self.trainer.accelerator, finite([*gradients, loss])):
+        if all_agree(self.trainer.accelerator, finite(gradients) and finite([loss])):
             self.in_a_row = 0
             self.good_loss = loss.clone()
             return
