@@ -263,8 +263,17 @@ def resolve(
         else:
             setattr(target, name, values.coerce(node, leaf.annotation, f"{leaf.key} ({origin})"))
         config.origins[leaf.key] = origin
+    _measure_whole_answers(config)
     check(config)
     return config
+
+
+def _measure_whole_answers(config: RecipeConfig) -> None:
+    """Prompts have no reference that tells how long an answer may get: held-out ones get the length that is sampled."""
+    for name in ("max_new_tokens", "max_completion_length"):  # of PPO; of TRL's GRPO and RLOO
+        if config.kind == "prompt" and config.evaluate.max_new_tokens is None and hasattr(config, name):
+            config.evaluate.max_new_tokens = getattr(config, name)
+            config.origins["evaluate.max_new_tokens"] = name
 
 
 def check(config: RecipeConfig) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune_kit import recipe
+from finetune_kit.config import resolve
 from finetune_kit.run_folder import claim
 from tests.rl.fixtures import settings, write_home
 
@@ -57,3 +58,14 @@ def test_both_rewards_are_in_the_log_by_name(run: Path) -> None:
     for line in lines:
         assert line["objective/scores"] == pytest.approx(line["reward/task"] + line["reward/short"], abs=1e-6)
         assert line["reward/short"] < 0
+
+
+@pytest.mark.parametrize(("recipe_name", "word"), [("ppo", "max_new_tokens"), ("grpo", "max_completion_length")])
+def test_held_out_prompts_are_answered_in_the_41_tokens_that_are_sampled_unless_told_otherwise(
+    recipe_name: str, word: str
+) -> None:
+    made = recipe.load(recipe_name)
+    config = resolve(made.config_class, made.word, None, [f"{word}=41"])
+    assert (config.evaluate.max_new_tokens, config.origins["evaluate.max_new_tokens"]) == (41, word)
+    config = resolve(made.config_class, made.word, None, [f"{word}=41", "evaluate.max_new_tokens=9"])
+    assert config.evaluate.max_new_tokens == 9
