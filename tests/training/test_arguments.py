@@ -35,8 +35,11 @@ CHANGED = {
     "report_to": "[tensorboard]",
     "extra": "{adam_beta2: 0.9}",
 }
-# These act in fit.py instead; tests/training/test_fit.py shows how.
-IN_FIT = {"eval_steps", "early_stopping_patience", "metric_for_best_model", "padding_free", "save_total_limit"}
+# These act in fit.py and guard.py instead; tests/training/test_fit.py and test_guard.py show how.
+IN_FIT = {
+    *("eval_steps", "early_stopping_patience", "metric_for_best_model", "padding_free", "save_total_limit"),
+    "on_nonfinite",
+}
 
 
 def arguments_of(home: Path, *words: str) -> dict[str, Any]:
