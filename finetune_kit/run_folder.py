@@ -54,6 +54,7 @@ OPENABLE = (
     "train.max_grad_norm",
     "train.eval_steps",
     "train.early_stopping_patience",
+    "train.on_nonfinite",
     "train.gradient_checkpointing",
     "train.padding_free",
     "model.attn_implementation",
