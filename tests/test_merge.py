@@ -26,7 +26,8 @@ from finetune_kit.merge import (
     notes_of,
 )
 from finetune_kit.model.load import load_base, load_policy, load_tokenizer
-from finetune_kit.run_folder import begin, claim
+from finetune_kit.run_folder import IDENTITY, claim
+from finetune_kit.training.checkpoint import begin
 from tests.fixtures_cli import cli
 from tests.fixtures_training import fit_only, settings
 
@@ -69,7 +70,8 @@ def adapter_run(home: Path, *words: str, recipe: str = "lora_sft", noise: float 
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.data += noise * torch.randn_like(parameter)
-    folder = begin(config, data.ledger)
+    folder = begin(config, tokenizer, data)
+    (folder / IDENTITY).unlink()  # as a run that was pushed and fetched again
     save_weights(policy, tokenizer, config, data.end_token_ids, folder)
     return open_run(folder, [])
 

@@ -26,6 +26,8 @@ def test_the_folder_holds_a_whole_model(full_run: Artifact) -> None:
     files = {path.name for path in full_run.folder.iterdir()}
     assert files == {
         "run.yaml",
+        "identity.json",
+        "checkpoint-60",
         "ledger.json",
         "metrics.jsonl",
         "report.json",

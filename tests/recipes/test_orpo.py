@@ -43,5 +43,5 @@ def test_the_loss_of_a_batch_is_the_formula_of_the_docstring(home: Path, words: 
 
 
 def test_beta_must_be_above_0(home: Path) -> None:
-    with pytest.raises(SettingsError, match=r"expected a number in \(0, inf\)"):
+    with pytest.raises(SettingsError, match=r"expected a number in \(0, 10\]"):
         prepare("orpo", home, "beta=0")
