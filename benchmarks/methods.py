@@ -1,0 +1,369 @@
+"""Ours beside TRL's own trainers and a bare loop: the same rows, order, seed, adapter and optimizer, in turns.
+
+    python benchmarks/methods.py [--jobs sft_lora sft_full dpo reward] [--rounds 2] [--steps 3] [--rows 4]
+                                 [--answers FILE] [--pairs FILE] [--max-length 512] [--who ours trl bare]
+
+SmolLM2-135M in float32, an adapter of rank 16 on all linear layers (sft_full: all weights), fused AdamW. `--rows`: rows or
+pairs a step. Rows are those of the default task, or of a file with answers and one with pairs. Each job of each side is a
+process of its own on one thread, which gives its peak memory; its first step warms up, counts matrix multiplications
+(attention left out: torch does not count it on a CPU) and is not timed. Times are CPU seconds, so that another process
+on the machine matters less. TRL has its defaults but for bfloat16 and gradient checkpointing, which a CPU does not have
+or pays for. `bare` is the leanest loop over the same work: no library but torch, no padding, the head on answer tokens
+alone, nothing shared. The reference of DPO is computed once by ours, and its time counted in; by the others in each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+JOBS = {"sft_lora": "lora_sft", "sft_full": "full_sft", "dpo": "dpo", "reward": "reward_model"}
+RATE, RANK, ALPHA = 2e-4, 16, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--who", nargs="+", choices=MAKERS, default=list(MAKERS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="timed ones; one more warms up")
+    parser.add_argument("--rows", type=int, default=4, help="rows or pairs in a step")
+    parser.add_argument("--answers", help="rows of sft; unset: the default task")
+    parser.add_argument("--pairs", help="rows of dpo and reward; unset: the default task")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--profile", action="store_true", help="print where the time of one step goes, too")
+    parser.add_argument("--child", nargs=2, metavar=("JOB", "WHO"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(*arguments.child, arguments)))
+        return
+    for job in arguments.jobs:
+        found: dict[str, list[dict[str, Any]]] = {who: [] for who in arguments.who}
+        for _ in range(arguments.rounds):
+            for who in arguments.who:
+                found[who].append(child(job, who))
+        show(job, found)
+
+
+def child(job: str, who: str) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", job, who]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.exit(f"{job} by {who} ended with code {done.returncode}\n{done.stderr[-4000:]}")
+    said = done.stdout.rstrip().splitlines()
+    print(*said[:-1], sep="\n", end="\n" if said[:-1] else "", flush=True)
+    result: dict[str, Any] = json.loads(said[-1])
+    return result
+
+
+def show(job: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    print(f"\n{job}\n| | real tokens a CPU second | peak MiB | GFLOP a real token | padded | losses |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for who, rounds in found.items():
+        speeds = sorted(one["real"] / one["seconds"] for one in rounds)
+        shown = f"{statistics.median(speeds):.0f} ({speeds[0]:.0f} to {speeds[-1]:.0f})"
+        last = rounds[-1]
+        print(
+            f"| {who} | {shown} | {max(one['peak'] for one in rounds):,} | {last['flop'] / last['first_real'] / 1e9:.2f} "
+            f"| {1 - last['all_real'] / last['slots']:.0%} | {' '.join(f'{loss:.4f}' for loss in last['losses'])} |",
+            flush=True,
+        )
+
+
+def measure(job: str, who: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One side's figures for a job, in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    clock = Clock(arguments.steps, arguments.profile)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        config, tokenizer, data = rows_of(job, arguments, Path(scratch))
+        before, losses = MAKERS[who](job, config, tokenizer, data, clock)
+    steps = arguments.steps
+    return {
+        "seconds": clock.seconds + before * steps / (steps + 1),
+        "real": sum(real for real, _ in clock.batches[1 : steps + 1]),
+        "first_real": clock.batches[0][0],
+        "all_real": sum(real for real, _ in clock.batches),
+        "slots": sum(slots for _, slots in clock.batches),
+        "flop": clock.flop,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "losses": losses,
+    }
+
+
+class Clock:
+    """CPU seconds of the steps after the first, the first one's matrix multiplications, and what the batches hold."""
+
+    def __init__(self, steps: int, profile: bool) -> None:
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as profiler
+        from torch.utils.flop_counter import FlopCounterMode
+
+        self.counter, self.steps, self.step, self.seconds = FlopCounterMode(display=False), steps, 0, 0.0
+        self.batches: list[tuple[int, int]] = []  # (real tokens, slots)
+        self.profiler = profiler(activities=[ProfilerActivity.CPU]) if profile else None
+        self.flop = 0
+
+    def begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.step == 0:
+            self.counter.__enter__()
+        if self.step == 1:
+            self.started = time.process_time()
+        if self.step == self.steps and self.profiler:
+            self.profiler.__enter__()
+
+    def end(self, *args: Any, **kwargs: Any) -> None:
+        if self.step == 0:
+            self.counter.__exit__(None, None, None)
+            self.flop = self.counter.get_total_flops()
+        if self.step == self.steps:
+            self.seconds = time.process_time() - self.started
+            if self.profiler:
+                self.profiler.__exit__(None, None, None)
+                print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
+        self.step += 1
+
+    def counting(self, collate: Any) -> Any:
+        """A collator that also notes what it makes."""
+
+        def collated(rows: list[Any]) -> Any:
+            batch = collate(rows)
+            self.batches.append((int(batch["attention_mask"].sum()), batch["attention_mask"].numel()))
+            return batch
+
+        return collated
+
+
+def rows_of(job: str, arguments: argparse.Namespace, scratch: Path) -> tuple[Any, Any, Any]:
+    """Settings, tokenizer and data of a job: as many rows as its steps take."""
+    from finetune_kit import recipe as recipes
+    from finetune_kit.config import resolve
+    from finetune_kit.data.load import load_data
+    from finetune_kit.model.load import load_tokenizer
+
+    os.environ["FINETUNE_KIT_CACHE"] = str(scratch)  # no reference of an earlier run
+    size = arguments.rows * (arguments.steps + 1)
+    words = [f"output_dir={scratch / 'run'}", f"data.max_length={arguments.max_length}", "data.max_lost=1"]
+    words += ["evaluate.size=0", "evaluate.general_text=false", f"learning_rate={RATE}", "lr_scheduler_type=constant"]
+    words += ["warmup_steps=0", f"per_device_train_batch_size={arguments.rows}", f"max_steps={arguments.steps + 1}"]
+    words += ["logging_steps=1"]
+    if job == "reward":
+        words += ["center_rewards_coefficient=0"]
+    path = arguments.answers if job.startswith("sft") else arguments.pairs
+    words += [f"data.path={path}", "held_out_size=8", f"data.size={size * 8}"] if path else [f"data.size={size}"]
+    found = recipes.load(JOBS[job])
+    config = resolve(found.config_class, found.name, None, words)
+    config.model.name_or_path = str(EMBEDDED)
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, config.kind, tokenizer, seed=0)
+    data.train = data.train.select(range(size))
+    return config, tokenizer, data
+
+
+def policy_of(job: str, config: Any, tokenizer: Any, data: Any) -> Any:
+    from finetune_kit.model.load import load_policy
+    from finetune_kit.model.reward import load_reward_model
+
+    if job == "reward":
+        return load_reward_model(config.model, config.lora, tokenizer, data.end_token_ids)
+    return load_policy(config.model, getattr(config, "lora", None), trained_in_full=job == "sft_full")
+
+
+def classes(job: str) -> tuple[Any, Any]:
+    import trl
+
+    name = {"dpo": "DPO", "reward": "Reward"}.get(job, "SFT")
+    return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+
+
+def ours(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock) -> tuple[float, list[float]]:
+    from finetune_kit.training.arguments import build
+    from finetune_kit.training.pairs import whole_pairs
+    from finetune_kit.training.reference import set_reference
+
+    trainer_class, config_class = classes(job)
+    policy = policy_of(job, config, tokenizer, data)
+    more: dict[str, Any] = {"disable_dropout": True} if job in ("dpo", "reward") else {}
+    if job == "dpo":
+        more |= {"tokenises": True, "beta": config.beta, "precompute_ref_log_probs": True}
+    if job == "reward":
+        more |= {"rows": whole_pairs(data, False)}
+    Path(config.train.output_dir).mkdir()
+    trainer = build(trainer_class, config_class, config, policy, tokenizer, data, **more)
+    started = time.process_time()
+    if job == "dpo":
+        set_reference(trainer, config, data)
+    return time.process_time() - started, train(trainer, clock)
+
+
+def theirs(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock) -> tuple[float, list[float]]:
+    from peft import LoraConfig
+    from transformers import set_seed
+
+    from finetune_kit.data.load import placeholder
+    from finetune_kit.model.load import load_base
+    from finetune_kit.training.pairs import whole_pairs
+
+    trainer_class, config_class = classes(job)
+    rows, more = data.train, {}
+    if job == "reward":
+        rows, model = whole_pairs(data, False), policy_of(job, config, tokenizer, data)
+        more["disable_dropout"] = True
+    else:
+        model = load_base(config.model, job == "sft_full")
+    if job.startswith("sft"):
+        masks = [[int(label != -100) for label in labels] for labels in rows["labels"]]
+        rows = type(rows).from_dict({"input_ids": rows["input_ids"], "completion_mask": masks})
+        more["completion_only_loss"] = True
+    settings = config_class(
+        config.train.output_dir,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=config.train.per_device_train_batch_size,
+        max_steps=config.train.max_steps,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        report_to=[],
+        seed=0,
+        disable_tqdm=True,
+        **more,
+    )
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+    set_seed(0)
+    trainer = trainer_class(
+        model=model,
+        args=settings,
+        train_dataset=placeholder(data.kind, Path(config.train.output_dir).parent) if job == "dpo" else rows,
+        processing_class=tokenizer,
+        peft_config=adapter if job in ("sft_lora", "dpo") else None,
+    )
+    if job == "dpo":
+        trainer.train_dataset = rows
+    return 0.0, train(trainer, clock)
+
+
+def train(trainer: Any, clock: Clock) -> list[float]:
+    from finetune_kit.training.fit import hooks
+
+    trainer.data_collator = clock.counting(trainer.data_collator)
+    trainer.add_callback(hooks(on_step_begin=clock.begin, on_step_end=clock.end))
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def bare(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock) -> tuple[float, list[float]]:
+    import torch
+    from torch.nn.functional import cross_entropy, logsigmoid
+
+    from finetune_kit.data.tokenise import sequences
+
+    policy = policy_of(job, config, tokenizer, data)
+    weights = {name.replace("base_model.model.", ""): weight for name, weight in policy.named_parameters()}
+    weights = {name.replace("base_layer.", "").replace(".default", ""): weight for name, weight in weights.items()}
+    trained = [weight for weight in weights.values() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
+    # the trainer's order of the first epoch
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0)).tolist()
+    size, losses = config.train.per_device_train_batch_size, []
+    for step in range(config.train.max_steps):
+        clock.begin()
+        rows = [data.train[index] for index in order[step * size : (step + 1) * size]]
+        texts = [(row["input_ids"], row["labels"]) for row in rows] if job.startswith("sft") else []
+        for side in ("chosen", "rejected") if not texts or job in ("dpo", "reward") else ():
+            texts += [sequences(row)[side] for row in rows]
+        lengths = [len(ids) for ids, _ in texts]
+        clock.batches.append((sum(lengths), sum(lengths)))
+        ids = torch.tensor([token for ids, _ in texts for token in ids])
+        following = torch.tensor([label for _, labels in texts for label in [*labels[1:], -100]])
+        wanted = following != -100
+
+        def scored(adapted: bool, ids: Any = ids, lengths: Any = lengths) -> Any:
+            hidden = llama(policy.config, weights, ids, lengths, adapted)[wanted]  # noqa: B023
+            return -cross_entropy(hidden @ weights["model.embed_tokens.weight"].T, following[wanted], reduction="none")  # noqa: B023
+
+        if job == "reward":
+            last = torch.tensor(lengths).cumsum(0) - 1
+            head = next(weight for name, weight in weights.items() if "score" in name and weight.requires_grad)
+            chosen, rejected = (llama(policy.config, weights, ids, lengths, True)[last] @ head.T)[:, 0].chunk(2)
+            loss = -logsigmoid(chosen - rejected).mean()
+        elif job == "dpo":
+            row = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(lengths))[wanted]
+            with torch.no_grad():
+                reference = scored(False)
+            ratio = torch.zeros(len(texts)).index_add(0, row, scored(True) - reference)
+            chosen, rejected = ratio.chunk(2)
+            loss = -logsigmoid(config.beta * (chosen - rejected)).mean()
+        else:
+            loss = -scored(True).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        clock.end()
+    return 0.0, losses
+
+
+def llama(config: Any, weights: dict[str, Any], ids: Any, lengths: list[int], adapted: bool) -> Any:
+    """Hidden states (n, h) of rows laid end to end: Llama in plain torch."""
+    import torch
+    from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    def project(x: Any, name: str) -> Any:
+        y = linear(x, weights[f"{name}.weight"])
+        low = weights.get(f"{name}.lora_A.weight") if adapted else None
+        return y if low is None else y.addmm_(x @ low.T, weights[f"{name}.lora_B.weight"].T, alpha=ALPHA / RANK)
+
+    def norm(x: Any, name: str) -> Any:
+        return rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], config.rms_norm_eps)
+
+    def turn(x: Any) -> Any:
+        one, other = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-other, one], dim=-1) * sin
+
+    places = torch.cat([torch.arange(length) for length in lengths])
+    inverse = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size)
+    angles = (places[:, None] * inverse).repeat(1, 2)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    x = weights["model.embed_tokens.weight"][ids]
+    for layer in range(config.num_hidden_layers):
+        at = f"model.layers.{layer}"
+        y = norm(x, f"{at}.input_layernorm")
+        q, k, v = (project(y, f"{at}.self_attn.{part}_proj").view(len(ids), -1, size) for part in "qkv")
+        q, k, v = turn(q), turn(k).repeat_interleave(heads // groups, 1), v.repeat_interleave(heads // groups, 1)
+        rows = zip(*(states.transpose(0, 1)[None].split(lengths, dim=2) for states in (q, k, v)), strict=True)
+        seen = torch.cat([scaled_dot_product_attention(*row, is_causal=True) for row in rows], dim=2)
+        x = x + project(seen[0].transpose(0, 1).reshape(len(ids), -1), f"{at}.self_attn.o_proj")
+        y = norm(x, f"{at}.post_attention_layernorm")
+        y = silu(project(y, f"{at}.mlp.gate_proj")) * project(y, f"{at}.mlp.up_proj")
+        x = x + project(y, f"{at}.mlp.down_proj")
+    return norm(x, "model.norm")
+
+
+MAKERS = {"ours": ours, "trl": theirs, "bare": bare}
+
+if __name__ == "__main__":
+    from finetune_kit.model.embedded import embedded_folder
+
+    EMBEDDED = embedded_folder()  # before a child's cache is its own
+    main()
