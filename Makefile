@@ -37,7 +37,7 @@ docs-test: install
 	$(TEST_ENV) $(BIN)/pytest tests/test_docs.py
 
 benchmark: install
-	$(BIN)/python benchmarks/start.py
+	$(BIN)/python benchmarks/methods.py
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -3,13 +3,14 @@
     python benchmarks/methods.py [--jobs sft_lora sft_full dpo reward] [--rounds 2] [--steps 3] [--rows 4]
                                  [--answers FILE] [--pairs FILE] [--max-length 512] [--who ours trl bare]
 
-SmolLM2-135M in float32, an adapter of rank 16 on all linear layers (sft_full: all weights), fused AdamW. `--rows`: rows or
-pairs a step. Rows are those of the default task, or of a file with answers and one with pairs. Each job of each side is a
+SmolLM2-135M in float32, an adapter of rank 16 on all linear layers (sft_full: all weights), fused AdamW. `--rows`: rows
+or pairs a step, from the default task, or from a file with answers and one with pairs. Each job of each side is a
 process of its own on one thread, which gives its peak memory; its first step warms up, counts matrix multiplications
 (attention left out: torch does not count it on a CPU) and is not timed. Times are CPU seconds, so that another process
 on the machine matters less. TRL has its defaults but for bfloat16 and gradient checkpointing, which a CPU does not have
 or pays for. `bare` is the leanest loop over the same work: no library but torch, no padding, the head on answer tokens
-alone, nothing shared. The reference of DPO is computed once by ours, and its time counted in; by the others in each step.
+alone, nothing shared. Ours computes the reference of DPO once, which is in its time and not in its multiplications; the
+others compute it in each step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import resource
 import statistics
@@ -75,9 +75,9 @@ def show(job: str, found: dict[str, list[dict[str, Any]]]) -> None:
     for who, rounds in found.items():
         speeds = sorted(one["real"] / one["seconds"] for one in rounds)
         shown = f"{statistics.median(speeds):.0f} ({speeds[0]:.0f} to {speeds[-1]:.0f})"
-        last = rounds[-1]
+        last, peak = rounds[-1], max(one["peak"] for one in rounds)
         print(
-            f"| {who} | {shown} | {max(one['peak'] for one in rounds):,} | {last['flop'] / last['first_real'] / 1e9:.2f} "
+            f"| {who} | {shown} | {peak:,} | {last['flop'] / last['first_real'] / 1e9:.2f} "
             f"| {1 - last['all_real'] / last['slots']:.0%} | {' '.join(f'{loss:.4f}' for loss in last['losses'])} |",
             flush=True,
         )
@@ -261,7 +261,7 @@ def theirs(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock) -> tu
 
 
 def train(trainer: Any, clock: Clock) -> list[float]:
-    from finetune_kit.training.fit import hooks
+    from finetune_kit.training.progress import hooks
 
     trainer.data_collator = clock.counting(trainer.data_collator)
     trainer.add_callback(hooks(on_step_begin=clock.begin, on_step_end=clock.end))

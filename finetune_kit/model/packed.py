@@ -12,7 +12,8 @@ backbone, and one attention function of transformers' AttentionInterface.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Plan:
     tokens: (n,), packed token -> its place in the flattened padded batch. positions: (n,), each token's place in its
     row. places: (b, t), padded place -> packed token, 0 where padded. real: (b, t), true where a token is.
     selected: (s,), packed tokens whose hidden state the caller wants; None: all, in the padded layout. wanted:
-    (b, t - 1), true in front of a label; s in number.
+    (b, t - 1), true in front of a label; s in number. windows: attention notes the sliding windows that it masked here.
     """
 
     segments: tuple[Segment, ...]
@@ -49,6 +50,7 @@ class Plan:
     real: torch.Tensor
     selected: torch.Tensor | None = None
     wanted: torch.Tensor | None = None
+    windows: set[int | None] = field(default_factory=set)
 
 
 def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool) -> Plan:
@@ -121,11 +123,12 @@ def attend(
     packed: Plan | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers' interface: query (1, heads, n, d), key and value (1, key heads, n, d); returns
-    (1, n, heads, d). Each segment sees the segments before it in its rows, and itself up to each token. A call without
-    a plan is transformers' own SDPA.
+    (1, n, heads, d). Each segment sees the segments before it in its rows, and itself up to each token, no further back
+    than `sliding_window`. A call without a plan is transformers' own SDPA.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -133,8 +136,17 @@ def attend(
 
     if packed is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]  # transformers ships no types here
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            **kwargs,
         )
+    packed.windows.add(sliding_window)
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     outputs = []
@@ -142,10 +154,12 @@ def attend(
         own = slice(segment.start, segment.start + segment.length)
         seen = [slice(part.start, part.start + part.length) for part in segment.before] + [own]
         keys, values = (torch.cat([states[:, :, part] for part in seen], dim=2) for states in (key, value))
-        mask = None
-        if segment.before:  # token i of the segment sees all before the segment, and i + 1 of its own
-            ahead = keys.shape[2] - segment.length
+        mask, ahead = None, keys.shape[2] - segment.length
+        windowed = sliding_window is not None and keys.shape[2] > sliding_window
+        if ahead or windowed:  # token i of the segment sees all before the segment, and i + 1 of its own
             mask = torch.ones(segment.length, keys.shape[2], dtype=torch.bool, device=keys.device).tril(ahead)
+        if mask is not None and sliding_window is not None:  # of these, the last ones
+            mask = mask.triu(ahead - sliding_window + 1)
         outputs.append(
             scaled_dot_product_attention(
                 query[:, :, own],
@@ -178,7 +192,7 @@ def enable(model: Any) -> str:
     # a classifier finds a row's last token in the padded batch: it is packed behind that, in front of the backbone
     outer = causal.base_model if hasattr(causal, "score") else model
     handles = [
-        outer.register_forward_pre_hook(_pack, with_kwargs=True),
+        outer.register_forward_pre_hook(partial(_pack, windows=set()), with_kwargs=True),
         causal.base_model.register_forward_hook(_unpack, with_kwargs=True),
         outer.register_forward_hook(_lay_out, with_kwargs=True),
     ]
@@ -198,8 +212,13 @@ def _register() -> None:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for calls without a plan, such as generation
 
 
-def _pack(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before the model: replace a padded batch by its packed row; None leaves a call as it is."""
+def _pack(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], windows: set[int | None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before the model: replace a padded batch by its packed row; None leaves a call as it is.
+
+    `windows`: the sliding windows that attention was given so far. Rows longer than another window stay padded.
+    """
     import torch
 
     if len(args) == 1 and kwargs.get("input_ids") is None:
@@ -214,11 +233,14 @@ def _pack(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         return None
     if kwargs.get("cache") is not None or kwargs.get("position_ids") is not None or kwargs.get("use_cache"):
         return None
-    window = getattr(config, "sliding_window", None)
-    too_long = window is not None and int(mask.sum(dim=1).max()) > window
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    limits = [limit for limit in found if limit is not None and limit not in windows]
+    too_long = bool(limits) and int(mask.sum(dim=1).max()) > min(limits)
     if too_long or not bool(mask.any(dim=1).all()):
         return None
     plan = make_plan(ids, mask, share=not (module.training and _drops(module)))
+    plan = replace(plan, windows=windows)
     kwargs = {**kwargs, "use_cache": False}
     labels = kwargs.get("labels")
     if labels is not None:

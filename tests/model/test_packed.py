@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from finetune_kit.config import LoraConfig
+from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.model import adapters, packed
+from finetune_kit.model.load import load_policy
 
 SHAPE = {
     "vocab_size": 97,
@@ -41,6 +43,20 @@ FAMILIES: dict[str, Any] = {
     "qwen3": Qwen3Config(**SHAPE),
     "mistral": MistralConfig(**SHAPE, sliding_window=64),
     "gemma": GemmaConfig(**SHAPE),
+    "gpt2": GPT2Config(
+        **{name: SHAPE[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")},
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        attn_pdrop=0,
+        embd_pdrop=0,
+        resid_pdrop=0,
+    ),
+}
+WINDOWED: dict[str, Any] = {
+    "every layer": MistralConfig(**SHAPE, sliding_window=26),
+    "the second layer": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=26, max_window_layers=1),
 }
 
 
@@ -90,6 +106,8 @@ def assert_equal_training(model: Any, inputs: dict[str, torch.Tensor]) -> None:
 def test_log_probabilities_equal_the_padded_models_to_1e_4_on_either_padding_side(family: str, side: str) -> None:
     model, inputs = make(FAMILIES[family]), batch(side=side)
     expected = log_probs(model, inputs)
+    if (family, side) == ("gpt2", "left"):  # learned positions count the padding unless they are told: tokens first
+        expected = log_probs(model, batch(side="right"))
     assert packed.enable(model) == ""
     assert float((log_probs(model, inputs) - expected).abs().max()) < 1e-4
 
@@ -156,24 +174,61 @@ def test_generation_is_as_before_with_the_packed_forward_on() -> None:
     assert torch.equal(model.generate(**prompts, max_new_tokens=6, do_sample=False), expected)
 
 
-def test_rows_longer_than_the_sliding_window_take_the_padded_path_and_are_exact() -> None:
-    config = MistralConfig(**SHAPE, sliding_window=26)
-    model, inputs = make(config), batch()  # the longest row has 30 tokens
+def layer_tokens(model: Any) -> list[int]:
+    """Filled with the tokens that each forward pass sends through the first layer."""
+    seen: list[int] = []
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.base_model.layers[0].mlp.register_forward_hook(lambda m, i, o: seen.append(o.shape[0] * o.shape[1]))
+    return seen
+
+
+@pytest.mark.parametrize("windowed", WINDOWED)
+@pytest.mark.parametrize("shared", [0, 9, 17])
+def test_a_row_of_30_tokens_under_a_sliding_window_of_26_is_packed_and_exact(windowed: str, shared: int) -> None:
+    model, inputs = make(WINDOWED[windowed]).train(), batch(shared)
+    whole = make(WINDOWED[windowed]) if windowed == "every layer" else None
+    assert_equal_training(model, inputs)
+    seen = layer_tokens(model)
+    log_probs(model, inputs)
+    assert seen == [79 - 2 * (shared if shared >= packed.WORTH_SHARING else 0) - 3]
+    if whole is not None:  # the window acts: without it the numbers are others
+        inside = log_probs(whole, inputs)
+        whole.config.sliding_window = None
+        for layer in whole.model.layers:
+            layer.self_attn.config.sliding_window = None
+        assert float((log_probs(whole, inputs) - inside).abs().max()) > 1e-4
+
+
+def test_a_window_that_attention_is_not_told_keeps_longer_rows_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = packed.attend
+
+    def untold(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(packed, "attend", untold)
+    model, inputs = make(WINDOWED["every layer"]), batch()
     expected = log_probs(model, inputs)
     assert packed.enable(model) == ""
+    seen = layer_tokens(model)
     assert torch.equal(log_probs(model, inputs), expected)
+    assert seen == [5 * 30]
 
 
-@pytest.mark.parametrize(
-    "config", [Gemma2Config(**SHAPE), GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)]
-)
-def test_a_model_it_cannot_pack_keeps_its_own_numbers_and_gets_a_reason(config: Any) -> None:
-    model, inputs = make(config), batch()
+def test_an_adapter_on_4_bit_weights_gets_the_padded_models_gradients(tiny_model: Path) -> None:
+    config = ModelConfig(name_or_path=str(tiny_model), load_in_4bit=True)
+    model = load_policy(config, LoraConfig(r=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert_equal_training(model.train(), batch())
+
+
+def test_a_model_it_cannot_pack_keeps_its_own_numbers_and_gets_a_reason() -> None:
+    model, inputs = make(Gemma2Config(**SHAPE)), batch()
     expected = log_probs(model, inputs)
-    reason = packed.enable(model)
-    assert float((log_probs(model, inputs) - expected).abs().max()) < 1e-4
-    if reason:
-        assert model.config._attn_implementation != packed.ATTENTION
+    assert packed.enable(model) == "the packed forward needs sdpa attention, not eager"
+    assert torch.equal(log_probs(model, inputs), expected)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_the_attention_of_the_packed_forward_is_not_written_into_a_saved_config(tmp_path: Any) -> None:
@@ -214,7 +269,7 @@ def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
 def test_scores_of_a_classifier_and_their_gradients_equal_the_padded_models(family: str) -> None:
     torch.manual_seed(0)
     config = copy.deepcopy(FAMILIES[family])
@@ -250,3 +305,49 @@ def test_log_probabilities_of_trls_head_are_laid_out_in_padded_rows() -> None:
     assert float((found.log_probs - expected.log_probs).abs().max()) < 1e-5
     assert torch.equal(found.label_mask, expected.label_mask)
     assert torch.equal(found.is_top1, expected.is_top1)
+
+
+class TestCounts:
+    """What a batch of four pairs sends through the layers and the head, by torch's own count of multiplications."""
+
+    @staticmethod
+    def flop(call: Any) -> int:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return int(counter.get_total_flops())
+
+    @staticmethod
+    def per_token(model: Any) -> int:
+        """Multiplications and additions of one token in the linear layers below the head."""
+        layers = [part for part in model.base_model.modules() if isinstance(part, torch.nn.Linear)]
+        return sum(2 * part.in_features * part.out_features for part in layers)
+
+    @pytest.mark.parametrize("supervised", [1, 5])
+    def test_sft_and_dpo_cost_the_unique_tokens_in_the_layers_and_the_labels_in_the_head(self, supervised: int) -> None:
+        from trl.trainer.utils import add_fused_lm_head
+
+        model, inputs = make(FAMILIES["llama"]), padded(pairs_of_rows())
+        lengths = inputs["attention_mask"].sum(dim=1)
+        places = torch.arange(inputs["input_ids"].shape[1])
+        answer = (places >= (lengths - supervised)[:, None]) & (places < lengths[:, None])
+        inputs["labels"] = inputs["input_ids"].masked_fill(~answer, -100)
+        add_fused_lm_head(model, outputs=("log_probs",))
+        padded_flop = self.flop(lambda: model(**inputs, fused_lm_head=True))
+        slots = inputs["input_ids"].numel()
+        a_token, a_label = self.per_token(model), 2 * 32 * 97
+        assert padded_flop == slots * a_token + (slots - 8) * a_label
+        assert packed.enable(model) == ""
+        unique = 8 + 12 + 16 + 20 + 4 * (10 + 1)  # each prompt once
+        assert self.flop(lambda: model(**inputs, fused_lm_head=True)) == unique * a_token + 8 * supervised * a_label
+
+    def test_a_reward_costs_the_unique_tokens_in_the_layers_and_32_multiplications_a_slot_in_the_head(self) -> None:
+        config = copy.deepcopy(FAMILIES["llama"])
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        inputs = padded(pairs_of_rows())
+        slots, a_token = inputs["input_ids"].numel(), self.per_token(model)
+        assert self.flop(lambda: model(**inputs)) == slots * (a_token + 2 * 32)
+        assert packed.enable(model) == ""
+        assert self.flop(lambda: model(**inputs)) == (8 + 12 + 16 + 20 + 44) * a_token + slots * 2 * 32
