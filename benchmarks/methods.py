@@ -164,7 +164,7 @@ def rows_of(job: str, arguments: argparse.Namespace, scratch: Path) -> tuple[Any
     if job == "reward":
         words += ["center_rewards_coefficient=0"]
     path = arguments.answers if job.startswith("sft") else arguments.pairs
-    words += [f"data.path={path}", "held_out_size=8", f"data.size={size * 8}"] if path else [f"data.size={size}"]
+    words += [f"data.path={path}", "held_out_size=64", f"data.size={size * 8}"] if path else [f"data.size={size}"]
     found = recipes.load(JOBS[job])
     config = resolve(found.config_class, found.name, None, words)
     config.model.name_or_path = str(EMBEDDED)
