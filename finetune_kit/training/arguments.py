@@ -69,6 +69,11 @@ def build(
     """
     from transformers import PrinterCallback
 
+    if config.model.load_in_4bit and (sharding := processes.sharding()):
+        raise SettingsError(
+            f"model.load_in_4bit: {sharding} was asked for, and 4-bit weights are not cut into shards.",
+            "Start it data parallel, with accelerate_config.yaml, or leave model.load_in_4bit out.",
+        )
     trainer_config = make_arguments(config_class, config, data, **arguments)
     check_parts(trainer_class, trainer_config, policy)
     check_vocabulary(config.model.name_or_path, policy, tokenizer)

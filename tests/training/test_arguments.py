@@ -176,3 +176,9 @@ class TestSteps:
         train = TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=2)
         assert micro_batch(train, packed=True) == (1, 8)
         assert micro_batch(train, packed=False) == (4, 2)
+
+
+def test_4_bit_weights_are_not_cut_into_shards(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SettingsError, match="load_in_4bit: FSDP was asked for, and 4-bit weights are not cut"):
+        fit_only("qlora_sft", home)
