@@ -295,9 +295,11 @@ def bare(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock) -> tupl
         following = torch.tensor([label for _, labels in texts for label in [*labels[1:], -100]])
         wanted = following != -100
 
-        def scored(adapted: bool, ids: Any = ids, lengths: Any = lengths) -> Any:
-            hidden = llama(policy.config, weights, ids, lengths, adapted)[wanted]  # noqa: B023
-            return -cross_entropy(hidden @ weights["model.embed_tokens.weight"].T, following[wanted], reduction="none")  # noqa: B023
+        def scored(
+            adapted: bool, ids: Any = ids, lengths: Any = lengths, at: Any = wanted, labels: Any = following
+        ) -> Any:
+            hidden = llama(policy.config, weights, ids, lengths, adapted)[at]
+            return -cross_entropy(hidden @ weights["model.embed_tokens.weight"].T, labels[at], reduction="none")
 
         if job == "reward":
             last = torch.tensor(lengths).cumsum(0) - 1

@@ -20,11 +20,11 @@ from finetune_kit.model import load
 load.device = lambda: torch.device("cuda")  # before anything else imports it: the plan is one for GPUs
 load.computes_in_bfloat16 = lambda: True
 
-from finetune_kit import recipe as recipes  # noqa: E402
-from finetune_kit.config import resolve  # noqa: E402
-from finetune_kit.data.load import load_data  # noqa: E402
-from finetune_kit.model.tiny import write_tiny_model  # noqa: E402
-from finetune_kit.training.devices import shares  # noqa: E402
+from finetune_kit import recipe as recipes  # noqa: E402 - takes the device from above
+from finetune_kit.config import resolve  # noqa: E402 - takes the device from above
+from finetune_kit.data.load import load_data  # noqa: E402 - takes the device from above
+from finetune_kit.model.tiny import write_tiny_model  # noqa: E402 - takes the device from above
+from finetune_kit.training.devices import shares  # noqa: E402 - takes the device from above
 
 SHAPES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
