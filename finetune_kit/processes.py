@@ -6,10 +6,10 @@ work (`spread`), the others wait for what comes of it, so these functions are ca
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ Result = TypeVar("Result")
 
 CONFIG = "accelerate launch --config_file accelerate_config.yaml --num_processes 2 -m finetune_kit run …"
 FAILED = "finetune_kit/failed"  # in the launcher's store: rank and exit code of the process that failed first
+POLL = 0.5  # seconds between two looks at it
 GRACE = 10.0  # seconds in which the others may end by themselves, such as by keeping their last good state
 
 
@@ -77,7 +78,7 @@ def start(on_cpu: bool) -> None:
     if not is_main():
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    threading.Thread(target=_end_with_the_others, daemon=True).start()
+    _watch()
 
 
 def _asked() -> int | None:
@@ -185,19 +186,32 @@ def fails_first(code: int) -> bool:
         return is_main()
 
 
-def _end_with_the_others() -> None:
+def _watch() -> None:
+    """Look out for a process that fails, in a thread that is gone before the interpreter is.
+
+    One that is still inside the store's C++ when the interpreter goes is torn out of it: std::terminate, signal 6.
+    """
+    ending = threading.Event()
+    watcher = threading.Thread(target=_end_with_the_others, args=(ending,), daemon=True)
+    watcher.start()
+
+    @atexit.register
+    def leave() -> None:
+        ending.set()
+        watcher.join(GRACE)
+
+
+def _end_with_the_others(ending: threading.Event) -> None:
     """Wait for a process that fails, and end this one after it: inside a collective nothing else would."""
     store = _store()
-    while True:
-        time.sleep(0.5)
+    while not ending.wait(POLL):
         try:
             failed = store.check([FAILED])
         except RuntimeError:
             return
         if failed:
             first, code = store.get(FAILED).decode().split()
-            if int(first) != rank():
-                time.sleep(GRACE)
+            if int(first) != rank() and not ending.wait(GRACE):
                 os._exit(int(code))
             return
 
