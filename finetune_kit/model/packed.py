@@ -6,22 +6,42 @@ segment sees its own beginning and itself. Behind the backbone the hidden states
 padded rows, or, where labels are given, only the positions in front of a label, so that the language-model head runs
 nowhere else; what TRL's fused head says of those positions is laid out in padded rows again.
 
-Everything above the backbone is unchanged, and no forward is replaced: hooks before and behind the model and behind the
-backbone, and one attention function of transformers' AttentionInterface.
+Attention is SDPA, segment by segment, on a CPU, and one call of torch's varlen attention on CUDA. Everything above the
+backbone is unchanged, and no forward is replaced: hooks before and behind the model and behind the backbone, and one
+attention function of transformers' AttentionInterface.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
+
+from finetune_kit import processes
+from finetune_kit.model.load import computes_in_bfloat16
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
+# as torch.nn.attention.varlen.varlen_attn: (query, key, value, cumulative query and key lengths, the longest of each;
+# scale, window_size, enable_gqa) -> what the queries see. The last query of a segment stands at its last key.
+Kernel = Callable[..., "torch.Tensor"]
+
 ATTENTION = "finetune_kit_packed"
 WORTH_SHARING = 8  # tokens: a shorter common beginning costs more in attention calls than it saves in the layers
 TOLERANCE = 1e-4  # largest difference of a float32 log-probability from the padded model's
+# With fewer bits, the norm of all differences by that of the numbers around their mean, of log-probabilities and of a
+# weight's gradient. In bfloat16 a right kernel is off by 0.03 and at most 0.08 on SmolLM2-135M; on 32 layers of random
+# weights by 0.01 and 0.02, and one with its diagonal in the wrong corner by 0.2 and 0.4.
+ROUGH_TOLERANCE, GRADIENT_TOLERANCE = 0.1, 0.25
+PROOF_ROWS, PROOF_TOKENS, PROOF_WEIGHTS = 4, 256, 8  # of a run's first ones, what a varlen kernel is tried on
 
 
 @dataclass(frozen=True)
@@ -34,13 +54,30 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Varlen:
+    """A varlen kernel and what it is told of the segments.
+
+    queries, keys: (segments + 1,) int32, cumulative lengths of the segments and of what each sees: those before it in
+    its rows, and itself. longest: of each. seen: (k,), the packed tokens seen, one segment's after the other's; None:
+    each sees itself alone.
+    """
+
+    kernel: Kernel
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest: tuple[int, int]
+    seen: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a batch is packed.
 
     tokens: (n,), packed token -> its place in the flattened padded batch. positions: (n,), each token's place in its
-    row. places: (b, t), padded place -> packed token, 0 where padded. real: (b, t), true where a token is.
-    selected: (s,), packed tokens whose hidden state the caller wants; None: all, in the padded layout. wanted:
-    (b, t - 1), true in front of a label; s in number. windows: attention notes the sliding windows that it masked here.
+    row. places: (b, t), padded place -> packed token, 0 where padded. real: (b, t), true where a token is; slots: (m,),
+    where that is in the flattened padded batch. selected: (s,), packed tokens whose hidden state the caller wants;
+    None: all, in the padded layout. wanted: (b, t - 1), true in front of a label; s in number. varlen: what attends;
+    None: SDPA. windows: attention notes the sliding windows that it masked here.
     """
 
     segments: tuple[Segment, ...]
@@ -48,13 +85,23 @@ class Plan:
     positions: torch.Tensor
     places: torch.Tensor
     real: torch.Tensor
+    slots: torch.Tensor
     selected: torch.Tensor | None = None
     wanted: torch.Tensor | None = None
+    varlen: Varlen | None = None
     windows: set[int | None] = field(default_factory=set)
+
+    def to(self, device: torch.device) -> Plan:
+        """The same with its own tensors on a device."""
+        import torch
+
+        own: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved = {name: part.to(device) for name, part in own.items() if isinstance(part, torch.Tensor)}
+        return Plan(**{**own, **moved})
 
 
 def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool) -> Plan:
-    """Pack rows of (b, t) token ids whose real tokens lie together, padded on either side."""
+    """Pack rows of (b, t) token ids whose real tokens lie together, padded on either side; all tensors on the CPU."""
     import torch
 
     rows, width = input_ids.shape
@@ -72,7 +119,8 @@ def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool
             return before
         segment = Segment(len(tokens), end - begin, before)
         owner = members[0]
-        tokens.extend(owner * width + first[owner] + place for place in range(begin, end))
+        at = owner * width + first[owner]
+        tokens.extend(range(at + begin, at + end))
         positions.extend(range(begin, end))
         segments.append(segment)
         for row in members:
@@ -102,10 +150,34 @@ def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool
             lay([row], 0, len(texts[row]), ())
     places = torch.zeros_like(input_ids)
     for row, path in enumerate(paths):
-        packed = [number for segment in path for number in range(segment.start, segment.start + segment.length)]
-        places[row, first[row] : first[row] + len(packed)] = torch.tensor(packed, device=places.device)
-    on = input_ids.device
-    return Plan(tuple(segments), torch.tensor(tokens, device=on), torch.tensor(positions, device=on), places, real)
+        packed = [number for segment in path for number in _tokens(segment)]
+        places[row, first[row] : first[row] + len(packed)] = torch.tensor(packed)
+    slots = real.flatten().nonzero()[:, 0]
+    return Plan(tuple(segments), torch.tensor(tokens), torch.tensor(positions), places, real, slots)
+
+
+def make_varlen(segments: Sequence[Segment], kernel: Kernel, device: torch.device) -> Varlen:
+    """What a kernel is told of a plan's segments."""
+    import torch
+
+    queries = [segment.length for segment in segments]
+    seen = [[number for part in (*segment.before, segment) for number in _tokens(part)] for segment in segments]
+    keys = [len(numbers) for numbers in seen]
+
+    def tensor(numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=dtype, device=device)
+
+    return Varlen(
+        kernel,
+        tensor([0, *accumulate(queries)], torch.int32),
+        tensor([0, *accumulate(keys)], torch.int32),
+        (max(queries), max(keys)),
+        tensor([number for numbers in seen for number in numbers], torch.int64) if keys != queries else None,
+    )
+
+
+def _tokens(segment: Segment) -> range:
+    return range(segment.start, segment.start + segment.length)
 
 
 def _common(one: list[int], other: list[int]) -> int:
@@ -147,6 +219,8 @@ def attend(
             **kwargs,
         )
     packed.windows.add(sliding_window)
+    if packed.varlen is not None and not dropout:  # a varlen kernel drops nothing
+        return _attend_at_once(packed.varlen, query, key, value, scaling, sliding_window), None
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     outputs = []
@@ -174,16 +248,105 @@ def attend(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def enable(model: Any) -> str:
+def _attend_at_once(
+    varlen: Varlen,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """All segments in one call of the kernel; shapes as in `attend`. In autocast's type, as SDPA would."""
+    import torch
+
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    if varlen.seen is not None:
+        key, value = key[varlen.seen], value[varlen.seen]
+    acts = sliding_window is not None and sliding_window < varlen.longest[1]
+    output = varlen.kernel(
+        query,
+        key,
+        value,
+        varlen.queries,
+        varlen.keys,
+        *varlen.longest,
+        scale=scaling,
+        # how many keys back and ahead of its own a query sees: a window of w tokens has that one in it
+        window_size=(sliding_window - 1 if acts and sliding_window else -1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None]
+
+
+def varlen_kernel(device: torch.device) -> Kernel | None:
+    """What attends on a device: torch's varlen attention on CUDA; None: SDPA, segment by segment."""
+    if device.type != "cuda":
+        return None
+    from torch.nn.attention import varlen
+
+    kernel: Any = varlen.varlen_attn  # typed as a pair with what is not asked for here
+    return kernel  # type: ignore[no-any-return]
+
+
+def refusal(device: torch.device, dtype: torch.dtype, config: Any) -> str:
+    """Why rows are not packed on a device where a model of `config` attends in `dtype`; "" where they are.
+
+    The limits are those of the flash-attention kernel behind torch's varlen attention.
+    """
+    import torch
+
+    if device.type == "cpu":
+        return ""
+    kernel = varlen_kernel(device)
+    if kernel is None:
+        return f"the packed forward is not proven on {device.type} yet"
+    missing = {"scale", "window_size", "enable_gqa"} - inspect.signature(kernel).parameters.keys()
+    if missing:
+        return f"varlen attention of torch {torch.__version__} lacks {min(missing)}: torch 2.13 has it"
+    if not computes_in_bfloat16():
+        return "varlen attention needs a GPU with bfloat16 units"
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if head_dim % 8 or head_dim > 256:
+        return f"varlen attention takes heads of 8, 16, … 256 numbers, not {head_dim}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"varlen attention does not compute in {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _dtype(causal: Any) -> torch.dtype:
+    """The type that a model attends in: autocast's, else its weights'."""
+    import torch
+
+    device = causal.device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else causal.dtype
+    return dtype
+
+
+def _as_in_training(device: torch.device) -> AbstractContextManager[Any]:
+    """The trainers' mixed precision. Weights are not kept in its type: a copy made without gradient would have none."""
+    import torch
+
+    mixed = device.type == "cuda" and computes_in_bfloat16()
+    return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
+
+
+def enable(model: Any, rows: Sequence[Sequence[int]] = ()) -> str:
     """Turn the packed forward on for a language model or a sequence classifier, adapter or not, if it proves equal on
     the loaded weights.
 
+    `rows`: token ids of the first rows of the run, which a varlen kernel has to prove equal on, too.
     Returns "" where it is on, else the reason why the padded forward stays. It acts on calls with a batch of more than
     padding to drop and without a cache; generation is as before.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if causal.device.type != "cpu":
-        return f"the packed forward is not proven on {causal.device.type} yet"
+    with _as_in_training(causal.device):
+        return refusal(causal.device, _dtype(causal), causal.config) or _enable(model, causal, rows)
+
+
+def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]]) -> str:
     config = causal.base_model.config  # a classifier's backbone has one of its own
     before = config._attn_implementation
     if before != "sdpa":
@@ -192,11 +355,11 @@ def enable(model: Any) -> str:
     # a classifier finds a row's last token in the padded batch: it is packed behind that, in front of the backbone
     outer = causal.base_model if hasattr(causal, "score") else model
     handles = [
-        outer.register_forward_pre_hook(partial(_pack, windows=set()), with_kwargs=True),
+        outer.register_forward_pre_hook(partial(_pack, windows=set(), said=set()), with_kwargs=True),
         causal.base_model.register_forward_hook(_unpack, with_kwargs=True),
         outer.register_forward_hook(_lay_out, with_kwargs=True),
     ]
-    reason = _disproof(model, causal)
+    reason = _disproof(model, causal, rows)
     if reason:
         for handle in handles:
             handle.remove()
@@ -213,11 +376,12 @@ def _register() -> None:
 
 
 def _pack(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], windows: set[int | None]
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], windows: set[int | None], said: set[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before the model: replace a padded batch by its packed row; None leaves a call as it is.
 
-    `windows`: the sliding windows that attention was given so far. Rows longer than another window stay padded.
+    `windows`: the sliding windows that attention was given so far. Rows longer than another window stay padded. `said`:
+    why batches stayed padded so far, each of which a line says once.
     """
     import torch
 
@@ -226,36 +390,50 @@ def _pack(
         args = ()
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     causal = module.get_base_model() if hasattr(module, "get_base_model") else module
-    config = causal.config
     if args or ids is None or mask is None or ids.dim() != 2 or mask.dim() != 2:
         return None
-    if config._attn_implementation != ATTENTION:
+    if causal.config._attn_implementation != ATTENTION:
         return None
     if kwargs.get("cache") is not None or kwargs.get("position_ids") is not None or kwargs.get("use_cache"):
         return None
-    text = config.get_text_config()
-    found = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    limits = [limit for limit in found if limit is not None and limit not in windows]
-    too_long = bool(limits) and int(mask.sum(dim=1).max()) > min(limits)
-    if too_long or not bool(mask.any(dim=1).all()):
+    labels = kwargs.get("labels")
+    device, (ids, mask) = ids.device, (ids.cpu(), mask.cpu())  # what follows asks for many numbers
+    if not bool(mask.any(dim=1).all()):
+        return None
+    longest = int(mask.sum(dim=1).max())
+    if reason := refusal(device, _dtype(causal), causal.config) or _too_long(causal, longest, windows):
+        if reason not in said and processes.is_main():
+            said.add(reason)
+            log.warning("padded batches: %s", reason)
         return None
     plan = make_plan(ids, mask, share=not (module.training and _drops(module)))
-    plan = replace(plan, windows=windows)
     kwargs = {**kwargs, "use_cache": False}
-    labels = kwargs.get("labels")
     if labels is not None:
+        labels = labels.cpu()
         wanted = (labels[:, 1:] != -100) & plan.real[:, :-1]
         if not bool(wanted.any()):
             return None
         plan = replace(plan, selected=plan.places[:, :-1][wanted], wanted=wanted)
         # the losses above shift labels by one: the first has nothing before it
-        kwargs["labels"] = torch.cat([labels.new_full((1,), -100), labels[:, 1:][wanted]])[None]
-    kwargs["input_ids"] = ids.flatten()[plan.tokens][None]
-    kwargs["position_ids"] = plan.positions[None]
+        kwargs["labels"] = torch.cat([labels.new_full((1,), -100), labels[:, 1:][wanted]])[None].to(device)
+    kernel = varlen_kernel(device)
+    varlen = make_varlen(plan.segments, kernel, device) if kernel else None
+    kwargs["input_ids"] = ids.flatten()[plan.tokens][None].to(device)
+    kwargs["position_ids"] = plan.positions[None].to(device)
     # a mask of four dimensions is passed on as it is, so that none of n x n is built
-    kwargs["attention_mask"] = ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
-    kwargs["packed"] = plan
+    kwargs["attention_mask"] = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=device)
+    kwargs["packed"] = replace(plan.to(device), varlen=varlen, windows=windows)
     return args, kwargs
+
+
+def _too_long(causal: Any, longest: int, windows: set[int | None]) -> str:
+    """Why a batch with a row of `longest` tokens cannot be packed; "" where it can."""
+    text = causal.config.get_text_config()
+    for name in ("sliding_window", "attention_chunk_size"):
+        limit = getattr(text, name, None)
+        if limit is not None and limit not in windows and longest > limit:
+            return f"rows are longer than {name}={limit}, of which this model does not tell attention"
+    return ""
 
 
 def _drops(module: Any) -> bool:
@@ -276,7 +454,9 @@ def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         return output
     hidden = output.last_hidden_state[0]
     if plan.selected is None:
-        output.last_hidden_state = hidden[plan.places] * plan.real.unsqueeze(-1)
+        padded = hidden.new_zeros(plan.real.numel(), hidden.shape[-1])
+        padded = padded.index_copy(0, plan.slots, hidden[plan.places.flatten()[plan.slots]])
+        output.last_hidden_state = padded.view(*plan.real.shape, -1)
     else:  # the last one is never read: the losses above drop it when they shift
         output.last_hidden_state = hidden[torch.cat([plan.selected, plan.selected[-1:]])][None]
     return output
@@ -295,45 +475,78 @@ def _lay_out(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any
     return output
 
 
-def _disproof(model: Any, causal: Any) -> str:
+def _disproof(model: Any, causal: Any, rows: Sequence[Sequence[int]]) -> str:
     """Why the packed forward is not to be trusted on the loaded weights; "" if it gives the padded one's numbers.
 
-    Four rows of random tokens, two of which begin alike, padded on the right.
+    Looked at are four rows of random tokens, two of which begin alike, and, where a varlen kernel attends, the first
+    rows of the run, with the gradient at the first weights that are trained: it has come through all layers.
     """
     import torch
 
     was_training = model.training
     model.eval()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, causal.config.get_text_config().vocab_size, (4, 24), generator=generator)
-    ids[1, :12] = ids[0, :12]
-    mask = torch.ones_like(ids)
-    mask[1, 20:] = 0
-    mask[3, 5:] = 0
-    ids[mask == 0] = causal.config.get_text_config().pad_token_id or 0  # a classifier finds a row's end by it
-    moved = ids.clone()
-    moved[0, 14] = (moved[0, 14] + 1) % causal.config.get_text_config().vocab_size
-    real = mask.bool()
-
-    def numbers(ids: torch.Tensor) -> list[torch.Tensor]:
-        """A row's log-probabilities, or its scores."""
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        scores = logits.dim() == 2
-        return [row if scores else row.log_softmax(-1)[keep] for row, keep in zip(logits, real, strict=True)]
-
+    text = causal.config.get_text_config()
+    random = torch.randint(0, text.vocab_size, (4, 24), generator=torch.Generator().manual_seed(0)).tolist()
+    probe = [random[0], random[0][:12] + random[1][12:20], random[2], random[3][:5]]
+    moved = [[*probe[0][:14], (probe[0][14] + 1) % text.vocab_size, *probe[0][15:]], *probe[1:]]
+    batches: list[tuple[list[list[int]], list[Any]]] = [(probe, [])]
+    if varlen_kernel(causal.device) is not None:
+        first = [list(row[:PROOF_TOKENS]) for row in rows[:PROOF_ROWS]] or probe
+        batches.append((first, [weight for weight in model.parameters() if weight.requires_grad][:PROOF_WEIGHTS]))
+    exact = _dtype(causal) == torch.float32
     try:
-        with torch.no_grad():
-            padded = numbers(ids)
-            causal.base_model.config._attn_implementation = ATTENTION
-            packed, other = numbers(ids), numbers(moved)
+        padded = [_look(model, batch, text.pad_token_id, trained) for batch, trained in batches]
+        causal.base_model.config._attn_implementation = ATTENTION
+        packed = [_look(model, batch, text.pad_token_id, trained) for batch, trained in batches]
+        other = _look(model, moved, text.pad_token_id, [])
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         return f"this model does not take a packed row ({type(error).__name__})"
     finally:
         model.train(was_training)
-    difference = max(float((one - two).abs().max()) for one, two in zip(packed, padded, strict=True))
-    if not difference <= TOLERANCE:
-        return f"packed and padded log-probabilities differ by {difference:.1e} on this model"
-    moved_too = max(float((one - two).abs().max()) for one, two in zip(packed[1:], other[1:], strict=True))
-    if moved_too > TOLERANCE / 10:
+    for (one, gradients), (two, expected) in zip(packed, padded, strict=True):
+        difference = _difference(one, two, exact)
+        if not difference <= (TOLERANCE if exact else ROUGH_TOLERANCE):
+            return f"packed and padded log-probabilities differ by {difference:.1e} on this model"
+        pairs = zip(gradients, expected, strict=True)
+        difference = max((_difference([one], [two], exact=False) for one, two in pairs), default=0.0)
+        if not difference <= GRADIENT_TOLERANCE:
+            return f"gradients of packed and padded rows differ by {difference:.1e} of their norm on this model"
+    if _difference(packed[0][0][1:], other[0][1:], exact) > (TOLERANCE / 10 if exact else ROUGH_TOLERANCE / 100):
         return "a change in one row moves another one on this model"
     return ""
+
+
+def _look(
+    model: Any, rows: list[list[int]], padding: int | None, trained: list[Any]
+) -> tuple[list[torch.Tensor], Sequence[torch.Tensor]]:
+    """Each row's log-probabilities, or its scores, float32; and the gradient of the log-probability of what the rows
+    say, or of their scores, at each of the weights `trained`.
+    """
+    import torch
+
+    width = max(map(len, rows))
+    # a classifier finds a row's end by the padding
+    ids = torch.tensor([[*row, *[padding or 0] * (width - len(row))] for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    with torch.set_grad_enabled(bool(trained)):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        if logits.dim() == 2:
+            numbers = said = list(logits.float())
+        else:
+            numbers = [row[: len(own)].float().log_softmax(-1) for row, own in zip(logits, rows, strict=True)]
+            said = [row[:-1].gather(1, own[1 : len(row), None]) for row, own in zip(numbers, ids, strict=True)]
+        gradients: Sequence[torch.Tensor] = ()
+        if trained:
+            gradients = torch.autograd.grad(torch.cat(said).sum(), trained, allow_unused=True, materialize_grads=True)
+    return [row.detach() for row in numbers], gradients
+
+
+def _difference(one: list[torch.Tensor], two: list[torch.Tensor], exact: bool) -> float:
+    """The largest one of two lists of numbers; not `exact`, its norm by that of the second list around its mean."""
+    import torch
+
+    found, expected = (torch.cat([part.flatten().float() for part in parts]) for parts in (one, two))
+    if exact:
+        return float((found - expected).abs().max())
+    apart, spread = float((found - expected).norm()), float((expected - expected.mean()).norm())
+    return apart / spread if apart else 0.0

@@ -83,7 +83,9 @@ class PPOTrainer:
         self.trained |= value_parameters(self.value, policy)
         if config.train.gradient_checkpointing:
             policy.gradient_checkpointing_enable()
-        self.padded_because = packed.enable(policy) if config.train.padding_free else "train.padding_free=false"
+        self.padded_because = "train.padding_free=false"
+        if config.train.padding_free:
+            self.padded_because = packed.enable(policy, self.prompts)
         train, every = config.train, self.trained.values()
         self.optimizer = torch.optim.AdamW(every, train.learning_rate, eps=1e-5, weight_decay=train.weight_decay)
         epochs = math.ceil(train.num_train_epochs * len(self.prompts) / config.batch_size)

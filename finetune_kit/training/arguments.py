@@ -15,6 +15,7 @@ from typing import Any
 from finetune_kit import processes
 from finetune_kit.config import RecipeConfig, TrainConfig
 from finetune_kit.data.load import Data, placeholder
+from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.evaluation.metrics import choose_metrics
 from finetune_kit.hub import push_checkpoint
@@ -141,7 +142,8 @@ def padded_because(config: RecipeConfig, policy: Any, data: Data) -> str:
         return ""  # TRL lays packed rows end to end itself
     if config.train.neftune_noise_alpha:
         return "NEFTune scales its noise by the padded length"
-    return packed.enable(policy)
+    first = [data.train[index] for index in range(min(len(data.train), packed.PROOF_ROWS))]
+    return packed.enable(policy, [ids for row in first for ids, _ in sequences(row).values()])
 
 
 def announce(config: RecipeConfig, policy: Any, data: Data) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -213,11 +214,14 @@ def longest_batch(config: RecipeConfig, data: Data, policy: Any) -> Batch:
     width = max(lengths)
     scored = sum(label != IGNORED for _, labels in longest for label in labels[1:])
     plan = None
-    unpadded = config.train.padding_free and not config.train.neftune_noise_alpha and device().type == "cpu"
+    unpadded = config.train.padding_free and not config.train.neftune_noise_alpha
+    unpadded = unpadded and not packed.refusal(device(), torch.bfloat16, policy.config)
     if unpadded and policy.config._attn_implementation == "sdpa":
         padded = torch.tensor([list(ids) + [0] * (width - len(ids)) for ids, _ in longest])
         mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
         plan = packed.make_plan(padded, mask, share=True)
+        if (kernel := packed.varlen_kernel(device())) is not None:
+            plan = replace(plan, varlen=packed.make_varlen(plan.segments, kernel, padded.device))
     return Batch(len(longest), width, min(lengths) < width, scored, plan=plan)
 
 

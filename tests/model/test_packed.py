@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from transformers import (
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.model import adapters, packed
 from finetune_kit.model.load import load_policy
+from tests.fixtures_training import prepare
+from tests.model import varlen
 
 SHAPE = {
     "vocab_size": 97,
@@ -60,6 +64,22 @@ WINDOWED: dict[str, Any] = {
 }
 
 
+def attend_by(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., torch.Tensor]) -> None:
+    """Let a kernel attend on the CPU as torch's does on CUDA, whatever the type and the heads."""
+    monkeypatch.setattr(packed, "varlen_kernel", lambda device: kernel)
+    monkeypatch.setattr(packed, "refusal", lambda *given: "")
+
+
+@pytest.fixture(params=["SDPA by segment", "a varlen kernel"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that takes this runs as on a CPU, and as on CUDA with the stand-in for the kernel."""
+    if request.param == "a varlen kernel":
+        attend_by(monkeypatch, varlen.reference)
+
+
+both = pytest.mark.usefixtures("both_ways")
+
+
 def make(config: Any) -> Any:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
@@ -83,7 +103,7 @@ def batch(shared: int = 12, side: str = "right") -> dict[str, torch.Tensor]:
 def log_probs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-    return logits.log_softmax(-1)[inputs["attention_mask"].bool()]
+    return logits.float().log_softmax(-1)[inputs["attention_mask"].bool()]
 
 
 def loss_and_gradient(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
@@ -101,6 +121,7 @@ def assert_equal_training(model: Any, inputs: dict[str, torch.Tensor]) -> None:
     assert float((gradient - padded).norm() / padded.norm()) < 1e-5
 
 
+@both
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probabilities_equal_the_padded_models_to_1e_4_on_either_padding_side(family: str, side: str) -> None:
@@ -112,16 +133,19 @@ def test_log_probabilities_equal_the_padded_models_to_1e_4_on_either_padding_sid
     assert float((log_probs(model, inputs) - expected).abs().max()) < 1e-4
 
 
+@both
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_equal_the_padded_models_to_1e_5(family: str) -> None:
     assert_equal_training(make(FAMILIES[family]).train(), batch())
 
 
+@both
 @pytest.mark.parametrize("shared", [0, 1, 7, 8, 9, 17, 18])
 def test_beginnings_of_every_length_from_0_to_a_whole_row_are_exact(shared: int) -> None:
     assert_equal_training(make(FAMILIES["llama"]).train(), batch(shared))
 
 
+@both
 @pytest.mark.parametrize("lora", [LoraConfig(r=4), LoraConfig(r=4, use_dora=True), LoraConfig(r=4, use_rslora=True)])
 def test_adapters_get_the_padded_models_gradients(lora: LoraConfig) -> None:
     model = adapters.attach(make(FAMILIES["llama"]), lora)
@@ -131,17 +155,20 @@ def test_adapters_get_the_padded_models_gradients(lora: LoraConfig) -> None:
     assert_equal_training(model.train(), batch())
 
 
+@both
 def test_gradient_checkpointing_changes_nothing() -> None:
     model = make(FAMILIES["llama"]).train()
     model.gradient_checkpointing_enable()
     assert_equal_training(model, batch())
 
 
+@both
 def test_one_row_alone_and_a_batch_without_padding_are_exact() -> None:
     inputs = {name: rows[:1] for name, rows in batch().items()}
     assert_equal_training(make(FAMILIES["llama"]).train(), inputs)
 
 
+@both
 def test_five_rows_of_79_tokens_go_through_the_layers_as_52_with_one_head_row_a_label() -> None:
     model, inputs = make(FAMILIES["llama"]), batch()
     assert packed.enable(model) == ""
@@ -166,6 +193,7 @@ def test_with_dropout_on_beginnings_are_not_shared() -> None:
     assert seen["layers"] == 52
 
 
+@both
 def test_generation_is_as_before_with_the_packed_forward_on() -> None:
     model, inputs = make(FAMILIES["llama"]), batch(side="left")
     prompts = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
@@ -182,6 +210,7 @@ def layer_tokens(model: Any) -> list[int]:
     return seen
 
 
+@both
 @pytest.mark.parametrize("windowed", WINDOWED)
 @pytest.mark.parametrize("shared", [0, 9, 17])
 def test_a_row_of_30_tokens_under_a_sliding_window_of_26_is_packed_and_exact(windowed: str, shared: int) -> None:
@@ -199,7 +228,9 @@ def test_a_row_of_30_tokens_under_a_sliding_window_of_26_is_packed_and_exact(win
         assert float((log_probs(whole, inputs) - inside).abs().max()) > 1e-4
 
 
-def test_a_window_that_attention_is_not_told_keeps_longer_rows_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_attention_is_not_told_keeps_longer_rows_padded_and_a_line_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     attend = packed.attend
 
     def untold(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
@@ -212,8 +243,29 @@ def test_a_window_that_attention_is_not_told_keeps_longer_rows_padded(monkeypatc
     seen = layer_tokens(model)
     assert torch.equal(log_probs(model, inputs), expected)
     assert seen == [5 * 30]
+    log_probs(model, inputs)
+    assert caplog.messages == [
+        "padded batches: rows are longer than sliding_window=26, of which this model does not tell attention"
+    ]
 
 
+def test_rows_longer_than_a_chunk_of_attention_stay_padded_and_a_line_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, inputs = make(FAMILIES["llama"]), batch()
+    model.config.attention_chunk_size = 26
+    assert packed.enable(model) == ""
+    seen = layer_tokens(model)
+    for _ in range(2):
+        log_probs(model, inputs)
+    assert seen == [5 * 30, 5 * 30]
+    assert ["attention_chunk_size=26" in line for line in caplog.messages] == [True]
+    short = {name: rows[:, :20] for name, rows in inputs.items()}
+    log_probs(model, short)
+    assert seen[2] == 20 + 20 + 18 + 3 - 2 * 12
+
+
+@both
 def test_an_adapter_on_4_bit_weights_gets_the_padded_models_gradients(tiny_model: Path) -> None:
     config = ModelConfig(name_or_path=str(tiny_model), load_in_4bit=True)
     model = load_policy(config, LoraConfig(r=4))
@@ -269,6 +321,7 @@ def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@both
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
 def test_scores_of_a_classifier_and_their_gradients_equal_the_padded_models(family: str) -> None:
     torch.manual_seed(0)
@@ -293,6 +346,7 @@ def test_scores_of_a_classifier_and_their_gradients_equal_the_padded_models(fami
     assert seen == [8 + 12 + 16 + 20 + 4 * (10 + 1)]  # each prompt once
 
 
+@both
 def test_log_probabilities_of_trls_head_are_laid_out_in_padded_rows() -> None:
     from trl.trainer.utils import add_fused_lm_head
 
@@ -351,3 +405,217 @@ class TestCounts:
         assert self.flop(lambda: model(**inputs)) == slots * (a_token + 2 * 32)
         assert packed.enable(model) == ""
         assert self.flop(lambda: model(**inputs)) == (8 + 12 + 16 + 20 + 44) * a_token + slots * 2 * 32
+
+
+def top_left(query: Any, key: Any, value: Any, queries: Any, keys: Any, *longest: int, **kwargs: Any) -> Any:
+    """A kernel whose diagonal begins at the first key: queries behind a shared beginning see too little."""
+    pairs = zip(query.split(queries.diff().tolist()), varlen.zip_split(key, value, keys), strict=True)
+    alone = [(own, *(states[: len(own)] for states in seen)) for own, seen in pairs]
+    lengths = [torch.tensor([0, len(own)], dtype=torch.int32) for own, *_ in alone]
+    each = zip(alone, lengths, strict=True)
+    return torch.cat([varlen.reference(*one, own, own, len(one[0]), len(one[0]), **kwargs) for one, own in each])
+
+
+def forgetful(*given: Any, **kwargs: Any) -> Any:
+    """A kernel that sees 40 keys back at most."""
+    return varlen.reference(*given, **{**kwargs, "window_size": (40, 0)})
+
+
+def one_way(query: Any, key: Any, *given: Any, **kwargs: Any) -> Any:
+    """A kernel that lets no gradient through to the queries and keys."""
+    return varlen.reference(query.detach(), key.detach(), *given, **kwargs)
+
+
+def out_of_order(*given: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("no kernel image is available")
+
+
+class TestVarlen:
+    """The path that CUDA takes, with a stand-in for its kernel; the kernel itself where there is one."""
+
+    def test_the_stand_in_takes_the_arguments_that_torchs_kernel_takes(self) -> None:
+        assert varlen.same_arguments()
+
+    def test_one_call_a_layer_is_told_the_lengths_of_queries_and_of_the_keys_each_segment_sees(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told: list[Any] = []
+
+        def noting(*given: Any, **kwargs: Any) -> Any:
+            told.append((*(part.tolist() for part in given[3:5]), *given[5:], kwargs))
+            return varlen.reference(*given, **kwargs)
+
+        attend_by(monkeypatch, noting)
+        model = make(WINDOWED["the second layer"])
+        assert packed.enable(model) == ""
+        told.clear()
+        log_probs(model, batch())
+        # 12 shared tokens, what three rows have behind them, and two equal rows of 3
+        queries, keys = told[0][0], told[0][1]
+        lengths = zip(*(torch.tensor(ends).diff().tolist() for ends in (queries, keys)), strict=True)
+        assert sorted(lengths) == [(3, 3), (6, 18), (12, 12), (13, 25), (18, 30)]
+        longest = (18, 30)
+        plain, windowed = ({"scale": 8**-0.5, "window_size": size, "enable_gqa": True} for size in ((-1, 0), (25, 0)))
+        assert told == [(queries, keys, *longest, plain), (queries, keys, *longest, windowed)]
+
+    def test_rows_that_share_nothing_hand_over_their_keys_as_they_are(self) -> None:
+        inputs = batch(shared=0)
+        plan = packed.make_plan(inputs["input_ids"][:4], inputs["attention_mask"][:4], share=True)
+        told = packed.make_varlen(plan.segments, varlen.reference, torch.device("cpu"))
+        assert told.seen is None
+        assert told.queries.tolist() == told.keys.tolist()
+
+    def test_under_autocast_the_kernel_gets_bfloat16_though_rotated_queries_are_float32(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        types: set[Any] = set()
+
+        def noting(*given: Any, **kwargs: Any) -> Any:
+            types.update(part.dtype for part in given[:3])
+            return varlen.reference(*given, **kwargs)
+
+        attend_by(monkeypatch, noting)
+        model, inputs = make(FAMILIES["qwen3"]), batch()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = log_probs(model, inputs)
+        assert packed.enable(model) == ""
+        types.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = log_probs(model, inputs)
+        assert types == {torch.bfloat16}
+        assert packed._difference([found], [expected], exact=False) < packed.ROUGH_TOLERANCE / 5
+
+    def test_attention_dropout_is_left_to_sdpa(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[int] = []
+
+        def noting(*given: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return varlen.reference(*given, **kwargs)
+
+        attend_by(monkeypatch, noting)
+        config = copy.deepcopy(FAMILIES["llama"])
+        config.attention_dropout = 0.5
+        model = make(config)
+        assert packed.enable(model) == ""
+        calls.clear()
+        first, other = (loss_and_gradient(model.train(), batch())[0] for _ in range(2))
+        assert first != other
+        assert calls == []
+        log_probs(model.eval(), batch())
+        assert len(calls) == 2
+
+    @pytest.mark.parametrize(
+        ("kernel", "dtype", "reason"),
+        [
+            (top_left, torch.float32, "log-probabilities differ by"),
+            (top_left, torch.bfloat16, "log-probabilities differ by"),
+            (forgetful, torch.float32, "log-probabilities differ by"),
+            (one_way, torch.float32, "gradients of packed and padded rows differ by"),
+            (one_way, torch.bfloat16, "gradients of packed and padded rows differ by"),
+            (out_of_order, torch.bfloat16, "does not take a packed row (RuntimeError)"),
+        ],
+    )
+    def test_a_broken_kernel_is_noticed_at_the_start_and_batches_stay_padded(
+        self, kernel: Any, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        attend_by(monkeypatch, kernel)
+        model, inputs = make(FAMILIES["llama"]).to(dtype), batch()
+        generator = torch.Generator().manual_seed(3)
+        rows = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in (120, 90)]
+        if kernel is not forgetful:  # that one is right on rows of up to 40 tokens
+            assert reason in packed.enable(make(FAMILIES["llama"]).to(dtype))
+        expected = log_probs(model, inputs)
+        assert reason in packed.enable(model, rows)
+        assert model.config._attn_implementation == "sdpa"
+        assert torch.equal(log_probs(model, inputs), expected)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_right_kernel_is_trusted_in_bfloat16(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        attend_by(monkeypatch, varlen.reference)
+        rows = batch()["input_ids"].tolist()[:3]
+        assert packed.enable(make(FAMILIES[family]).to(torch.bfloat16), rows) == ""
+
+    def test_a_run_tries_the_kernel_on_its_own_first_rows_and_says_why_it_stays_padded(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        attend_by(monkeypatch, forgetful)
+        prepare("lora_sft", home)
+        assert "note: padded batches: packed and padded log-probabilities differ by" in capsys.readouterr().err
+        attend_by(monkeypatch, varlen.reference)
+        prepare("lora_sft", home)
+        assert "padded" not in capsys.readouterr().err
+
+    def test_a_call_in_a_type_that_the_kernel_lacks_stays_padded_and_a_line_says_so_once(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        attend_by(monkeypatch, varlen.reference)
+        model, inputs = make(FAMILIES["llama"]), batch()
+        assert packed.enable(model) == ""
+        seen = layer_tokens(model)
+        log_probs(model, inputs)
+        monkeypatch.setattr(packed, "refusal", lambda device, dtype, config: f"no kernel for {dtype}")
+        for _ in range(2):
+            log_probs(model, inputs)
+        assert seen == [52, 150, 150]
+        assert caplog.messages == ["padded batches: no kernel for torch.float32"]
+
+    @pytest.mark.parametrize(
+        ("device", "dtype", "head_dim", "reason"),
+        [
+            ("cpu", torch.float32, 6, ""),
+            ("mps", torch.bfloat16, 64, "the packed forward is not proven on mps yet"),
+            ("cuda", torch.bfloat16, 64, ""),
+            ("cuda", torch.float16, 256, ""),
+            ("cuda", torch.float32, 64, "varlen attention does not compute in float32"),
+            ("cuda", torch.bfloat16, 60, "varlen attention takes heads of 8, 16, … 256 numbers, not 60"),
+            ("cuda", torch.bfloat16, 264, "varlen attention takes heads of 8, 16, … 256 numbers, not 264"),
+        ],
+    )
+    def test_what_the_kernel_cannot_do_is_known_before_it_is_called(
+        self, device: str, dtype: torch.dtype, head_dim: int, reason: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(packed, "computes_in_bfloat16", lambda: True)
+        config = LlamaConfig(**{**SHAPE, "head_dim": head_dim})
+        assert packed.refusal(torch.device(device), dtype, config) == reason
+
+    def test_an_old_gpu_and_an_old_torch_stay_padded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cuda, given = torch.device("cuda"), (torch.bfloat16, FAMILIES["llama"])
+        assert packed.refusal(cuda, *given) == "varlen attention needs a GPU with bfloat16 units"  # there is none here
+        old = lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None: query  # noqa: E731
+        monkeypatch.setattr(packed, "varlen_kernel", lambda device: old)
+        assert "lacks enable_gqa: torch 2.13 has it" in packed.refusal(cuda, *given)
+
+    def test_torchs_own_kernel_takes_the_call_forward_and_backward_by_its_shapes(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.nn.attention.varlen import varlen_attn
+
+        inputs = batch()
+        plan = packed.make_plan(inputs["input_ids"], inputs["attention_mask"], share=True)
+        told = packed.make_varlen(plan.segments, varlen_attn, torch.device("cpu"))
+        assert told.seen is not None
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            states = [torch.empty(1, heads, 52, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
+            output, _ = packed.attend(None, *states, None, packed=replace(plan, varlen=told), sliding_window=26)
+            assert output.shape == (1, 52, 4, 8)
+            output.sum().backward()
+            assert [part.grad.shape for part in states] == [part.shape for part in states]
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's varlen kernel needs a GPU")
+    @pytest.mark.parametrize("window", [None, 26])
+    def test_on_a_gpu_torchs_own_kernel_gives_the_stand_ins_numbers_and_gradients(self, window: int | None) -> None:
+        cuda, inputs = torch.device("cuda"), batch()
+        plan = packed.make_plan(inputs["input_ids"], inputs["attention_mask"], share=True)
+        kernel = packed.varlen_kernel(cuda)
+        assert kernel is not None
+        generator = torch.Generator().manual_seed(4)
+        drawn = [torch.randn(1, heads, 52, 64, generator=generator).bfloat16() for heads in (4, 2, 2)]
+        found: list[list[torch.Tensor]] = []
+        for device, attends in ((torch.device("cpu"), varlen.reference), (cuda, kernel)):
+            states = [part.to(device).requires_grad_() for part in drawn]
+            told = packed.make_varlen(plan.segments, attends, device)
+            given = {"packed": replace(plan.to(device), varlen=told), "sliding_window": window}
+            output, _ = packed.attend(None, *states, None, **given)
+            output.float().square().sum().backward()
+            found.append([part.detach().float().cpu() for part in (output, *(state.grad for state in states))])
+        for one, two in zip(*found, strict=True):
+            assert float((one - two).norm() / two.norm()) < 0.02
