@@ -199,7 +199,11 @@ def _print_plan(settings: RecipeConfig, planned: dict[str, Any]) -> None:
     )
     if planned["target_modules"]:
         table.add_row("adapted", ", ".join(f"{name}: {count}" for name, count in planned["target_modules"].items()))
-    table.add_row("steps", f"{planned['steps']:,} of {planned['rows_in_a_step']} rows")
+    budget = settings.train.max_tokens_per_batch
+    cut = f", each in {planned['passes_in_a_step']} passes of at most {budget:,} tokens" if budget else ""
+    table.add_row("steps", f"{planned['steps']:,} of {planned['rows_in_a_step']} rows{cut}")
+    if planned["padded_share"] is not None:
+        table.add_row("padding", f"{planned['padded_share']:.0%} of a padded batch")
     sizes = planned["memory_bytes"]
     parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in sizes.items() if size)
     table.add_row("memory", f"about {_size(sum(sizes.values()))}: {parts}")

@@ -112,6 +112,12 @@ class TrainConfig:
     learning_rate: float = setting(2e-5, "peak learning rate", within="[0, 1]")
     per_device_train_batch_size: int = setting(8, "in one forward pass on one device", "rows", within="[1, inf)")
     gradient_accumulation_steps: int = setting(1, "forward passes in one optimizer step", within="[1, inf)")
+    max_tokens_per_batch: int | None = setting(
+        None, "most in one forward pass, padding counted; a step keeps its rows and is cut anew", "tokens", "[1, inf)"
+    )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = setting(
+        "random", "order of the rows; group_by_length: rows of about one length in a step"
+    )
     num_train_epochs: float = setting(1.0, "passes over the training rows", "epochs", within="(0, inf)")
     max_steps: int = setting(-1, "optimizer steps; above 0 it overrides num_train_epochs", "steps", within="[-1, inf)")
     warmup_steps: float = setting(
@@ -203,6 +209,11 @@ class RecipeConfig:
     train: TrainConfig = section(TrainConfig)
     evaluate: EvaluateConfig = section(EvaluateConfig)
     hub: HubConfig = section(HubConfig)
+
+    @property
+    def cut_matters(self) -> str:
+        """Why the loss of a step depends on how its rows are cut into forward passes; "" where it does not."""
+        return ""
 
     def __post_init__(self) -> None:
         self.recipe: str = ""

@@ -55,6 +55,13 @@ class Config(RecipeConfig):
     )
     precompute_ref_log_probs: bool = setting(True, "compute the reference's log-probabilities once and keep them")
 
+    @property
+    def cut_matters(self) -> str:
+        if "sft" in self.loss_type:
+            return "loss_type=sft is a mean over the labels of one forward pass"
+        sorts = {"aot", "aot_unpaired"} & set(self.loss_type)
+        return f"loss_type={min(sorts)} sorts the rows of one forward pass" if sorts else ""
+
 
 def run(config: Config) -> Artifact:
     from trl import DPOConfig, DPOTrainer

@@ -49,6 +49,10 @@ class Config(RecipeConfig):
     desirable_weight: float = setting(1.0, "weight of the liked answers", within="(0, 10]")
     undesirable_weight: float = setting(1.0, "weight of the others", within="(0, 10]")
 
+    @property
+    def cut_matters(self) -> str:
+        return "z is a mean over the rows of one forward pass"
+
 
 def run(config: Config) -> Artifact:
     from trl import KTOConfig, KTOTrainer

@@ -46,6 +46,10 @@ class Config(RecipeConfig):
     train: TrainConfig = section(TrainConfig, learning_rate=5e-4, warmup_steps=0.05)
     beta: float = setting(0.1, "weight of the odds ratio (the paper's lambda)", within="(0, 10]")
 
+    @property
+    def cut_matters(self) -> str:
+        return "the likelihood term is a mean over the labels of one forward pass"
+
 
 def run(config: Config) -> Artifact:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer

@@ -20,10 +20,13 @@ from tests.fixtures_training import Trained, fit_only, prepare, write_rows
 TOGETHER = 8  # rows in a step, of all processes
 ALIKE = {
     "lora_sft": (),
+    # the last step of an epoch has 5 rows for 3 passes of 2 processes
+    "lora_sft by tokens": ("max_tokens_per_batch=70", "train_sampling_strategy=group_by_length", "data.size=21"),
     "full_sft": (),
     "qlora_sft": (),
     "reward_model": (),
     "dpo": ("precompute_ref_log_probs=true",),
+    "dpo by tokens": ("precompute_ref_log_probs=true", "max_tokens_per_batch=200"),
     "kto": (),
     "orpo": (),
 }
@@ -43,11 +46,13 @@ def write_home(home: Path, tiny_model: Path) -> None:
     write_rows(home / "labelled_completion.jsonl", [{**row, "label": n % 3 > 0} for n, row in enumerate(said)])
 
 
-def train(recipe: str, home: Path, name: str) -> Trained:
+def train(job: str, home: Path, name: str) -> Trained:
+    """A job is a recipe's name, and maybe words that tell it from others."""
+    recipe = job.partition(" ")[0]
     kinds = {"reward_model": "preference", "dpo": "preference", "orpo": "preference", "kto": "labelled_completion"}
     rows = home / f"{kinds.get(recipe, 'prompt_completion')}.jsonl"
     words = [f"data.path={rows}", f"per_device_train_batch_size={TOGETHER // processes.count()}"]
-    return fit_only(recipe, home, *words, *STEPS, *ALIKE[recipe], f"output_dir={home / name / recipe}")
+    return fit_only(recipe, home, *words, *STEPS, *ALIKE[job], f"output_dir={home / name / job}")
 
 
 def figures(run: Trained) -> dict[str, Any]:
@@ -66,7 +71,8 @@ def figures(run: Trained) -> dict[str, Any]:
 
 def kept(home: Path, folder: str) -> Trained:
     """A run with dropout and a checkpoint after each of its 6 steps, up to the first step that is still to be taken."""
-    words = ("lora.lora_dropout=0.3", "save_steps=1", "save_total_limit=99", "per_device_train_batch_size=4", *STEPS)
+    saved = ("lora.lora_dropout=0.3", "save_steps=1", "save_total_limit=99")
+    words = (*saved, "per_device_train_batch_size=4", "max_tokens_per_batch=200", *STEPS)
     places = (f"data.path={home / 'prompt_completion.jsonl'}", f"output_dir={home / folder}")
     run = prepare("lora_sft", home, *places, *words)
     torch.manual_seed(12345 + processes.rank())

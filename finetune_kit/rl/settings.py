@@ -63,6 +63,8 @@ class PPOSettings(RecipeConfig):
 # train settings that PPO's own loop has no use for, and why
 INERT = {
     "gradient_accumulation_steps": "passes of a step follow from batch_size, num_mini_batches and per_device_…",
+    "max_tokens_per_batch": "rows of a pass are per_device_train_batch_size",
+    "train_sampling_strategy": "prompts are drawn by the seed, and completions have no length before they are sampled",
     "neftune_noise_alpha": "noise would be part of the ratio",
     "eval_steps": "the held-out answers are measured before and after",
     "extra": "PPO's loop is our own and has no other arguments",

@@ -22,10 +22,10 @@ from finetune_kit.hub import push_checkpoint
 from finetune_kit.model import packed
 from finetune_kit.model.adapters import parameter_counts
 from finetune_kit.model.load import computes_in_bfloat16, device
+from finetune_kit.training.batches import check_batches, check_loader, micro_batch
 from finetune_kit.training.checkpoint import begin
 from finetune_kit.training.guard import Guard, watching
 from finetune_kit.training.progress import console
-from finetune_kit.training.sharing import share_rows
 
 # transformers' names for the same AdamW; the fused one runs on every device here and is the fastest.
 DEFAULT_OPTIMIZER = "adamw_torch_fused"
@@ -40,6 +40,7 @@ INERT = {
         *("do_*", "eval_*", "load_best_model_at_end", "greater_is_better", "per_device_eval_batch_size"),
         *("prediction_loss_only", "batch_eval_metrics", "include_for_metrics"),
     ),
+    "lengths are counted in the rows": ("length_column_name",),
     "weights and arithmetic follow model.dtype": ("fp16*", "bf16_full_eval"),
     "the reference is the policy's start": ("sync_ref_model", "ref_model_*", "precompute_ref_*"),
     "run the same command again: an unfinished run goes on from its newest whole checkpoint": (
@@ -76,6 +77,7 @@ def build(
             "Start it data parallel, with accelerate_config.yaml, or leave model.load_in_4bit out.",
         )
     trainer_config = make_arguments(config_class, config, data, **arguments)
+    check_loader(trainer_config, config.train)
     check_parts(trainer_class, trainer_config, policy)
     check_vocabulary(config.model.name_or_path, policy, tokenizer)
     trained = [(parameter, parameter.data) for parameter in policy.parameters() if parameter.requires_grad]
@@ -105,8 +107,6 @@ def build(
     for parameter, weights in trained:  # TRL rounds adapters of quantised models to bfloat16
         if parameter.dtype != weights.dtype:
             parameter.data = weights
-    if processes.count() > 1 and data.kind != "prompt":
-        share_rows(trainer, by_token=data.kind in ("prompt_completion", "text"))
     announce(config, policy, data)
     if config.train.padding_free and (reason := padded_because(config, policy, data)):
         console.print(f"note: padded batches: {reason}")
@@ -154,9 +154,11 @@ def announce(config: RecipeConfig, policy: Any, data: Data) -> None:
         f"{counts.rows:,} training rows ({counts.truncated} truncated, {counts.lost} dropped), "
         f"{len(data.held_out):,} held out; {counts.supervised_tokens:,} of {counts.tokens:,} tokens are trained on"
     )
+    budget = config.train.max_tokens_per_batch
+    cut = f" in {planned['passes_in_a_step']} passes of at most {budget:,} tokens" if budget else ""
     console.print(
-        f"{trained:,} of {total:,} parameters trained, {planned['steps']} steps of {planned['rows_in_a_step']} rows, "
-        f"on {processes.where(policy)}"
+        f"{trained:,} of {total:,} parameters trained, {planned['steps']} steps of {planned['rows_in_a_step']} rows"
+        f"{cut}, on {processes.where(policy)}"
     )
     for note in data.ledger.notes:
         console.print(f"note: {note}")
@@ -177,14 +179,13 @@ def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int
         return {"rows_in_an_epoch": rows, "rows_in_a_step": update, "steps_in_an_epoch": an_epoch, "steps": updates}
     if data.packed:  # best-fit packing comes within a few percent of full rows
         rows = math.ceil(data.ledger.train.tokens / config.data.max_length)
-    per_pass, accumulation = micro_batch(train, data.packed)
-    an_epoch = math.ceil(math.ceil(rows / (per_pass * processes)) / accumulation)
-    if group:
-        an_epoch = rows // (per_pass * processes * accumulation)
+    together = train.per_device_train_batch_size * train.gradient_accumulation_steps * processes
+    an_epoch = rows // together if group else math.ceil(rows / together)
     total = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * an_epoch)
     return {
         "rows_in_an_epoch": rows,
-        "rows_in_a_step": per_pass * accumulation * processes,
+        "rows_in_a_step": together,
+        "passes_in_a_step": micro_batch(train, data, processes)[1],
         "steps_in_an_epoch": an_epoch,
         "steps": total,
     }
@@ -237,12 +238,17 @@ def training_arguments(config_class: Any, config: RecipeConfig, data: Data) -> d
     train = config.train
     check_train(train)
     check_best_metric(config, data)
-    rows, accumulation = micro_batch(train, data.packed)
+    check_batches(config, data)
+    rows, accumulation = micro_batch(train, data, processes.count())
     arguments: dict[str, Any] = {
         "output_dir": train.output_dir,
         "learning_rate": train.learning_rate,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
+        # KTO's rows come shuffled, each beside the one that its KL estimate is taken from
+        "train_sampling_strategy": "sequential"
+        if data.kind == "labelled_completion"
+        else train.train_sampling_strategy,
         "num_train_epochs": train.num_train_epochs,
         "max_steps": train.max_steps,
         "warmup_steps": train.warmup_steps,
@@ -277,16 +283,6 @@ def training_arguments(config_class: Any, config: RecipeConfig, data: Data) -> d
         arguments[name] = _extra(name, value, arguments, config_class)
     arguments.setdefault("ddp_find_unused_parameters", False)  # every trained weight is used in every pass
     return {name: value for name, value in arguments.items() if name in known}
-
-
-def micro_batch(train: TrainConfig, packed: bool) -> tuple[int, int]:
-    """(rows in one forward pass, passes in one optimizer step), the product unchanged.
-
-    Packed rows lie end to end in one forward pass, and without a varlen kernel its attention mask grows with the square
-    of their sum: on a CPU they go through one by one.
-    """
-    rows, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    return (1, rows * accumulation) if packed and device().type == "cpu" else (rows, accumulation)
 
 
 def check_train(train: TrainConfig) -> None:

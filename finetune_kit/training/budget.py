@@ -14,7 +14,7 @@ from finetune_kit.data.load import Data
 from finetune_kit.errors import FinetuneKitError, SettingsError
 from finetune_kit.model.fourbit import check_device
 from finetune_kit.model.load import device, empty_policy
-from finetune_kit.training.arguments import micro_batch
+from finetune_kit.training.batches import micro_batch, token_lengths
 from finetune_kit.training.devices import shares
 from finetune_kit.training.memory import memory
 
@@ -120,37 +120,49 @@ def _smaller(recipe: recipes.Recipe, given: tuple[Path | None, Sequence[str]]) -
             continue
 
 
-def _of_recipe(name: str, config: RecipeConfig, data: Data, room: int, asked: Way | None = None) -> Iterator[Way]:
+def _of_recipe(
+    name_of_recipe: str, config: RecipeConfig, data: Data, room: int, asked: Way | None = None
+) -> Iterator[Way]:
     """Without and with gradient checkpointing: the way with most rows that fits, or the smallest."""
     lora = getattr(config, "lora", None)
     policy = empty_policy(config.model, lora, trained_in_full=lora is None)
 
-    def way(rows: int, passes: int, checkpointing: bool) -> Way:
+    def way(cut: dict[str, int], checkpointing: bool) -> Way:
         changed = copy.deepcopy(config)
-        train = changed.train
-        train.per_device_train_batch_size, train.gradient_accumulation_steps = rows, passes
-        train.gradient_checkpointing = checkpointing
-        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-        differing = [name for name in names if getattr(train, name) != getattr(config.train, name)]
-        words = [f"{name}={str(getattr(train, name)).lower()}" for name in differing]
+        for name, value in {**cut, "gradient_checkpointing": checkpointing}.items():
+            setattr(changed.train, name, value)
+        differing = [name for name in (*cut, "gradient_checkpointing") if _differ(name, changed, config)]
+        words = [f"{name}={str(getattr(changed.train, name)).lower()}" for name in differing]
         size = sum(memory(changed, data, policy).values())
-        return Way(name, words, size, size <= room)
+        return Way(name_of_recipe, words, size, size <= room)
 
     for checkpointing in (False, True)[config.train.gradient_checkpointing :]:
         known = asked is not None and checkpointing == config.train.gradient_checkpointing
-        cuts = _cuts(config.train, data.packed)[1 if known else 0 :]
-        smallest = way(*cuts[-1], checkpointing) if cuts else None
+        cuts = _cuts(config.train, data)[1 if known else 0 :]
+        smallest = way(cuts[-1], checkpointing) if cuts else None
         if smallest is not None:
-            larger = (way(*cut, checkpointing) for cut in cuts[:-1]) if smallest.fits else iter(())
+            larger = (way(cut, checkpointing) for cut in cuts[:-1]) if smallest.fits else iter(())
             yield next((one for one in larger if one.fits), smallest)
 
 
-def _cuts(train: TrainConfig, packed: bool) -> list[tuple[int, int]]:
-    """(rows, passes) with the product kept: the rows given, then at most half of those before, down to one."""
+def _differ(name: str, one: RecipeConfig, other: RecipeConfig) -> bool:
+    return bool(getattr(one.train, name) != getattr(other.train, name))
+
+
+def _cuts(train: TrainConfig, data: Data) -> list[dict[str, int]]:
+    """Settings that take less and less at once with the rows of a step kept: rows and passes, the rows given, then at
+    most half of those before, down to one; or the tokens given, then half of those before, down to the longest row."""
+    if train.max_tokens_per_batch is not None:
+        lengths = token_lengths(data.train)
+        least = max(lengths.longest) * lengths.sequences
+        tokens = [train.max_tokens_per_batch]
+        while tokens[-1] > least:
+            tokens.append(max(least, tokens[-1] // 2))
+        return [{"max_tokens_per_batch": most} for most in tokens]
     together = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    rows, _ = micro_batch(train, packed)
+    rows, _ = micro_batch(train, data)
     cuts = [train.per_device_train_batch_size]
     while rows > 1:
         rows = max(fewer for fewer in range(1, rows // 2 + 1) if together % fewer == 0)
         cuts.append(rows)
-    return [(rows, together // rows) for rows in cuts]
+    return [{"per_device_train_batch_size": rows, "gradient_accumulation_steps": together // rows} for rows in cuts]

@@ -27,7 +27,7 @@ from typing import Any
 from finetune_kit.config import RecipeConfig
 from finetune_kit.data.load import Data
 from finetune_kit.model.load import computes_in_bfloat16
-from finetune_kit.training.arguments import micro_batch
+from finetune_kit.training.batches import micro_batch
 from finetune_kit.training.memory import memory
 from finetune_kit.training.rehearsal import blocks_of
 
@@ -72,7 +72,7 @@ def shares(config: RecipeConfig, data: Data, policy: Any, devices: int) -> list[
     found = [way("data parallel", weights + 2 * gradients + state + rest, 2 * others * gradients)]
     if config.model.load_in_4bit or hasattr(config, "num_ppo_epochs"):
         return found
-    _, passes = micro_batch(config.train, data.packed)
+    _, passes = micro_batch(config.train, data, devices)
     blocks = list(blocks_of(policy))
     of_block = max(map(_gradients, blocks), default=gradients)
     cut = (gradients + state) // devices

@@ -15,6 +15,7 @@ from finetune_kit.model.adapters import restore
 from finetune_kit.model.load import public_name
 from finetune_kit.run_folder import read_identity
 from finetune_kit.training import checkpoint, room, stopping
+from finetune_kit.training.batches import lay_out
 from finetune_kit.training.progress import Record, console, hooks
 from finetune_kit.training.sharing import check_wrapper
 
@@ -41,6 +42,7 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
             f"train.eval_steps puts the best weights back at the end, which {sharding} has in shards.",
             "Leave it out: held-out rows are measured before and after.",
         )
+    lay_out(trainer, train)
     folder = Path(trainer.args.output_dir)
     record = Record(folder)
     watch = Watch(trainer, train, score, record)

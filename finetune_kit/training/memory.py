@@ -21,7 +21,8 @@ from finetune_kit.evaluation.loss import IGNORED, LOGITS
 from finetune_kit.model import packed
 from finetune_kit.model.fourbit import compute_dtype
 from finetune_kit.model.load import computes_in_bfloat16, device, load_model_config, weight_dtype
-from finetune_kit.training.arguments import DEFAULT_OPTIMIZER, micro_batch
+from finetune_kit.training.arguments import DEFAULT_OPTIMIZER
+from finetune_kit.training.batches import by_row, micro_batch, plan_layout
 
 if TYPE_CHECKING:
     from finetune_kit.training.rehearsal import Batch
@@ -184,7 +185,7 @@ def step_beyond(
 
     setting = Setting(
         checkpointing=checkpointing,
-        accumulates=micro_batch(config.train, data.packed)[1] > 1,
+        accumulates=micro_batch(config.train, data)[1] > 1,
         on_gpu=computes_in_bfloat16(),
         quantised=quantised,
     )
@@ -198,13 +199,18 @@ def step_beyond(
 
 
 def longest_batch(config: RecipeConfig, data: Data, policy: Any) -> Batch:
-    """The batch that would need most: as many rows as are taken together, the longest ones; a pair has two samples."""
+    """The batch that would need most: as many rows as are taken together, the longest ones; a pair has two samples.
+    Where a step is cut by tokens, that of the first epoch with most of them."""
     import torch
 
     from finetune_kit.training.rehearsal import Batch
 
-    rows, _ = micro_batch(config.train, data.packed)
+    rows, _ = micro_batch(config.train, data)
     samples = [list(sequences(row).values()) for row in data.train]
+    if config.train.max_tokens_per_batch is not None and not by_row(data):
+        layout = plan_layout(config.train, data, count=1)
+        samples = [samples[row] for row in max(layout.epoch(0), key=layout.slots)]
+        rows = len(samples)
     if data.packed:  # TRL lays the rows of a batch end to end, too
         width = min(rows * config.data.max_length, sum(len(ids) for row in samples for ids, _ in row))
         return Batch(1, width, False, width - 1, end_to_end=True)

@@ -3,51 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from finetune_kit import processes
 from finetune_kit.errors import SettingsError
-
-
-def share_rows(trainer: Any, by_token: bool) -> None:
-    """Let every step of the trainer see the rows that one process with as large a batch would see, each once.
-
-    accelerate fills the last batches of an epoch up with rows from its beginning, which then count twice. `by_token`:
-    the loss is a mean over the labels of all processes, so that these may have unlike numbers of rows.
-    """
-    whole = trainer.get_train_dataloader
-
-    def share() -> Any:
-        loader = whole()
-        shard = loader.batch_sampler  # accelerate's: batch i of every `count` is that of process i
-        shard.batch_sampler = Rounds(shard.batch_sampler, processes.count(), by_token)
-        shard.even_batches = False
-        return loader
-
-    trainer.get_train_dataloader = share
-
-
-class Rounds:
-    """A batch sampler in rounds of one batch for each process; only the last round of an epoch may be smaller."""
-
-    def __init__(self, batches: Any, count: int, by_token: bool) -> None:
-        self.batches, self.count, self.by_token = batches, count, by_token
-        self.sampler, self.batch_size, self.drop_last = batches.sampler, batches.batch_size, batches.drop_last
-
-    def __len__(self) -> int:
-        """Batches, those of all processes."""
-        return math.ceil(len(self.batches) / self.count) * self.count
-
-    def __iter__(self) -> Iterator[list[int]]:
-        waiting: list[list[int]] = []
-        for batch in self.batches:
-            waiting.append(batch)
-            if len(waiting) == self.count and len(batch) == self.batch_size:
-                yield from waiting
-                waiting = []
-        if left := [row for batch in waiting for row in batch]:
-            yield from last_round(left, self.count, self.batch_size, self.by_token)
 
 
 def last_round(rows: Sequence[int], count: int, most: int, by_token: bool) -> list[list[int]]:

@@ -243,6 +243,8 @@ def test_a_value_that_starts_from_a_reward_model_says_what_that_one_says(home: P
         (("max_new_tokens=5000",), r"rows.jsonl:\d+: a prompt of \d+ tokens and max_new_tokens=5000"),
         (("train.eval_steps=3",), "train.eval_steps has no effect"),
         (("gradient_accumulation_steps=2",), "gradient_accumulation_steps has no effect"),
+        (("max_tokens_per_batch=64",), "max_tokens_per_batch has no effect"),
+        (("train_sampling_strategy=group_by_length",), "train_sampling_strategy has no effect"),
         (("train.optim=sgd",), "optimizer is AdamW"),
         (("kl_coef=0", "adaptive_kl_target=6"), "adaptive_kl_target has no effect"),
         (("value_model=adapter", "lora.r=0"), "trained in full"),

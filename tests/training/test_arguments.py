@@ -11,7 +11,7 @@ from finetune_kit.config import TrainConfig
 from finetune_kit.data.load import load_data
 from finetune_kit.errors import FinetuneKitError, ResourceError, SettingsError
 from finetune_kit.model.load import load_tokenizer
-from finetune_kit.training.arguments import INERT, make_arguments, micro_batch, steps, training_arguments
+from finetune_kit.training.arguments import INERT, make_arguments, steps, training_arguments
 from tests.fixtures_training import fit_only, prepare, settings
 
 # A value other than FAST's and the default for every field of TrainConfig.
@@ -20,6 +20,8 @@ CHANGED = {
     "learning_rate": "3e-4",
     "per_device_train_batch_size": "2",
     "gradient_accumulation_steps": "3",
+    "max_tokens_per_batch": "60",
+    "train_sampling_strategy": "group_by_length",
     "num_train_epochs": "2",
     "max_steps": "7",
     "warmup_steps": "1",
@@ -93,6 +95,7 @@ class TestExtra:
             ("train.extra.learning_rate=1e-3", "train.learning_rate"),
             ("train.extra.max_length=10", "set by finetune_kit"),
             ("train.extra.bf16=true", "set by finetune_kit"),
+            ("train.extra.length_column_name=size", "lengths are counted in the rows"),
             ("train.extra.adam_beta2=much", "expected float or int, found 'much'"),
             ("train.extra.adam_beta2=true", "expected float or int, found True"),
             ("train.extra.data_seed=0.5", "expected int or null, found 0.5"),
@@ -171,11 +174,6 @@ class TestSteps:
     def test_the_number_of_steps_said_before_is_the_number_taken(self, home: Path, words: tuple[str, ...]) -> None:
         run = fit_only("lora_sft", home, *words)
         assert steps(run.config, run.data)["steps"] == run.trainer.state.max_steps == run.history[-1]["step"]
-
-    def test_packed_rows_go_one_by_one_through_a_cpu_and_a_step_stays_as_large(self, home: Path) -> None:
-        train = TrainConfig(per_device_train_batch_size=4, gradient_accumulation_steps=2)
-        assert micro_batch(train, packed=True) == (1, 8)
-        assert micro_batch(train, packed=False) == (4, 2)
 
 
 def test_4_bit_weights_are_not_cut_into_shards(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,21 @@ def test_cut_and_gone_on_it_is_the_uninterrupted_run_to_the_bit(home: Path, reci
     assert_equal(resumed, expected)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("lora_sft", ("train_sampling_strategy=group_by_length", "train.extra.dataloader_num_workers=1")),
+        ("dpo", ()),
+    ],
+)
+def test_batches_by_length_go_on_to_the_bit_too(home: Path, recipe: str, words: tuple[str, ...]) -> None:
+    """In the second epoch, whose order comes from the seed and the epoch alone."""
+    words = (*words, "max_tokens_per_batch=240", "eval_steps=null")
+    expected = finish(ready(home, recipe, f"whole-{recipe}-lengths", *words))
+    cut(expected, 8, home / f"{recipe}-lengths")
+    assert_equal(finish(ready(home, recipe, f"{recipe}-lengths", *words)), expected)
+
+
 @pytest.mark.parametrize("recipe", ["lora_sft", "dpo"])
 def test_a_signal_inside_an_accumulation_ends_the_step_commits_it_and_the_rest_is_the_same(
     home: Path, recipe: str
