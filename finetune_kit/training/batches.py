@@ -311,6 +311,11 @@ def check_loader(arguments: Any, train: TrainConfig) -> None:
             "train.extra.dataloader_persistent_workers: the workers would keep the order of their first epoch.",
             "Leave it out.",
         )
+    if arguments.auto_find_batch_size:
+        raise SettingsError(
+            "train.extra.auto_find_batch_size would change the rows of a step.",
+            "Leave it out: where memory is short, more passes are made of the same step.",
+        )
     if arguments.accelerator_config.dispatch_batches or arguments.accelerator_config.split_batches:
         raise SettingsError(
             "train.extra.accelerator_config: batches are shared out so that each row of an epoch counts once.",
@@ -356,7 +361,8 @@ class Passes:
     def __init__(self, rows: Any, layout: Layout, args: Any) -> None:
         self.rows, self._layout, self.args = rows, layout, args
         self.epoch = 0
-        self._order: tuple[int, list[int]] | None = None
+        self._order: tuple[int, list[int]] | None = None  # of an epoch
+        self._cut: tuple[tuple[int, int, int], list[list[int]]] | None = None  # of a step, which several passes ask for
         self._shortest = min(range(len(rows)), key=layout.lengths.longest.__getitem__)
 
     @property
@@ -384,4 +390,7 @@ class Passes:
             self._order = self.epoch, self.layout.order(self.epoch)
         layout = self.layout
         step, place = divmod(number, layout.passes * layout.count)
-        return layout.cut(self._order[1][step * layout.rows : (step + 1) * layout.rows])[place]
+        if self._cut is None or self._cut[0] != (self.epoch, step, layout.passes):
+            rows = self._order[1][step * layout.rows : (step + 1) * layout.rows]
+            self._cut = (self.epoch, step, layout.passes), layout.cut(rows)
+        return self._cut[1][place]

@@ -249,6 +249,7 @@ class TestRefused:
             ("ppo", "max_tokens_per_batch=400", "completions are sampled on the way"),
             ("lora_sft", f"{GROUPED} data.packing=true", "packed rows all are about data.max_length tokens long"),
             ("lora_sft", f"{GROUPED} train.extra.dataloader_persistent_workers=true", "order of their first epoch"),
+            ("lora_sft", f"{GROUPED} train.extra.auto_find_batch_size=true", "would change the rows of a step"),
             ("lora_sft", f"{GROUPED} train.extra.accelerator_config={{dispatch_batches: true}}", "counts once"),
         ],
     )
