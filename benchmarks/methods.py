@@ -11,6 +11,8 @@ on the machine matters less. TRL has its defaults but for bfloat16 and gradient 
 or pays for. `bare` is the leanest loop over the same work: no library but torch, no padding, the head on answer tokens
 alone, nothing shared. Ours computes the reference of DPO once, which is in its time and not in its multiplications; the
 others compute it in each step.
+
+benchmarks/gpu.py makes the same comparison on a GPU, with other sides.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +37,48 @@ RATE, RANK, ALPHA = 2e-4, 16, 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--who", nargs="+", choices=MAKERS, default=list(MAKERS))
+    arguments = options(__doc__ or "", MAKERS, list(JOBS)).parse_args()
+    if arguments.child:
+        print(json.dumps(measure(*arguments.child, arguments, MAKERS)))
+        return
+    for job in arguments.jobs:
+        show(job, turns(job, arguments.who, arguments.rounds, child))
+
+
+def options(about: str, sides: dict[str, Any], jobs: list[str]) -> argparse.ArgumentParser:
+    """What every comparison is asked for on its command line."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", nargs="+", choices=jobs, default=jobs)
+    parser.add_argument("--who", nargs="+", choices=sides, default=list(sides))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="timed ones; one more warms up")
     parser.add_argument("--rows", type=int, default=4, help="rows or pairs in a step")
     parser.add_argument("--answers", help="rows of sft; unset: the default task")
     parser.add_argument("--pairs", help="rows of dpo and reward; unset: the default task")
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations, on all sides")
     parser.add_argument("--profile", action="store_true", help="print where the time of one step goes, too")
+    parser.add_argument("--model", help="its folder; unset: the embedded one")
     parser.add_argument("--child", nargs=2, metavar=("JOB", "WHO"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(measure(*arguments.child, arguments)))
-        return
-    for job in arguments.jobs:
-        found: dict[str, list[dict[str, Any]]] = {who: [] for who in arguments.who}
-        for _ in range(arguments.rounds):
-            for who in arguments.who:
-                found[who].append(child(job, who))
-        show(job, found)
+    return parser
 
 
-def child(job: str, who: str) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", job, who]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+def turns(
+    job: str, sides: Sequence[str], rounds: int, run: Callable[[str, str], dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """The figures of each side in each round; the sides take turns."""
+    found: dict[str, list[dict[str, Any]]] = {who: [] for who in sides}
+    for _ in range(rounds):
+        for who in sides:
+            found[who].append(run(job, who))
+    return found
+
+
+def child(job: str, who: str, script: str = __file__, more: Sequence[str] = (), **environment: str) -> dict[str, Any]:
+    """One side's figures from a process of its own, which gets this one's command line and `more`."""
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
+    command = [sys.executable, script, *sys.argv[1:], *more, "--child", job, who]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own}, check=False)
     if done.returncode:
         sys.exit(f"{job} by {who} ended with code {done.returncode}\n{done.stderr[-4000:]}")
     said = done.stdout.rstrip().splitlines()
@@ -83,7 +101,7 @@ def show(job: str, found: dict[str, list[dict[str, Any]]]) -> None:
         )
 
 
-def measure(job: str, who: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(job: str, who: str, arguments: argparse.Namespace, sides: dict[str, Any]) -> dict[str, Any]:
     """One side's figures for a job, in this process."""
     import torch
 
@@ -91,7 +109,7 @@ def measure(job: str, who: str, arguments: argparse.Namespace) -> dict[str, Any]
     clock = Clock(arguments.steps, arguments.profile)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         config, tokenizer, data = rows_of(job, arguments, Path(scratch))
-        before, losses = MAKERS[who](job, config, tokenizer, data, clock)
+        before, losses = sides[who](job, config, tokenizer, data, clock)
     steps = arguments.steps
     return {
         "seconds": clock.seconds + before * steps / (steps + 1),
@@ -100,29 +118,54 @@ def measure(job: str, who: str, arguments: argparse.Namespace) -> dict[str, Any]
         "all_real": sum(real for real, _ in clock.batches),
         "slots": sum(slots for _, slots in clock.batches),
         "flop": clock.flop,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak": clock.peak(),
         "losses": losses,
     }
 
 
 class Clock:
-    """CPU seconds of the steps after the first, the first one's matrix multiplications, and what the batches hold."""
+    """Seconds of the steps after the first, of the CPU or, on a GPU, of the clock; the first one's matrix
+    multiplications; and what the batches hold."""
 
     def __init__(self, steps: int, profile: bool) -> None:
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as profiler
         from torch.utils.flop_counter import FlopCounterMode
 
+        from finetune_kit.model.load import device
+
+        self.on_gpu = device().type == "cuda"
         self.counter, self.steps, self.step, self.seconds = FlopCounterMode(display=False), steps, 0, 0.0
         self.batches: list[tuple[int, int]] = []  # (real tokens, slots)
         self.profiler = profiler(activities=[ProfilerActivity.CPU]) if profile else None
         self.flop = 0
 
+    def now(self) -> float:
+        """Seconds; of a GPU with all that it was given to do."""
+        if not self.on_gpu:
+            return time.process_time()
+        import torch
+
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def peak(self) -> int:
+        """MiB: of the process, or of the GPU's tensors since the first step."""
+        if not self.on_gpu:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        import torch
+
+        return torch.cuda.max_memory_allocated() // 2**20
+
     def begin(self, *args: Any, **kwargs: Any) -> None:
         if self.step == 0:
+            if self.on_gpu:
+                import torch
+
+                torch.cuda.reset_peak_memory_stats()
             self.counter.__enter__()
         if self.step == 1:
-            self.started = time.process_time()
+            self.started = self.now()
         if self.step == self.steps and self.profiler:
             self.profiler.__enter__()
 
@@ -131,7 +174,7 @@ class Clock:
             self.counter.__exit__(None, None, None)
             self.flop = self.counter.get_total_flops()
         if self.step == self.steps:
-            self.seconds = time.process_time() - self.started
+            self.seconds = self.now() - self.started
             if self.profiler:
                 self.profiler.__exit__(None, None, None)
                 print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
@@ -142,7 +185,9 @@ class Clock:
 
         def collated(rows: list[Any]) -> Any:
             batch = collate(rows)
-            self.batches.append((int(batch["attention_mask"].sum()), batch["attention_mask"].numel()))
+            slots = batch["input_ids"].numel()
+            mask = batch.get("attention_mask")  # there is none where rows lie end to end
+            self.batches.append((slots if mask is None else int(mask.sum()), slots))
             return batch
 
         return collated
@@ -153,21 +198,23 @@ def rows_of(job: str, arguments: argparse.Namespace, scratch: Path) -> tuple[Any
     from finetune_kit import recipe as recipes
     from finetune_kit.config import resolve
     from finetune_kit.data.load import load_data
+    from finetune_kit.model.embedded import embedded_folder
     from finetune_kit.model.load import load_tokenizer
 
+    model = arguments.model or str(embedded_folder())  # before the cache is another one
     os.environ["FINETUNE_KIT_CACHE"] = str(scratch)  # no reference of an earlier run
     size = arguments.rows * (arguments.steps + 1)
     words = [f"output_dir={scratch / 'run'}", f"data.max_length={arguments.max_length}", "data.max_lost=1"]
     words += ["evaluate.size=0", "evaluate.general_text=false", f"learning_rate={RATE}", "lr_scheduler_type=constant"]
     words += ["warmup_steps=0", f"per_device_train_batch_size={arguments.rows}", f"max_steps={arguments.steps + 1}"]
-    words += ["logging_steps=1"]
+    words += ["logging_steps=1", f"gradient_checkpointing={str(arguments.gradient_checkpointing).lower()}"]
     if job == "reward":
         words += ["center_rewards_coefficient=0"]
     path = arguments.answers if job.startswith("sft") else arguments.pairs
     words += [f"data.path={path}", "held_out_size=64", f"data.size={size * 8}"] if path else [f"data.size={size}"]
     found = recipes.load(JOBS[job])
     config = resolve(found.config_class, found.name, None, words)
-    config.model.name_or_path = str(EMBEDDED)
+    config.model.name_or_path = model
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, config.kind, tokenizer, seed=0)
     data.train = data.train.select(range(size))
@@ -204,18 +251,19 @@ def ours(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock) -> tupl
         more |= {"rows": whole_pairs(data, False)}
     Path(config.train.output_dir).mkdir()
     trainer = build(trainer_class, config_class, config, policy, tokenizer, data, **more)
-    started = time.process_time()
+    started = clock.now()
     if job == "dpo":
         set_reference(trainer, config, data)
-    return time.process_time() - started, train(trainer, clock)
+    return clock.now() - started, train(trainer, clock)
 
 
-def theirs(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock) -> tuple[float, list[float]]:
+def theirs(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock, **best: Any) -> tuple[float, list[float]]:
+    """`best`: settings of TRL in the place of those here."""
     from peft import LoraConfig
     from transformers import set_seed
 
     from finetune_kit.data.load import placeholder
-    from finetune_kit.model.load import load_base
+    from finetune_kit.model.load import computes_in_bfloat16, device, load_base
     from finetune_kit.training.pairs import whole_pairs
 
     trainer_class, config_class = classes(job)
@@ -229,35 +277,39 @@ def theirs(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock) -> tu
         masks = [[int(label != -100) for label in labels] for labels in rows["labels"]]
         rows = type(rows).from_dict({"input_ids": rows["input_ids"], "completion_mask": masks})
         more["completion_only_loss"] = True
-    settings = config_class(
-        config.train.output_dir,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=config.train.per_device_train_batch_size,
-        max_steps=config.train.max_steps,
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        report_to=[],
-        seed=0,
-        disable_tqdm=True,
+    settings = {
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": config.train.per_device_train_batch_size,
+        "max_steps": config.train.max_steps,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": device().type == "cpu",
+        "bf16": computes_in_bfloat16(),
+        "gradient_checkpointing": config.train.gradient_checkpointing,
+        "max_length": None,
+        "report_to": [],
+        "seed": 0,
+        "disable_tqdm": True,
         **more,
-    )
+        **best,
+    }
     adapter = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
     set_seed(0)
     trainer = trainer_class(
         model=model,
-        args=settings,
+        args=config_class(config.train.output_dir, **settings),
         train_dataset=placeholder(data.kind, Path(config.train.output_dir).parent) if job == "dpo" else rows,
         processing_class=tokenizer,
         peft_config=adapter if job in ("sft_lora", "dpo") else None,
     )
+    started = clock.now()
     if job == "dpo":
         trainer.train_dataset = rows
-    return 0.0, train(trainer, clock)
+        if trainer.precompute_ref_logps:  # those of the placeholder were computed when it was made
+            size = config.train.per_device_train_batch_size
+            trainer.train_dataset = trainer._precompute_ref_logps(rows, "train", size)
+    return clock.now() - started, train(trainer, clock)
 
 
 def train(trainer: Any, clock: Clock) -> list[float]:
@@ -365,7 +417,4 @@ def llama(config: Any, weights: dict[str, Any], ids: Any, lengths: list[int], ad
 MAKERS = {"ours": ours, "trl": theirs, "bare": bare}
 
 if __name__ == "__main__":
-    from finetune_kit.model.embedded import embedded_folder
-
-    EMBEDDED = embedded_folder()  # before a child's cache is its own
     main()
