@@ -16,6 +16,7 @@ from finetune_kit.model import load
 from tests.fixtures_cli import Said, cli
 
 ROW = '{"prompt": "1 + 1 =", "completion": "2"}'
+USER, ANSWER = '{"role": "user", "content": "x"}', '{"role": "assistant", "content": "y"}'
 ROWS = "\n".join(f'{{"prompt": "{n} + {n} =", "completion": "{2 * n}"}}' for n in range(8)) + "\n"
 
 
@@ -157,6 +158,11 @@ def test_an_unknown_recipe_ends_with_code_2() -> None:
         ('{"messages": [{"role": "user", "content": null}]}', ["rows.jsonl:1: message 1 (user): content is null"]),
         ('{"messages": [{"role": "user", "content": 5}]}', ["rows.jsonl:1: message 1 (user): content is a number"]),
         ('{"messages": [{"role": "user", "content": "x"}]}', ["rows.jsonl:1: no assistant turn, so nothing to learn"]),
+        (
+            f'{{"messages": [{ANSWER}, {USER}, {ANSWER}]}}',
+            ["rows.jsonl:1: the conversation begins with an assistant turn"],
+        ),
+        (f'{{"messages": [{USER}, {USER}, {ANSWER}]}}', ["rows.jsonl:1: two user turns in a row.", "merge_turns=true"]),
         ('{"chosen": "a", "rejected": "b"}', ["found columns chosen, rejected", "this recipe needs prompt-completion"]),
         ('{"foo": "a", "bar": "b"}', ["found columns bar, foo", "data.columns="]),
         (ROW, ["1 rows are too few, or too alike, to hold 1 out", "data.held_out_path=FILE"]),
@@ -167,6 +173,53 @@ def test_rows_that_cannot_be_trained_end_with_code_3_and_their_line(
 ) -> None:
     (folder / "rows.jsonl").write_text(content, encoding="utf-8")
     mistakes(run("data.path=rows.jsonl"), 3, *texts)
+
+
+BAD_ROWS = (
+    *('{"prompt": "1 + 1 =", "completion": 2', '{"prompt": NaN, "completion": "2"}', "[1, 2]", '{"prompt": "caf\xe9"}'),
+    *('{"prompt": "1", "completion": "a\\u0000b"}', '{"prompt": "1", "completion": null}'),
+)
+
+
+def test_as_many_bad_rows_as_skip_bad_rows_says_are_left_out_and_counted_and_one_more_is_refused(folder: Path) -> None:
+    more = "".join(f'{{"prompt": "{n} + {n} =", "completion": "{2 * n}"}}\n' for n in range(8, 40))
+    text = "\n".join(BAD_ROWS[:3]) + "\n" + ROWS + "\n".join(BAD_ROWS[3:]) + "\n" + more
+    (folder / "rows.jsonl").write_bytes(text.encode("latin-1"))
+    words = ("model.name_or_path=tiny", "data.path=rows.jsonl", "data.held_out_size=4", "data.max_lost=0.2")
+    said = cli("check", "lora_sft", "--json", *words, "data.skip_bad_rows=6")
+    assert said.code == 0, said.err
+    ledger = json.loads(said.out)["ledger"]
+    assert ledger["train"]["dropped"] == {"cannot be read": 6}
+    assert (ledger["train"]["rows"], ledger["train"]["trained"], ledger["held_out"]["rows"]) == (42, 36, 4)
+    listed = {row["where"]: row["what"] for row in ledger["rows_not_kept_whole"]}
+    assert list(listed) == [f"rows.jsonl:{line}" for line in (1, 2, 3, 12, 13, 14)]
+    assert "NaN is not JSON" in listed["rows.jsonl:2"]
+    assert "not UTF-8 (byte 0xe9)" in listed["rows.jsonl:12"]
+    assert "content is null or missing" in listed["rows.jsonl:14"]
+    mistakes(run(*words[1:], "data.skip_bad_rows=5"), 3, "rows.jsonl:14: completion: content is null or missing")
+    mistakes(run(*words[1:3], "data.skip_bad_rows=6"), 3, "6 of 42 train rows would be lost", "6 × cannot be read")
+
+
+def test_bad_lines_of_a_csv_and_bad_held_out_rows_are_left_out_alike(folder: Path) -> None:
+    (folder / "rows.csv").write_text("prompt,completion\n" + "".join(f"{n} =,{n}\n" for n in range(30)) + "1,2,3\n")
+    (folder / "held.jsonl").write_text('{"prompt": "held", "completion": "out"}\nno\n')
+    words = ("model.name_or_path=tiny", "data.path=rows.csv", "data.held_out_path=held.jsonl", "data.max_lost=0.5")
+    said = cli("check", "lora_sft", "--json", *words, "data.skip_bad_rows=2")
+    assert said.code == 0, said.err
+    ledger = json.loads(said.out)["ledger"]
+    assert [ledger[split]["dropped"] for split in ("train", "held_out")] == [{"cannot be read": 1}] * 2
+    assert "32: 3 fields" in ledger["rows_not_kept_whole"][0]["what"]
+
+
+def test_user_turns_in_a_row_are_joined_by_a_blank_line_where_that_is_asked_for(folder: Path) -> None:
+    turns = [{"role": "user", "content": text} for text in ("one", "two", "three")]
+    rows = [[*turns, {"role": "assistant", "content": f"{n}"}, {"role": "user", "content": f"{n}?"}] for n in range(9)]
+    lines = [json.dumps({"messages": [*row, {"role": "assistant", "content": "yes"}]}) for row in rows]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    words = ("model.name_or_path=tiny", "data.path=rows.jsonl", "data.merge_turns=true")
+    said = cli("check", "lora_sft", "--json", *words)
+    assert said.code == 0, said.err
+    assert "one\n\ntwo\n\nthree" in json.loads(said.out)["samples"][0]["text"]
 
 
 @pytest.mark.parametrize(

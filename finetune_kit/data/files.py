@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from finetune_kit.errors import DataError, SecurityError
 
 Row = dict[str, Any]
 Numbered = list[tuple[int, Row]]  # (1-based number people find the row by, row)
+Bad = Callable[[str, DataError], None]  # what comes of a row that cannot be read: its place, and what is wrong with it
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 LONGEST_TEXT_RUN = 4096  # characters
@@ -55,8 +57,22 @@ def _inside(path: Path, home: Path) -> bool:
     )
 
 
-def read_jsonl(path: Path) -> Numbered:
-    """One object a line; blank lines are passed over. Raises DataError with line and column."""
+def refuse(where: str, error: DataError) -> None:
+    """A row that cannot be read ends the reading."""
+    raise error
+
+
+@contextmanager
+def row_at(where: str, bad: Bad) -> Iterator[None]:
+    """What is done with one row: a DataError in it is `bad`'s, which may raise it, or go on with the next row."""
+    try:
+        yield
+    except DataError as error:
+        bad(where, error)
+
+
+def read_jsonl(path: Path, bad: Bad = refuse) -> Numbered:
+    """One object a line; blank lines are passed over. A DataError has line and column."""
     rows = []
     with path.open("rb") as lines:
         for number, raw in enumerate(iter(lambda: lines.readline(LARGEST_LINE + 1), b""), start=1):
@@ -64,13 +80,14 @@ def read_jsonl(path: Path) -> Numbered:
                 raise DataError(
                     f"{path}:{number}: a line of more than {LARGEST_LINE >> 20} MiB.", "Each row is a line of its own."
                 )
-            text = _decode(raw, path, number)
-            if text.strip():
-                rows.append((number, _object(_parse(text.rstrip("\r\n"), path, number), f"{path}:{number}")))
+            with row_at(f"{path.name}:{number}", bad):
+                text = _decode(raw, path, number)
+                if text.strip():
+                    rows.append((number, _object(_parse(text.rstrip("\r\n"), path, number), f"{path}:{number}")))
     return rows
 
 
-def read_json(path: Path) -> Numbered:
+def read_json(path: Path, bad: Bad = refuse) -> Numbered:
     """A list of objects, or {"data": [...]}; rows are numbered from 1. A file of one object a line is read as JSONL."""
     raw = path.read_bytes()
     text = _decode(raw, path, 1)
@@ -80,7 +97,7 @@ def read_json(path: Path) -> Numbered:
         content = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            return read_jsonl(path)
+            return read_jsonl(path, bad)
         raise DataError(f"{path}:{error.lineno}:{error.colno}: broken JSON: {error.msg}.", _MEND) from None
     except _ConstantError as error:
         line = next((n for n, row in enumerate(text.split("\n"), start=1) if str(error) in row), 1)
@@ -95,10 +112,14 @@ def read_json(path: Path) -> Numbered:
         raise DataError(
             f"{path}: expected a list of rows, found {type(content).__name__}.", '[{…}, …] or {"data": [{…}, …]}'
         )
-    return [(number, _object(row, f"{path}:{number}")) for number, row in enumerate(content, start=1)]
+    rows = []
+    for number, row in enumerate(content, start=1):
+        with row_at(f"{path.name}:{number}", bad):
+            rows.append((number, _object(row, f"{path}:{number}")))
+    return rows
 
 
-def read_csv(path: Path) -> Numbered:
+def read_csv(path: Path, bad: Bad = refuse) -> Numbered:
     """Rows under a header line, numbered by the line they begin on; all values are text."""
     number = 0
     with path.open("rb") as lines:
@@ -114,13 +135,15 @@ def read_csv(path: Path) -> Numbered:
                 raise DataError(f"{path}:1: a column name is written twice: {', '.join(header)}.")
             number = reader.line_num + 1
             for values in reader:
-                if values and len(values) != len(header):
-                    raise DataError(
-                        f"{path}:{number}: {len(values)} fields; the header has {len(header)} ({', '.join(header)}).",
-                        'Put a field with a comma or a line break into "…".',
-                    )
-                if values:
-                    rows.append((number, dict(zip(header, values, strict=True))))
+                with row_at(f"{path.name}:{number}", bad):
+                    if values and len(values) != len(header):
+                        raise DataError(
+                            f"{path}:{number}: {len(values)} fields; the header has {len(header)} "
+                            f"({', '.join(header)}).",
+                            'Put a field with a comma or a line break into "…".',
+                        )
+                    if values:
+                        rows.append((number, dict(zip(header, values, strict=True))))
                 number = reader.line_num + 1
         except csv.Error as error:
             raise DataError(
@@ -178,7 +201,7 @@ def _surrogate(text: str) -> str:
     return ""
 
 
-READERS: dict[str, Callable[[Path], Numbered]] = {
+READERS: dict[str, Callable[[Path, Bad], Numbered]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,

@@ -14,9 +14,21 @@ from finetune_kit import processes
 from finetune_kit.config import DataConfig
 from finetune_kit.data import tasks
 from finetune_kit.data.chat import end_token_ids
-from finetune_kit.data.files import DATA_SUFFIXES, READERS, Numbered, Row, check_text, data_files, read_txt
+from finetune_kit.data.files import (
+    DATA_SUFFIXES,
+    READERS,
+    Bad,
+    Numbered,
+    Row,
+    check_text,
+    data_files,
+    read_txt,
+    refuse,
+    row_at,
+)
 from finetune_kit.data.formats import as_kind, check_columns, recognise, rename
 from finetune_kit.data.ledger import Ledger, fingerprint_of
+from finetune_kit.data.messages import in_turn
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
 from finetune_kit.data.split import drop_overlap, held_out_count, mix, sample, split_off
 from finetune_kit.data.template import prepare_tokenizer
@@ -38,6 +50,7 @@ BUILDERS = {
     "preference": pairs,
     "labelled_completion": labelled,
 }
+UNREADABLE = "cannot be read"
 OFFLINE_DEFAULT = "data.path=reasoning_gym/word_sequence_reversal"
 
 
@@ -92,7 +105,8 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
     mark_contradictions([*train, *held_out])
     ledger.fingerprint = fingerprint_of([*train, *held_out])
     _prepare(config, tokenizer, [*train, *held_out], ledger)
-    ledger.train.rows, ledger.held_out.rows = len(train), len(held_out)
+    ledger.train.rows += len(train)  # beside those that could not be read
+    ledger.held_out.rows += len(held_out)
     train = drop_overlap(train, held_out, ledger)
     build = BUILDERS[kind]
     trained = build(train, "train", config, tokenizer, ledger)
@@ -164,12 +178,16 @@ def _warn(config: DataConfig, kind: str, ledger: Ledger) -> None:
 
 
 def load_records(
-    paths: str | list[str], config: DataConfig, kind: str = "prompt_completion", seed: int = 0
+    paths: str | list[str],
+    config: DataConfig,
+    kind: str = "prompt_completion",
+    seed: int = 0,
+    bad: Bad = refuse,
 ) -> list[Record]:
     """All rows of one or several paths in order, neither split nor mixed; a task gives its held-out problems."""
     records: list[Record] = []
     for path in _listed(paths):
-        source = _read(path, config, kind, seed, held_out_only=True)
+        source = _read(path, config, kind, seed, bad, held_out_only=True)
         records += source.train + (source.held_out or [])
     return records
 
@@ -184,10 +202,10 @@ def _listed(paths: str | list[str]) -> list[str]:
 
 def _split(config: DataConfig, kind: str, seed: int, ledger: Ledger) -> tuple[list[Record], list[Record]]:
     """(training, held-out) rows of all paths: split first, then mixed by weight, then sampled to `size`."""
-    sources = [_read(path, config, kind, seed) for path in _listed(config.path)]
+    sources = [_read(path, config, kind, seed, _passed_over(config, ledger, "train")) for path in _listed(config.path)]
     held_out: list[Record] = []
     if config.held_out_path:
-        held_out = load_records(config.held_out_path, config, kind, seed)
+        held_out = load_records(config.held_out_path, config, kind, seed, _passed_over(config, ledger, "held_out"))
         if not held_out:
             raise DataError(f"data.held_out_path={config.held_out_path}: no rows.")
     else:
@@ -207,24 +225,36 @@ def _split(config: DataConfig, kind: str, seed: int, ledger: Ledger) -> tuple[li
     return train, held_out
 
 
-def _read(path: str, config: DataConfig, kind: str, seed: int, held_out_only: bool = False) -> Source:
+def _passed_over(config: DataConfig, ledger: Ledger, split: str) -> Bad:
+    """Rows that cannot be read are booked, up to data.skip_bad_rows of them; the next one is refused."""
+
+    def bad(where: str, error: DataError) -> None:
+        if sum(counts.dropped[UNREADABLE] for counts in ledger.splits.values()) >= config.skip_bad_rows:
+            raise error
+        ledger.splits[split].rows += 1
+        ledger.drop(split, where, UNREADABLE, f": {error.message}")
+
+    return bad
+
+
+def _read(path: str, config: DataConfig, kind: str, seed: int, bad: Bad, held_out_only: bool = False) -> Source:
     if path.startswith(tasks.PREFIX):
         return _read_task(path.removeprefix(tasks.PREFIX), config, kind, seed, held_out_only)
     local = Path(path).expanduser()
     if local.is_dir():
         train, held = data_files(local)
-        rows = [record for file in train for record in _read_file(file, config, kind)]
+        rows = [record for file in train for record in _read_file(file, config, kind, bad)]
         return Source(
-            path, rows, [record for file in held for record in _read_file(file, config, kind)] if held else None
+            path, rows, [record for file in held for record in _read_file(file, config, kind, bad)] if held else None
         )
     if local.is_file():
-        return Source(path, _read_file(local, config, kind))
+        return Source(path, _read_file(local, config, kind, bad))
     if local.suffix.lower() in DATA_SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise DataError(
             f"data.path={path}: no such file or folder.",
             f"Expected a file ({', '.join(DATA_SUFFIXES)}), a folder or a Hub id.",
         )
-    return Source(path, _records(_read_hub(path, config), path, config, kind))
+    return Source(path, _records(_read_hub(path, config), path, config, kind, bad))
 
 
 def _read_task(task: str, config: DataConfig, kind: str, seed: int, held_out_only: bool) -> Source:
@@ -255,24 +285,27 @@ def _as_kind(rows: list[PromptCompletion], kind: str, seed: int, options: dict[s
     return [same for record in records for same in as_kind(record, kind)]
 
 
-def _read_file(path: Path, config: DataConfig, kind: str) -> list[Record]:
+def _read_file(path: Path, config: DataConfig, kind: str, bad: Bad) -> list[Record]:
     suffix = path.suffix.lower()
     if suffix == ".txt":
         if kind != "prompt_completion":
             raise DataError(f"{path}: plain text; this recipe needs {kind.replace('_', '-')} rows.")
         return [Text(f"{path.name}:{line}", text, ends) for line, text, ends in read_txt(path)]
     if suffix == ".parquet":
-        return _records(_read_parquet(path), path.name, config, kind)
+        return _records(_read_parquet(path), path.name, config, kind, bad)
     if suffix not in READERS:
         raise DataError(f"{path}: cannot read this kind of file.", f"Expected {', '.join(DATA_SUFFIXES)}.")
-    return _records(READERS[suffix](path), path.name, config, kind)
+    return _records(READERS[suffix](path, bad), path.name, config, kind, bad)
 
 
-def _records(rows: Numbered, name: str, config: DataConfig, kind: str) -> list[Record]:
+def _records(numbered: Numbered, name: str, config: DataConfig, kind: str, bad: Bad) -> list[Record]:
+    rows: Numbered = []
+    for number, row in numbered:
+        with row_at(f"{name}:{number}", bad):
+            check_text(row, f"{name}:{number}")
+            rows.append((number, row))
     if not rows:
         raise DataError(f"{name}: no rows.", "Give a file with rows in it.")
-    for number, row in rows:
-        check_text(row, f"{name}:{number}")
     check_columns(config.columns, {column for _, row in rows for column in row}, name)
     named = [(number, rename(row, config.columns)) for number, row in rows]
     columns = {column for _, row in named for column, value in row.items() if value is not None}
@@ -285,9 +318,20 @@ def _records(rows: Numbered, name: str, config: DataConfig, kind: str) -> list[R
         raise SettingsError(f"data.pairs=all has no effect: {name} has one pair a row ({found.name}).", "Leave it out.")
     records: list[Record] = []
     for number, row in complete:
-        converted = found.convert(row, f"{name}:{number}")
-        records += converted[:1] if found.ranked and config.pairs == "best_worst" else converted
+        with row_at(f"{name}:{number}", bad):
+            converted = found.convert(row, f"{name}:{number}")
+            for record in converted:
+                _settle_turns(record, config.merge_turns)
+            records += converted[:1] if found.ranked and config.pairs == "best_worst" else converted
     return [same for record in records for same in as_kind(record, kind)]
+
+
+def _settle_turns(record: Record, merge: bool) -> None:
+    """Let a record's conversation go by turns."""
+    if isinstance(record, PromptCompletion | Prompt):
+        record.messages = in_turn(record.messages, record.where, merge)
+    elif not isinstance(record, Text):
+        record.prompt = in_turn(record.prompt, record.where, merge)
 
 
 def _read_parquet(path: Path) -> Numbered:

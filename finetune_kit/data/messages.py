@@ -47,6 +47,29 @@ def messages_of(turns: Any, where: str) -> list[Message]:
     return [message for message in messages if message["role"] != "system" or message["content"].strip()]
 
 
+def in_turn(messages: list[Message], where: str, merge: bool) -> list[Message]:
+    """A conversation that goes by turns: the user's first, and none after another one of the user's.
+
+    What a chat template makes of others differs from model to model. `merge`: user turns in a row become one, with a
+    blank line between them. Raises DataError for what is left.
+    """
+    kept: list[Message] = []
+    for message in messages:
+        last = kept[-1]["role"] if kept else "system"
+        if message["role"] == "assistant" and last == "system":
+            raise DataError(
+                f"{where}: the conversation begins with an assistant turn, which answers nothing.",
+                "Write the user's turn before it, or take the row out.",
+            )
+        if message["role"] == last == "user":
+            if not merge:
+                raise DataError(f"{where}: two user turns in a row.", "Join such turns: data.merge_turns=true")
+            kept[-1] = {**kept[-1], "content": f"{kept[-1]['content']}\n\n{message['content']}"}
+            continue
+        kept.append(message)
+    return kept
+
+
 _FIX = 'Expected: {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 
 
