@@ -147,6 +147,15 @@ def changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key)]
 
 
+def new_versions(folder: Path) -> list[str]:
+    """What is not as it was when the unfinished run in a folder began: "torch 2.12.0 → 2.13.0"; [] where none runs."""
+    if not is_unfinished(folder):
+        return []
+    known = read_identity(folder)
+    then, now = known.get("began_with", known["versions"]), versions()
+    return [f"{name} {then.get(name)} → {now.get(name)}" for name in changed(then, now)]
+
+
 def _compare(folder: Path, then: dict[str, Any], now: dict[str, Any], config: RecipeConfig) -> None:
     """Raises SettingsError where the unfinished run in `folder` was another one, with each difference."""
     free = f"Begin another run: output_dir={_next_free(folder)}"
@@ -219,8 +228,11 @@ def begin(config: RecipeConfig, ledger: Any, stamps: dict[str, Any]) -> Path:
     """
     folder = Path(config.train.output_dir or "")
     identity = {"settings": settings_of(config), **json.loads(json.dumps(stamps)), "versions": versions()}
+    identity["began_with"] = identity["versions"]
     if is_unfinished(folder):
-        _compare(folder, read_identity(folder), identity, config)
+        then = read_identity(folder)
+        _compare(folder, then, identity, config)
+        identity["began_with"] = then.get("began_with", then["versions"])
     new = folder.absolute().with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)

@@ -34,7 +34,11 @@ def begin(config: RecipeConfig, tokenizer: Any, data: Data) -> Path:
 
     def make() -> Path:
         stamps = {**stamps_of(config, tokenizer, data), "processes": processes.count()}
-        return run_folder.begin(config, data.ledger, stamps)
+        differing = run_folder.new_versions(Path(config.train.output_dir or ""))
+        folder = run_folder.begin(config, data.ledger, stamps)
+        if differing:
+            console.print(f"note: not as when this run began, so that its numbers may differ: {', '.join(differing)}")
+        return folder
 
     return processes.from_main(make)
 

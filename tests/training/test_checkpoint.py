@@ -9,7 +9,7 @@ from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.training import checkpoint
 from finetune_kit.training.checkpoint import MANIFEST, checkpoints, commit, newest_whole, rotate
 from tests.fixtures_cli import cli
-from tests.fixtures_training import FAST, fit_only
+from tests.fixtures_training import FAST, fit_only, prepare
 
 FACTS = {"step": 0, "data": "abc"}
 
@@ -97,6 +97,23 @@ def test_rotation_deletes_the_oldest_and_never_the_newest_or_the_best(
     rotate(tmp_path, keep, tmp_path / f"checkpoint-{best}" if best else None)
     assert [checkpoint.step_of(path) for path in checkpoints(tmp_path)] == left
     assert not list(tmp_path.glob(".trash*"))
+
+
+def test_libraries_that_are_not_those_the_run_began_with_are_said_however_often_it_goes_on(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("max_steps=4", "save_steps=1", f"output_dir={home / 'out'}")
+    run = fit_only("lora_sft", home, *words)
+    identity = json.loads((run.folder / "identity.json").read_text())
+    now = identity["began_with"]
+    identity["began_with"] = {**now, "torch": "1.2.3", "trl": "0.4.5"}
+    (run.folder / "identity.json").write_text(json.dumps(identity))
+    for _ in range(2):
+        capsys.readouterr()
+        prepare("lora_sft", home, *words)
+        changed = f"torch 1.2.3 → {now['torch']}, trl 0.4.5 → {now['trl']}"
+        assert f"note: not as when this run began, so that its numbers may differ: {changed}" in capsys.readouterr().err
+    assert json.loads((run.folder / "identity.json").read_text())["versions"] == now
 
 
 def test_a_run_goes_on_past_a_broken_checkpoint_and_refuses_to_with_strict_resume(home: Path) -> None:
