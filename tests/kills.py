@@ -1,5 +1,6 @@
 """Real `run` commands that are killed, run again until they end, and compared with the one that nobody killed."""
 
+import contextlib
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from finetune_kit.training.checkpoint import checkpoints
+from finetune_kit.training.checkpoint import checkpoints, step_of
 from tests.fixtures_training import write_rows
 
 PAIRS = [{"prompt": f"{n} + {n} =", "chosen": f"it is {2 * n}", "rejected": f"no {n}"} for n in range(40)]
@@ -38,14 +39,26 @@ RECIPES = {
         *("num_mini_batches=2", "num_ppo_epochs=1", "max_new_tokens=6"),
     ),
 }
-# a file whose appearance is the moment: while it, or what comes after it, is being written
-FILES = (
-    *("identity.json", "run.yaml", "metrics.jsonl", "checkpoint-*/adapter_model.safetensors"),
-    "checkpoint-*/optimizer.pt",
-    *("checkpoint-*/rng_state.pth", "checkpoint-*/trainer_state.json", "checkpoint-*/trainer_0.json"),
-    *("checkpoint-*/progress.json", "checkpoint-*/.MANIFEST.json.new", "checkpoint-*/MANIFEST.json", ".trash-*"),
-    *("adapter_model.safetensors", "tokenizer.json", "report.html", "README.md"),
+# files whose making is the moment: while one, or what comes after it, is being written
+BEGINNING = ("identity.json", "run.yaml", "ledger.json", "metrics.jsonl", ".trash-*")
+CHECKPOINT = tuple(
+    f"checkpoint-*/{name}"
+    for name in (
+        *("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+        *("trainer_state.json", "trainer_0.json", "progress.json", ".MANIFEST.json.new", "MANIFEST.json"),
+    )
 )
+END = (
+    *("adapter_model.safetensors", "base.json", "tokenizer.json", "report.html", "ancestry.json", "README.md"),
+    "report.json",
+)
+FILES = (*BEGINNING, *CHECKPOINT, *END)
+# what these write in the place of it
+CHECKPOINT_OF = {
+    "ppo": tuple(f"checkpoint-*/{name}" for name in ("state.safetensors", "state.json", ".MANIFEST.json.new")),
+    "full_sft": ("checkpoint-*/model.safetensors", *CHECKPOINT[2:]),
+}
+END_OF = {"ppo": ("value.safetensors", *END), "full_sft": ("model.safetensors", "config.json", *END[2:])}
 TIMES = {"seconds", "peak_memory_gib", "tokens_per_second"}
 
 
@@ -95,29 +108,46 @@ def kill_when(process: subprocess.Popen[str], moment: Callable[[], bool], number
     return None
 
 
-def at_file(run: Path, pattern: str, draw: random.Random) -> Callable[[], bool]:
-    """When a file of this pattern has appeared for the n-th time, n drawn from 1 to 3."""
-    seen: set[Path] = set(run.glob(pattern))
-    wanted = draw.randint(1, 3) if "*" in pattern else 1
+def at_file(run: Path, pattern: str, count: int = 1) -> Callable[[], bool]:
+    """When a file of this pattern has been made for the `count`-th time; what is there already counts as none."""
+    before = files(run, pattern)
+    seen: set[tuple[Path, int]] = set()
 
     def moment() -> bool:
-        seen.update(run.glob(pattern))
-        return len(seen) >= wanted
+        seen.update(files(run, pattern) - before)
+        return len(seen) >= count
 
-    seen.clear()
     return moment
 
 
-def at_random(run: Path, draw: random.Random) -> Callable[[], bool]:
-    """At a random time after the run's folder is there, up to 4 seconds."""
-    wait, since = draw.uniform(0, 4), [0.0]
+def files(run: Path, pattern: str) -> set[tuple[Path, int]]:
+    """Those of a pattern, with their numbers: one that is written anew has another."""
+    found = set()
+    for path in run.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path, path.stat().st_ino))
+    return found
+
+
+def at_random(run: Path, draw: random.Random, most: int) -> Callable[[], bool]:
+    """At a random time: up to 0.3 s after the process has begun the run, or after a checkpoint, up to the `most`-th."""
+    count, wait, since = draw.randint(0, most), draw.uniform(0, 0.3), [0.0]
+    begun = at_file(run, "checkpoint-*/MANIFEST.json", count) if count else at_file(run, "identity.json")
 
     def moment() -> bool:
-        if not since[0] and (run / "run.yaml").is_file():
+        if not since[0] and begun():
             since[0] = time.monotonic()
         return bool(since[0]) and time.monotonic() - since[0] > wait
 
     return moment
+
+
+def drawn(run: Path, recipe: str, draw: random.Random, most: int) -> Callable[[], bool]:
+    """A moment before the last step: at random, or when a file is made, one of a checkpoint up to `most` times."""
+    pattern = draw.choice([*BEGINNING, *CHECKPOINT_OF.get(recipe, CHECKPOINT)])
+    if draw.random() < 0.4:
+        return at_random(run, draw, most)
+    return at_file(run, pattern, draw.randint(1, most) if "/" in pattern else 1)
 
 
 def lines(run: Path) -> list[dict[str, float]]:
@@ -139,16 +169,19 @@ def assert_same_end(run: Path, expected: Path) -> None:
 
 
 def survive(home: Path, recipe: str, number: int, kills: int, seed: int) -> int:
-    """Kill a run up to `kills` times, half of them when a file appears, run it again until it ends, and compare it.
+    """Kill a run `kills` times, the last time at its end, run it again until it ends, and compare it.
 
     Returns how often it was killed. Each time it goes on from a checkpoint no older than the last one that counted.
     """
     draw, run, killed, kept = random.Random(f"{recipe} {seed}"), home / f"{recipe}-{number}", 0, -1
-    for _ in range(kills):
+    steps = next(int(word.split("=")[1]) for word in (*RECIPES[recipe], *WORDS) if word.startswith("max_steps="))
+    for left in range(kills, 0, -1):
         now = checkpoints(run)
-        assert not now or int(now[-1].name.rpartition("-")[2]) >= kept
-        kept = int(now[-1].name.rpartition("-")[2]) if now else -1
-        moment = at_file(run, draw.choice(FILES), draw) if draw.random() < 0.6 else at_random(run, draw)
+        assert not now or step_of(now[-1]) >= kept
+        kept = step_of(now[-1]) if now else -1
+        moment = drawn(run, recipe, draw, most=max(1, steps // (kills + 2)))
+        if left == 1:
+            moment = at_file(run, draw.choice(END_OF.get(recipe, END)))
         process = start(home, recipe, run.name)
         if kill_when(process, moment) is None:
             assert process.returncode == 0, (home / f"{run.name}.log").read_text()[-3000:]

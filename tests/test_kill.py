@@ -1,16 +1,16 @@
 """kill -9 and signals on real commands: nothing is lost, and the run ends as if nothing had happened."""
 
-import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from finetune_kit.training.checkpoint import broken, checkpoints, read_manifest
+from finetune_kit.training.checkpoint import broken, checkpoints, read_manifest, step_of
 from tests.kills import (
     FILES,
     RECIPES,
@@ -38,8 +38,24 @@ def test_stopped_once_and_killed_6_times_it_ends_as_the_run_that_nobody_stopped(
     line = f"stopped: by SIGTERM; {run.name}/{kept.name} is what it goes on from, with the same command: python -m"
     assert said.strip().splitlines()[-1].startswith(line)
     assert "Traceback" not in said
+    process = start(home, "lora_sft", run.name)
+    assert stopped_at_once(process, at_file(run, "checkpoint-*/optimizer.pt")) == 75
+    assert "stopped at once by a second signal, SIG" in (home / f"{run.name}.log").read_text()
+    assert [broken(path) for path in checkpoints(run)] == [""] * len(checkpoints(run))
+    assert step_of(checkpoints(run)[-1]) >= step_of(kept)
     assert survive(home, "lora_sft", 1, kills=6, seed=1) >= 5  # it may end before the last one
     assert f"which goes on from step {kept.name.rpartition('-')[2]}." in (home / f"{run.name}.log").read_text()
+
+
+def stopped_at_once(process: subprocess.Popen[str], moment: Callable[[], bool]) -> int | None:
+    """Two signals in one moment; the exit code, or None where the command ended before."""
+    while process.poll() is None:
+        if moment():
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)  # another one: two that are alike would be one
+            return process.wait()
+        time.sleep(0.0005)
+    return None
 
 
 @pytest.mark.long
@@ -52,7 +68,7 @@ def test_killed_8_times_each_recipe_ends_as_the_run_that_nobody_killed(home: Pat
 @pytest.mark.parametrize("pattern", FILES)
 def test_killed_when_a_file_of_each_kind_appears(home: Path, pattern: str) -> None:
     run = home / f"lora_sft-at-{FILES.index(pattern)}"
-    killed = kill_when(start(home, "lora_sft", run.name), at_file(run, pattern, random.Random(pattern)))
+    killed = kill_when(start(home, "lora_sft", run.name), at_file(run, pattern, 3 if "/" in pattern else 1))
     print(f"KILLS at {pattern} {int(killed is not None)}")
     if not finished(run):
         assert start(home, "lora_sft", run.name).wait() == 0
