@@ -28,6 +28,7 @@ from finetune_kit.evaluation.report import write_html
 from finetune_kit.model.adapters import is_adapter
 from finetune_kit.model.load import BASE_RECORD, base_license, base_record, public_name, resolve_name
 from finetune_kit.run_folder import versions
+from finetune_kit.training.room import heeding_disk
 
 if TYPE_CHECKING:
     import torch
@@ -92,13 +93,19 @@ class Artifact:
 def save(
     model: Any, tokenizer: Any, config: RecipeConfig, data: Data, report: Report, history: list[dict[str, float]]
 ) -> Artifact:
-    """Write the run's folder and prove that it can be read back. Raises NumericsError where it cannot.
+    """Write the run's folder and prove that it can be read back. Raises NumericsError where it cannot, ResourceError
+    where the disk is full.
 
     The main process does it, the others wait; of a model that is cut into shards all of them gather the weights first.
     """
     expected = probe_logits(model, probe_of(model, data))
     weights = gathered(model)
-    return processes.from_main(lambda: _save(model, weights, expected, tokenizer, config, data, report, history))
+
+    def write() -> Artifact:
+        with heeding_disk(Path(config.train.output_dir or ""), "The result"):
+            return _save(model, weights, expected, tokenizer, config, data, report, history)
+
+    return processes.from_main(write)
 
 
 def gathered(model: Any) -> dict[str, torch.Tensor] | None:
@@ -132,7 +139,8 @@ def _save(
             f"What was saved in {folder} is not what was trained: loaded, its outputs differ by {difference:.3g}.",
             "The folder is kept for inspection. Please report this with its run.yaml.",
         )
-    results = {**report.to_json(), "reload_max_logit_difference": difference}
+    short = [line for line in history if "per_device_train_batch_size" in line]
+    results = {**report.to_json(), "reload_max_logit_difference": difference, "out_of_memory": short}
     run = {
         "recipe": config.recipe,
         "settings": to_yaml(without_paths(config), versions()),

@@ -313,13 +313,13 @@ def run(
         processes.from_main(lambda: check_access(settings.hub.model_id or "", settings.hub.private))
     what = f"{recipe.name} of {settings.model.name_or_path} on {settings.data.path}, into {folder}"
     out.print(what, style="bold", markup=False)
-    from finetune_kit.training import checkpoint, stopping
+    from finetune_kit.training import checkpoint, room, stopping
 
     if is_unfinished(folder):
         found = processes.from_main(lambda: checkpoint.newest_whole(folder, strict_resume))
         where = f"goes on from step {checkpoint.step_of(found)}" if found else "begins anew: it had no checkpoint yet"
         out.print(f"{folder} holds an unfinished run of these settings, which {where}.", markup=False)
-    with stopping.heeding_signals(folder):
+    with stopping.heeding_signals(folder), room.heeding_disk(folder, "A file of the run"):
         artifact = recipe.run(settings)
         processes.finish()
     if not processes.is_main():

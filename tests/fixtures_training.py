@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import json
+import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,22 @@ def trainable(model: Any) -> dict[str, torch.Tensor]:
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """In here the kernel refuses to make a file larger, in the middle of writing it, as a disk does that is full."""
+    limit_files(size)
+    try:
+        yield
+    finally:
+        limit_files(None)
+
+
+def limit_files(size: int | None) -> None:
+    """The same from now on; None: files may be as large as they like."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most if size is None else size, most))
 
 
 def norm(weights: dict[str, torch.Tensor]) -> float:

@@ -129,6 +129,7 @@ def write_html(report: Report, history: list[dict[str, Any]], run: dict[str, Any
         _metric_table(report),
         "<h2>Loss while training</h2>",
         loss_curves(history),
+        _shortness(history),
         reward_frontier(history),
         _samples_html(report),
         _rewards_html(report.details),
@@ -268,6 +269,20 @@ def loss_curves(history: list[dict[str, Any]]) -> str:
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{description}">{_axes(scale)}{drawn}</svg>'
         f"<figcaption>{legend} loss in nats, by optimizer step</figcaption></figure>"
     )
+
+
+def _shortness(history: list[dict[str, Any]]) -> str:
+    """Where memory was too small for a batch, and what was done: smaller ones that make the same step."""
+    said = []
+    for line in history:
+        if "per_device_train_batch_size" in line:
+            passes = line.get("gradient_accumulation_steps")
+            into = f" in {passes} passes" if passes else ""
+            said.append(f"after step {line['step']}: {line['per_device_train_batch_size']} rows at once{into}")
+    if not said:
+        return ""
+    note = "Memory was too small for the batch that was asked for, and smaller ones made the same steps"
+    return f'<p class="note">{note}: {escape("; ".join(said))}.</p>'
 
 
 def reward_frontier(history: list[dict[str, Any]]) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,14 +35,20 @@ from finetune_kit.rl.watch import CAUSES, collapse
 from finetune_kit.run_folder import is_unfinished, read_identity
 from finetune_kit.training import checkpoint, room, stopping
 from finetune_kit.training.guard import CAUSES as NOT_FINITE
-from finetune_kit.training.guard import MOST_IN_A_ROW
+from finetune_kit.training.guard import MOST_IN_A_ROW, said_rows
 from finetune_kit.training.progress import Record, peak_memory_gib
+
+Result = TypeVar("Result")
 
 
 @dataclass
 class Rollout:
-    """One process's part of an update: b completions, laid out to t tokens; all tensors (b, t), 0 where masked."""
+    """One process's part of an update: b completions, laid out to t tokens; all tensors (b, t), 0 where masked.
 
+    chosen: the training row of each.
+    """
+
+    chosen: list[int]
     prompts: list[list[int]]
     completions: list[list[int]]
     mask: Tensor
@@ -129,29 +135,29 @@ class PPOTrainer:
         if self.is_main:
             self.record.on_train_begin(None, SimpleNamespace(max_steps=self.updates), None)
             self._announce()
+        room.check_start(self.model, train, folder)
+        if train.save_steps:
+            processes.from_main(lambda: room.rehearse_save(self.model, folder))
         good = before = self.snapshot()
         try:
             with stopping.finishing_steps():
+                if self.step < self.updates:
+                    self._fitting(before, self._try_longest)
                 while self.step < self.updates and self.constant < self.config.max_constant_updates:
                     self.good = before
                     try:
-                        line = self._fitting_update(before)
+                        line = self._fitting(before, self.update)
                         self._log(line)
                         if (reason := self._why_stop(line)) is not None:
                             raise NumericsError(f"{reason}, at update {self.step}.", CAUSES)
                     except (NumericsError, DataError) as error:
                         # what is wrong with `before` shows in what it samples: the state ahead of it is the last good
-                        path = self._keep(good, and_none_newer=True)
-                        raise type(error)(f"{error.message} The last good state is in {path}.", error.fix) from None
+                        raise type(error)(f"{error.message} {self._leave(good)}", error.fix) from None
                     good, before = before, self.snapshot()
                     if stopping.asked(self.accelerator):
                         self._keep(before)
                         raise stopping.stopped(folder)
-                    if (
-                        train.save_steps
-                        and self.step % train.save_steps == 0
-                        and self.disk.has_room(self.model, self.accelerator)
-                    ):
+                    if train.save_steps and self.step % train.save_steps == 0:
                         self._keep(before)
             if self.constant >= self.config.max_constant_updates:
                 self.record.say(f"All completions of {self.constant} updates scored alike: nothing more to learn.")
@@ -183,11 +189,12 @@ class PPOTrainer:
         folder = self.record.path.parent
         return read_identity(folder) if is_unfinished(folder) else {}
 
-    def _fitting_update(self, before: Snapshot) -> dict[str, float]:
-        """An update; where it runs out of memory it is made again with half as many rows in a forward pass."""
+    def _fitting(self, before: Snapshot, act: Callable[[], Result]) -> Result:
+        """What `act` gives, an update; where it runs out of memory it is made again with half as many rows in a forward
+        pass."""
         while True:
             try:
-                return self.update()
+                return act()
             except (RuntimeError, MemoryError) as error:
                 if not room.out_of_memory(error):
                     raise
@@ -202,8 +209,32 @@ class PPOTrainer:
             if self.is_main:
                 taken = train.per_device_train_batch_size
                 self.record.say(f"note: {rows} rows at once do not fit into memory: going on with {taken}")
-                self.record.write({"step": self.step, "per_device_train_batch_size": taken})
+                self.record.write({"step": before.numbers["step"], "per_device_train_batch_size": taken})
             self.restore(before)
+
+    def _try_longest(self) -> None:
+        """Forward and backward of the longest prompts with completions as long as can be, as many rows as go through
+        the model at once, beside the optimizer's state: what does not fit into memory shows before the first update.
+        Nothing is moved, and no random number drawn."""
+        config, device = self.config, self.model.device
+        count = min(config.train.per_device_train_batch_size, self.share // config.num_mini_batches)
+        longest = sorted(range(len(self.prompts)), key=lambda row: -len(self.prompts[row]))
+        chosen = [longest[place % len(longest)] for place in range(count)]
+        # each its own token: rows that are alike would be computed once
+        completions = [
+            [row % self.model.get_input_embeddings().num_embeddings] * config.max_new_tokens for row in range(count)
+        ]
+        shape = (count, config.max_new_tokens)
+        blank = [torch.zeros(shape, device=device) for _ in range(4)]
+        mask = torch.ones(shape, dtype=torch.bool, device=device)
+        rollout = Rollout(chosen, [self.prompts[row] for row in chosen], completions, mask, *blank)
+        taken = 0 if self.optimizer.state else sum(8 * parameter.numel() for parameter in self.trained.values())
+        states = torch.empty(taken, dtype=torch.uint8, device=device)
+        with self._recomputing():
+            loss, _ = self._loss(rollout, list(range(count)))
+            loss.backward()
+        del states
+        self.optimizer.zero_grad()
 
     def update(self) -> dict[str, float]:
         """One update of the policy and the value; returns what it was like, by the field's names."""
@@ -249,7 +280,7 @@ class PPOTrainer:
         width = max(map(len, completions))
         mask = lay_out(prompts, completions, width, self.model.device).mask
         blank = torch.zeros(mask.shape, device=mask.device)
-        rollout = Rollout(prompts, completions, mask, *(blank.clone() for _ in range(4)))
+        rollout = Rollout(chosen, prompts, completions, mask, *(blank.clone() for _ in range(4)))
         ref_logprobs, entropy = blank.clone(), blank.clone()
         with torch.no_grad():
             for rows in [micro for mini in order for micro in mini]:
@@ -316,6 +347,7 @@ class PPOTrainer:
                 break
             norm = self._move()
             if norm is None:
+                self._pass_over(self._named(rollout, [row for rows in mini for row in rows]))
                 continue
             found["grad_norm"] = norm
             found["loss"] = found["loss/policy_avg"] + config.vf_coef * found["loss/value_avg"]
@@ -341,10 +373,7 @@ class PPOTrainer:
         return loss, [policy.loss, value.loss, policy.clipped, policy.approxkl, policy.ratio, value.clipped]
 
     def _move(self) -> float | None:
-        """One step of the optimizer; returns the gradient's norm, None where it is not finite and moves nothing.
-
-        Raises NumericsError where a run that meets such a gradient is to stop.
-        """
+        """One step of the optimizer; returns the gradient's norm, None where it is not finite and moves nothing."""
         parameters = [p for p in self.trained.values() if p.grad is not None]
         if self.accelerator.num_processes > 1:
             flat = self._total(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
@@ -353,18 +382,30 @@ class PPOTrainer:
         limit = self.config.train.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if not math.isfinite(norm):
-            self._pass_over()
             return None
         self.in_a_row = 0
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
-    def _pass_over(self) -> None:
-        """What train.on_nonfinite says of a gradient that is not finite. Raises NumericsError where that is to stop."""
+    def _named(self, rollout: Rollout, rows: list[int]) -> str:
+        """Rows of a rollout, with where their prompts come from and the lengths of prompt and completion."""
+        records = [self.data.train_records[self.data.train[rollout.chosen[row]]["row"]] for row in rows]
+        return said_rows(
+            [
+                f"{record.where} ({len(rollout.prompts[row])} + {len(rollout.completions[row])} tokens)"
+                for record, row in zip(records, rows, strict=True)
+            ]
+        )
+
+    def _pass_over(self, rows: str) -> None:
+        """What train.on_nonfinite says of a gradient that is not finite; `rows`: those of its mini-batch, in words.
+
+        Raises NumericsError where that is to stop.
+        """
         policy = self.config.train.on_nonfinite
         self.in_a_row += 1
-        found = f"A gradient is not finite at update {self.step}; no weight has been moved by it."
+        found = f"A gradient is not finite at update {self.step}; no weight has been moved by it. {rows}"
         if policy == "stop" or self.in_a_row > MOST_IN_A_ROW:
             often = f" It is the {self.in_a_row}th in a row." if self.in_a_row > 1 else ""
             raise NumericsError(found + often, NOT_FINITE)
@@ -379,7 +420,7 @@ class PPOTrainer:
                 group["lr"] = rate
         if self.is_main:
             back = "; weights and optimizer are those it began with" if policy == "rollback" else ""
-            self.record.say(f"note: a step of update {self.step} is skipped{back}: a gradient is not finite.")
+            self.record.say(f"note: a step of update {self.step} is skipped{back}: a gradient is not finite. {rows}")
 
     def _score(self, chosen: list[int], sampled: list[Sampled]) -> tuple[Tensor, dict[str, Tensor]]:
         """(b,) scores, and those of each reward by name, of the completions' texts without their end tokens."""
@@ -456,18 +497,34 @@ class PPOTrainer:
         )
         self.record.on_step_end(None, SimpleNamespace(global_step=self.step), None)
 
-    def _keep(self, snapshot: Snapshot, and_none_newer: bool = False) -> Path:
-        """Write a checkpoint, by one process; returns where it is."""
+    def _keep(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint, by one process, if the disk has room for it."""
+
+        def write() -> None:
+            if self.is_main:
+                write_checkpoint(self.record.path.parent, snapshot, self._facts())
+
+        if self.disk.write(self.model, self.accelerator, write) and self.is_main:
+            checkpoint.rotate(self.record.path.parent, self.config.train.save_total_limit)
+
+    def _leave(self, good: Snapshot) -> str:
+        """The last good state in a checkpoint, and none that is newer; says where it is. By the main process alone: the
+        others may not have met what ends the run."""
         folder = self.record.path.parent
         if not self.is_main:
-            return folder
-        with room.half_written(folder):
-            kept = write_checkpoint(folder, snapshot, self._facts())
-        for newer in checkpoint.checkpoints(folder) if and_none_newer else ():
+            return ""
+        try:
+            kept = write_checkpoint(folder, good, self._facts())
+        except Exception as error:
+            if not room.is_full_disk(error):
+                raise
+            room.remove_halves(folder)
+            return f"The last good state could not be kept: {room.first_line(error)}."
+        for newer in checkpoint.checkpoints(folder):
             if checkpoint.step_of(newer) > checkpoint.step_of(kept):
                 checkpoint.discard(newer)
         checkpoint.rotate(folder, self.config.train.save_total_limit)
-        return kept
+        return f"The last good checkpoint is {kept}."
 
     def snapshot(self) -> Snapshot:
         """Everything that the updates to come depend on, copied to the CPU."""

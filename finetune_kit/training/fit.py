@@ -16,6 +16,7 @@ from finetune_kit.model.load import public_name
 from finetune_kit.run_folder import read_identity
 from finetune_kit.training import checkpoint, room, stopping
 from finetune_kit.training.batches import lay_out
+from finetune_kit.training.longest import trying_longest
 from finetune_kit.training.progress import Record, console, hooks
 from finetune_kit.training.sharing import check_wrapper
 
@@ -33,7 +34,8 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
     Goes on from the newest whole checkpoint in the run's folder, as if the run had never stopped. With
     `train.eval_steps`, `score(model, metric=…)` is taken every so many steps, the best checkpoint is kept beside the
     last one, and the model ends with the best weights. Where memory is short, half as many rows are taken at once in
-    twice as many passes; where the disk is, a checkpoint is left out. Raises Stopped after a signal, ResourceError.
+    twice as many passes, which the longest rows find out before the first step; where the disk is, a checkpoint is left
+    out. Raises Stopped after a signal, ResourceError.
     """
     import torch
 
@@ -53,13 +55,16 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
     trainer.add_callback(hooks(on_step_end=watch.on_step_end))
     trainer.add_callback(kept.callback())
     trainer.add_callback(hooks(on_train_begin=lambda *_, **__: check_wrapper(trainer.model_wrapped)))
+    trainer.add_callback(trying_longest(trainer))
     start = kept.find()
     room.check_start(trainer.model, train, folder)
+    if (train.save_steps or train.eval_steps) and not processes.is_sharded(trainer.model):
+        processes.from_main(lambda: room.rehearse_save(trainer.model, folder))
     random = torch.get_rng_state()
     try:
         while not kept.trained:
             try:
-                with stopping.finishing_steps(), room.half_written(folder):
+                with stopping.finishing_steps():
                     trainer.train(resume_from_checkpoint=str(start) if start else None)
                 break
             except (RuntimeError, MemoryError) as error:
@@ -70,7 +75,13 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
             start = kept.put_down(start)
             if start is None:
                 torch.set_rng_state(random)
-            record.write({"step": trainer.state.global_step, "per_device_train_batch_size": rows})
+            record.write(
+                {
+                    "step": checkpoint.step_of(start) if start else 0,
+                    "per_device_train_batch_size": rows,
+                    "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
+                }
+            )
     finally:
         record.close()
     if stopping.asked(trainer.accelerator):
@@ -96,6 +107,7 @@ class Kept:
         self.then: dict[str, Any] = {}
         self.now: dict[str, Any] = read_identity(self.folder)
         self.disk = room.Disk(self.folder)
+        self.due = False  # a checkpoint of the last step is to be made
         self.loss: Any = None  # as it was summed up before the step that is being made
 
     def callback(self) -> Any:
@@ -104,11 +116,15 @@ class Kept:
             on_train_begin=self.on_train_begin,
             on_step_begin=self.on_step_begin,
             on_step_end=self.on_step_end,
-            on_save=self.on_save,
+            on_epoch_end=self.on_epoch_end,
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.write_if_due()
         self.loss = self.trainer._tr_loss.clone()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.write_if_due()
 
     def put_down(self, start: Path | None) -> Path | None:
         """A checkpoint of the last whole step, for a trainer that broke off in the next one; `start`: where it had gone
@@ -119,8 +135,8 @@ class Kept:
             return start
         if not (self.folder / f"checkpoint-{step}" / checkpoint.MANIFEST).is_file():
             trainer._tr_loss = self.loss
-            trainer._save_checkpoint(trainer.model, trial=None)
-            self.on_save(trainer.args, trainer.state, trainer.control)
+            if not self.write():
+                raise room.full(self.folder, f"Memory and disk are both too small at step {step + 1}.")
         return self.find()
 
     def find(self) -> Path | None:
@@ -178,23 +194,41 @@ class Kept:
             checkpoint.reopen(kwargs["optimizer"], kwargs["lr_scheduler"], self.then["settings"], self.now["settings"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the watch, whose evaluation belongs to the step."""
+        """After the watch, whose evaluation belongs to the step. The checkpoint is made at the event after the step's
+        line of the log, and not by the trainer itself, which a disk that fills up would end."""
         if stopping.asked(self.trainer.accelerator):
             control.should_save = control.should_training_stop = True
-        if control.should_save and not self.disk.has_room(self.trainer.model, self.trainer.accelerator):
-            control.should_save = False
+        self.due, control.should_save = control.should_save, False
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def write_if_due(self) -> None:
+        if self.due:
+            self.due = False
+            self.write()
+
+    def write(self) -> bool:
+        """A checkpoint of the last step, committed, and older ones deleted; False where the disk has no room for it."""
+        trainer, state = self.trainer, self.trainer.state
         folder = self.folder / f"checkpoint-{state.global_step}"
-        self._write_own(folder)
-        processes.barrier()
+
+        def write_files() -> None:
+            trainer._save_checkpoint(trainer.model, trial=None)
+            self._write_own(folder)
+
+        def make_whole() -> None:
+            if processes.is_main():
+                lean_checkpoint(folder)
+                kept = {"record": self.record.state(), "watch": self.watch.state(), "max_steps": state.max_steps}
+                (folder / PROGRESS).write_text(json.dumps(kept), encoding="utf-8")
+                checkpoint.commit(folder, {"step": state.global_step, **self.now})
+
+        if not self.disk.write(trainer.model, trainer.accelerator, write_files, make_whole):
+            self.watch.forget(folder)
+            return False
         if processes.is_main():
-            lean_checkpoint(folder)
-            kept = {"record": self.record.state(), "watch": self.watch.state(), "max_steps": state.max_steps}
-            (folder / PROGRESS).write_text(json.dumps(kept), encoding="utf-8")
-            checkpoint.commit(folder, {"step": state.global_step, **self.now})
             checkpoint.rotate(self.folder, self.train.save_total_limit, self.watch.best_folder)
         processes.barrier()
+        trainer.callback_handler.on_save(trainer.args, state, trainer.control)
+        return True
 
     def _write_own(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -257,6 +291,7 @@ class Watch:
         self.best_folder: Path | None = None
         self.not_better = 0
         self.stopped = False
+        self.earlier: tuple[float | None, Path | None, int] = (None, None, 0)  # the best one before this one
 
     def state(self) -> dict[str, Any]:
         best = self.best_folder.name if self.best_folder else None
@@ -268,6 +303,11 @@ class Watch:
         if self.best_folder is not None and (reason := checkpoint.broken(self.best_folder)):
             console.print(f"note: {self.best_folder}, the best one so far, is broken: {reason}. The best counts anew.")
             self.best = self.best_folder = None
+
+    def forget(self, folder: Path) -> None:
+        """A checkpoint could not be written: the best one is that before it."""
+        if folder == self.best_folder:
+            self.best, self.best_folder, self.not_better = self.earlier
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.train.eval_steps:
@@ -285,6 +325,7 @@ class Watch:
         )
         value = -scores[name] if name == "loss" else scores[name]
         if self.best is None or value > self.best:
+            self.earlier = self.best, self.best_folder, self.not_better
             self.best, self.not_better = value, 0
             self.best_folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             state.best_metric, state.best_model_checkpoint = scores[name], str(self.best_folder)

@@ -7,7 +7,7 @@ the last checkpoint, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -159,9 +159,14 @@ class Guard:
         for ids in (ids for batch in self.seen for ids in _unpadded(*batch)):
             where = known.get(tuple(ids))
             named.append(f"{where or 'a row'} ({len(ids)} tokens)")
-        named = list(dict.fromkeys(named))
-        more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-        return f"Its rows: {', '.join(named[:MOST_NAMED])}{more}." if named else ""
+        return said_rows(named)
+
+
+def said_rows(named: Sequence[str]) -> str:
+    """The rows of a step in words, the first ones by name; "" for none."""
+    named = list(dict.fromkeys(named))
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    return f"Its rows: {', '.join(named[:MOST_NAMED])}{more}." if named else ""
 
 
 def _finite_number(value: Any) -> bool:

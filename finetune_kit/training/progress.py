@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import resource
 import sys
@@ -15,8 +17,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from finetune_kit import processes
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Voice(Console):
+    """A console whose lines may go into a file on a disk that is full: that costs lines, not the run."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+
+
 # what a run says on the way, once
-console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not processes.is_main())
+console = Voice(stderr=True, highlight=False, soft_wrap=True, quiet=not processes.is_main())
 
 
 def peak_memory_gib() -> float:
@@ -63,6 +79,7 @@ class Record:
         self.seconds = 0.0  # of training before this process took the run up
         self.started = self.last_time = time.perf_counter()
         self.last_tokens = 0.0
+        self.behind = False  # metrics.jsonl lacks lines that the disk had no room for
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, so that the run goes on with the same lines."""
@@ -75,9 +92,12 @@ class Record:
         self.last_tokens, self.seconds = state.get("tokens", 0.0), state.get("seconds", 0.0)
         self.started = time.perf_counter() - self.seconds
         if processes.is_main() and (self.history or self.path.exists()):
-            beside = self.path.with_name(f".{self.path.name}.new")
-            beside.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
-            beside.replace(self.path)
+            self._write_all()
+
+    def _write_all(self) -> None:
+        beside = self.path.with_name(f".{self.path.name}.new")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
+        beside.replace(self.path)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last_time = time.perf_counter()
@@ -113,10 +133,24 @@ class Record:
         self.history.append(line)
         if not processes.is_main():
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            if self.behind:
+                self._write_all()
+            else:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            self.behind = False
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            if not self.behind:
+                self.say(f"note: {self.path} cannot be written: {error.strerror}. Its lines are kept for later.")
+            self.behind = True
 
     def close(self) -> None:
+        if self.behind:
+            with contextlib.suppress(OSError):
+                self._write_all()
         if self.bar:
             self.bar.stop()
             self.bar = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune_kit import processes
 from finetune_kit.config import TrainConfig
 from finetune_kit.errors import ResourceError
 from finetune_kit.training import checkpoint
@@ -15,6 +17,7 @@ from finetune_kit.training.progress import console
 
 MOST_FAILED_SAVES = 3
 SPARE = 16 * 2**20  # bytes left on the disk for the run's small files
+REHEARSED = 64 * 2**20  # bytes of weights that are written before the first step, at most
 FULL_DISK = ("No space left", "unexpected pos", "File too large", "Disk quota", "file write failed", "write failed")
 
 
@@ -95,29 +98,81 @@ def check_start(model: Any, train: TrainConfig, folder: Path) -> None:
         )
 
 
+def rehearse_save(model: Any, folder: Path) -> None:
+    """Write trained weights as a checkpoint is written and committed, read them back, and remove them.
+
+    Raises ResourceError where that fails: a quota, a disk that is full or read-only, a file system that cannot sync.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    trial = folder / f"{checkpoint.TRASH}rehearsal"  # removed with the rest where a killed process leaves it
+    weights, size = {}, 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and size < REHEARSED:
+            weights[name] = parameter.detach().cpu().contiguous()
+            size += weights[name].nbytes
+    try:
+        trial.mkdir(exist_ok=True)
+        save_file(weights, trial / "weights.safetensors")
+        checkpoint.commit(trial, {})
+        failed = checkpoint.broken(trial)
+    except (OSError, SafetensorError) as error:
+        failed = str(error).splitlines()[0]
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    if failed:
+        raise ResourceError(
+            f"A checkpoint cannot be written into {folder}: {failed}.",
+            "Make room, or put the run elsewhere: output_dir=…",
+        )
+
+
 class Disk:
-    """Looks for room before each checkpoint, and counts those that had none."""
+    """Writes checkpoints where there is room for them, and counts those that could not be written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.failed = 0
 
-    def has_room(self, model: Any, accelerator: Any) -> bool:
-        """Whether the next checkpoint may be written, which all processes agree on; said where not.
+    def write(self, model: Any, accelerator: Any, *parts: Callable[[], None]) -> bool:
+        """Write a checkpoint, a part after the other; all processes call it, and go on to the next part together.
 
-        Raises ResourceError after the third in a row.
+        False where the disk has no room for it, or fills up in the middle: what is half written is removed, a line says
+        so, and training can go on. Raises ResourceError after the third in a row. Of a model that is cut into shards
+        the parts gather weights, so that a process cannot leave them alone: there the error of the disk is raised.
         """
         needed, free = bytes_of_checkpoint(model, self.folder) + SPARE, shutil.disk_usage(self.folder).free
-        if all_agree(accelerator, free >= needed):
+        why = "" if free >= needed else f"the disk has {_size(free)} free, a checkpoint needs {_size(needed)}"
+        for part in parts:
+            if not all_agree(accelerator, not why):
+                break
+            try:
+                part()
+            except Exception as error:  # each library that writes has its own class for it
+                if not is_full_disk(error) or processes.sharding():
+                    raise
+                why = first_line(error)
+        if all_agree(accelerator, not why):
             self.failed = 0
             return True
+        if processes.is_main():
+            remove_halves(self.folder)
         self.failed += 1
-        why = f"the disk has {_size(free)} free, a checkpoint needs {_size(needed)}"
+        why = why or "another process could not write its part"
         if self.failed >= MOST_FAILED_SAVES:
-            raise _full(self.folder, f"{self.failed} checkpoints in a row could not be written: {why}.")
-        if accelerator.is_main_process:
-            console.print(f"note: no checkpoint is written: {why}. Training goes on, and tries again at the next one.")
+            raise full(self.folder, f"{self.failed} checkpoints in a row could not be written: {why}.")
+        console.print(
+            f"note: no checkpoint is written: {why}. Training goes on, and tries again at the next one.", markup=False
+        )
         return False
+
+
+def remove_halves(folder: Path) -> None:
+    """Remove what was left in the middle of writing; a checkpoint that counts has its manifest."""
+    for path in folder.glob(f"{checkpoint.PREFIX}*"):
+        if path.is_dir() and not (path / checkpoint.MANIFEST).is_file():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def all_agree(accelerator: Any, well: bool) -> bool:
@@ -129,24 +184,36 @@ def all_agree(accelerator: Any, well: bool) -> bool:
     return float(accelerator.reduce(torch.tensor(float(not well), device=accelerator.device), reduction="sum")) == 0
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that the disk, or one's share of it, is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(sign in str(error) for sign in FULL_DISK)
+
+
 @contextlib.contextmanager
-def half_written(folder: Path) -> Iterator[None]:
-    """A disk that fills up in the middle of a checkpoint ends in ResourceError, the half of it removed."""
+def heeding_disk(folder: Path, what: str) -> Iterator[None]:
+    """A disk that is full becomes ResourceError: `what` could not be written, what is kept, how to go on."""
     try:
         yield
     except Exception as error:  # each library that writes has its own class for it
-        if not any(sign in str(error) for sign in FULL_DISK):
+        if isinstance(error, ResourceError) or not is_full_disk(error):
             raise
-        for path in folder.glob(f"{checkpoint.PREFIX}*"):
-            if path.is_dir() and not (path / checkpoint.MANIFEST).is_file():
-                shutil.rmtree(path)
-        raise _full(folder, f"A checkpoint could not be written: {str(error).splitlines()[0]}.") from error
+        remove_halves(folder)
+        raise full(folder, f"{what} could not be written: {first_line(error)}.") from error
 
 
-def _full(folder: Path, what: str) -> ResourceError:
+def full(folder: Path, what: str) -> ResourceError:
+    """The error that ends a run whose disk is full: what happened, the last good checkpoint, and how to go on."""
     last = next(iter(reversed(checkpoint.checkpoints(folder))), None)
-    kept = f" The last good checkpoint is {last}." if last else ""
-    return ResourceError(f"{what}{kept}", "Make room, and run the same command again: it goes on from there.")
+    kept = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
+    on = "goes on from there" if last else "begins anew"
+    return ResourceError(f"{what} {kept}", f"Make room, and run the same command again: it {on}.")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for the middle of a sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _size(count: int) -> str:

@@ -114,6 +114,19 @@ def test_the_page_holds_verdict_table_curves_samples_settings_and_ledger(page):
     assert "… and 5 more" in page
 
 
+def test_where_memory_was_too_small_the_page_says_what_was_done(tmp_path):
+    fallback = [
+        {"step": 0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"step": 7, "per_device_train_batch_size": 2},
+    ]
+    texts = []
+    for name, history in (("short", [*HISTORY, *fallback]), ("enough", HISTORY)):
+        write_html(a_report(), history, {"recipe": "lora_sft"}, tmp_path / name)
+        texts.append((tmp_path / name).read_text())
+    assert "after step 0: 4 rows at once in 2 passes; after step 7: 2 rows at once." in texts[0]
+    assert "Memory was too small" not in texts[1]
+
+
 def test_the_page_fits_a_phone_and_follows_light_and_dark(page):
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
     assert "prefers-color-scheme: dark" in page

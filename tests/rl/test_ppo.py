@@ -1,5 +1,6 @@
 """rl/ppo.py: it learns, it is exact where it has to be, it can be resumed, and it stops when it goes wrong."""
 
+import itertools
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import torch
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.data.chat import end_token_ids
-from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError, Stopped
+from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, ResourceError, SettingsError, Stopped
 from finetune_kit.model.load import load_tokenizer
 from finetune_kit.model.reward import load_reward_model
 from finetune_kit.rl.ppo import PPOTrainer
@@ -24,6 +25,7 @@ from finetune_kit.rl.watch import collapse
 from finetune_kit.training.checkpoint import MANIFEST, begin, checkpoints, read_manifest
 from finetune_kit.training.stopping import heeding_signals
 from tests.fixtures_cli import ROOT
+from tests.fixtures_training import largest_file, limit_files
 from tests.rl.fixtures import ROWS, lower, parts, settings, trainer, weights, write_home
 
 TIMES = {"seconds", "peak_memory_gib", "time/update", "time/generation", "time/scoring", "time/training"}
@@ -302,9 +304,11 @@ def test_scores_that_have_become_alike_end_the_run_in_peace(home: Path) -> None:
 def test_past_max_kl_the_run_stops_and_the_state_before_is_kept(home: Path) -> None:
     words = ("max_steps=30", "lora.r=0", "learning_rate=3e-3", "kl_coef=0")
     made = trainer(home, *words, "max_kl=1")
-    with pytest.raises(NumericsError, match=r"objective/kl is .* \(max_kl=1\), at update \d+. The last good") as caught:
+    with pytest.raises(
+        NumericsError, match=r"objective/kl is .* \(max_kl=1\), at update \d+. The last good checkpoint is"
+    ) as caught:
         made.train()
-    path = Path(re.findall(r"state is in (\S+)\.", caught.value.message)[0])
+    path = Path(re.findall(r"checkpoint is (\S+)\.", caught.value.message)[0])
     lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["objective/kl"] > 1
     assert all(line["objective/kl"] <= 1 for line in lines[:-1])
@@ -353,8 +357,12 @@ def test_a_nan_in_the_gradient_moves_no_weight(home: Path) -> None:
         return loss * math.nan, figures
 
     made._loss = poisoned  # type: ignore[method-assign]
-    with pytest.raises(NumericsError, match="gradient is not finite at update 2"):
+    with pytest.raises(NumericsError, match="gradient is not finite at update 2") as caught:
         made.update()
+    named = re.findall(r"(rows\.jsonl:\d+) \((\d+) \+ (\d+) tokens\)", caught.value.message)
+    assert len(named) == 8  # of the mini-batch's 8 rows
+    lengths = {made.data.train_records[row["row"]].where: len(row["prompt_ids"]) for row in made.data.train}
+    assert all(lengths[where] == int(prompt) and 1 <= int(answer) <= 8 for where, prompt, answer in named)
     assert all(torch.equal(weight, made.trained[name]) for name, weight in start.items())
 
 
@@ -398,6 +406,61 @@ def test_4_rows_that_do_not_fit_become_passes_of_2_and_the_run_stays_the_same_wi
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
     largest = max(float((whole.trained[name] - made.trained[name]).abs().max()) for name in whole.trained)
     assert largest < 1e-5
+
+
+def test_the_longest_rows_are_tried_first_and_what_does_not_fit_shows_before_the_first_update(home: Path) -> None:
+    plain, made = (trainer(home, "max_steps=2", f"output_dir={home / name}") for name in ("plain", "tried"))
+    plain._try_longest = lambda: None  # type: ignore[method-assign]
+    loss, tried = made._loss, []
+
+    def short(rollout: Any, rows: Any) -> Any:
+        if made.step == 0 or rollout.chosen is None:
+            tried.append((len(rows), [len(rollout.prompts[row]) for row in rows], tuple(rollout.mask.shape)))
+            if len(rows) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss(rollout, rows)
+
+    made._loss = short  # type: ignore[method-assign]
+    expected, lines = plain.train(), made.train()
+    longest = sorted((len(row["prompt_ids"]) for row in made.data.train), reverse=True)
+    assert tried == [(4, longest[:4], (4, 8)), (2, longest[:2], (2, 8))]
+    assert lines[0] == {"step": 0, "per_device_train_batch_size": 2}
+    for line, other in zip(lines[1:], expected, strict=True):
+        assert line["objective/scores"] == other["objective/scores"]
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_the_trial_of_the_longest_rows_changes_no_bit(home: Path) -> None:
+    plain, made = (trainer(home, "max_steps=2", f"output_dir={home / name}") for name in ("plain", "tried"))
+    plain._try_longest = lambda: None  # type: ignore[method-assign]
+    plain.train()
+    made.train()
+    assert all(torch.equal(weight, plain.trained[name]) for name, weight in made.trained.items())
+
+
+def test_a_disk_that_fills_up_in_the_middle_costs_checkpoints_and_three_in_a_row_end_the_run(home: Path) -> None:
+    updates = itertools.count(1)
+
+    def filling(full: set[int]) -> Any:
+        def score(prompts: Any, completions: Any, records: Any) -> list[float]:
+            limit_files(60_000 if next(updates) in full else None)
+            return lower(prompts, completions, records)
+
+        return score
+
+    words = ("max_steps=6", "save_steps=1", "save_total_limit=9", "num_ppo_epochs=1")
+    made = trainer(home, *words, score=filling({2, 3}))
+    made.train()
+    assert sorted(path.name for path in checkpoints(home / "run")) == [f"checkpoint-{n}" for n in (1, 4, 5, 6)]
+    updates = itertools.count(1)
+    made = trainer(home, *words, f"output_dir={home / 'ended'}", score=filling({2, 3, 4}))
+    with (
+        largest_file(2**40),
+        pytest.raises(ResourceError, match="3 checkpoints in a row could not be written") as caught,
+    ):
+        made.train()
+    assert f"The last good checkpoint is {home / 'ended' / 'checkpoint-1'}." in caught.value.message
+    assert [path.name for path in (home / "ended").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_the_recipe_reads_as_the_others_do() -> None:
@@ -466,7 +529,7 @@ class TestARunThatGoesOn:
         def broken(prompts: Any, completions: Any, records: Any) -> list[float]:
             return lower(prompts, completions, records) if next(calls) < 3 else [math.nan] * len(prompts)
 
-        with pytest.raises(NumericsError, match=r"The last good state is in .*checkpoint-2"):
+        with pytest.raises(NumericsError, match=r"The last good checkpoint is .*checkpoint-2"):
             self.begun(home, *self.WORDS, score=broken).train()
         assert [path.name for path in checkpoints(home / "run")] == ["checkpoint-1", "checkpoint-2"]
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from finetune_kit.evaluation.compare import held_out_scores
 from finetune_kit.training.fit import fit
+from finetune_kit.training.progress import hooks
 from tests.fixtures_training import Trained, fit_only, largest_difference, norm, prepare
 
 
@@ -213,7 +214,12 @@ class TestMemoryAndNoise:
             nonlocal seen
             seen += inputs[0].shape[0] * inputs[0].shape[1]
 
+        def begin(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            nonlocal seen
+            seen = seen if state.global_step else 0  # those of the trial before the first step do not count
+
         run = prepare(recipe, home, *words)
+        run.trainer.add_callback(hooks(on_step_begin=begin))
         base = run.model if recipe == "full_sft" else run.model.get_base_model()
         base.model.layers[0].register_forward_pre_hook(count)
         run.history = fit(run.trainer, run.config.train, lambda model, metric: {"loss": 1.0})
