@@ -109,19 +109,18 @@ def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool
     first = real.int().argmax(dim=1).tolist()
     texts = [ids[keep].tolist() for ids, keep in zip(input_ids, real, strict=True)]
     segments: list[Segment] = []
-    tokens: list[int] = []
-    positions: list[int] = []
+    tokens: list[torch.Tensor] = []
+    positions: list[torch.Tensor] = []
     paths: list[list[Segment]] = [[] for _ in range(rows)]
 
     def lay(members: list[int], begin: int, end: int, before: tuple[Segment, ...]) -> tuple[Segment, ...]:
         """Put tokens begin..end of rows that share them into the packed row, once."""
         if begin == end:
             return before
-        segment = Segment(len(tokens), end - begin, before)
-        owner = members[0]
-        at = owner * width + first[owner]
-        tokens.extend(range(at + begin, at + end))
-        positions.extend(range(begin, end))
+        last = segments[-1] if segments else Segment(0, 0, ())
+        segment = Segment(last.start + last.length, end - begin, before)
+        positions.append(torch.arange(begin, end))
+        tokens.append(positions[-1] + members[0] * width + first[members[0]])
         segments.append(segment)
         for row in members:
             paths[row].append(segment)
@@ -150,10 +149,9 @@ def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool
             lay([row], 0, len(texts[row]), ())
     places = torch.zeros_like(input_ids)
     for row, path in enumerate(paths):
-        packed = [number for segment in path for number in _tokens(segment)]
-        places[row, first[row] : first[row] + len(packed)] = torch.tensor(packed)
+        places[row, real[row]] = torch.cat([_tokens(segment) for segment in path])
     slots = real.flatten().nonzero()[:, 0]
-    return Plan(tuple(segments), torch.tensor(tokens), torch.tensor(positions), places, real, slots)
+    return Plan(tuple(segments), torch.cat(tokens), torch.cat(positions), places, real, slots)
 
 
 def make_varlen(segments: Sequence[Segment], kernel: Kernel, device: torch.device) -> Varlen:
@@ -161,23 +159,17 @@ def make_varlen(segments: Sequence[Segment], kernel: Kernel, device: torch.devic
     import torch
 
     queries = [segment.length for segment in segments]
-    seen = [[number for part in (*segment.before, segment) for number in _tokens(part)] for segment in segments]
-    keys = [len(numbers) for numbers in seen]
-
-    def tensor(numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=dtype, device=device)
-
-    return Varlen(
-        kernel,
-        tensor([0, *accumulate(queries)], torch.int32),
-        tensor([0, *accumulate(keys)], torch.int32),
-        (max(queries), max(keys)),
-        tensor([number for numbers in seen for number in numbers], torch.int64) if keys != queries else None,
-    )
+    parts = [(*segment.before, segment) for segment in segments]
+    keys = [sum(part.length for part in seen) for seen in parts]
+    every = torch.cat([_tokens(part) for seen in parts for part in seen]).to(device)
+    ends = [torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (queries, keys)]
+    return Varlen(kernel, ends[0], ends[1], (max(queries), max(keys)), every if keys != queries else None)
 
 
-def _tokens(segment: Segment) -> range:
-    return range(segment.start, segment.start + segment.length)
+def _tokens(segment: Segment) -> torch.Tensor:
+    import torch
+
+    return torch.arange(segment.start, segment.start + segment.length)
 
 
 def _common(one: list[int], other: list[int]) -> int:

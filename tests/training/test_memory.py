@@ -1,16 +1,20 @@
 """Memory is predicted from shapes: to the byte where tensors stay, and the step that is rehearsed is the real one."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from transformers import LlamaConfig, MixtralConfig, TrainerCallback
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.data.load import load_data
+from finetune_kit.model import packed
 from finetune_kit.model.load import empty_policy, load_tokenizer
+from finetune_kit.training import memory as training_memory
 from finetune_kit.training.memory import four_bit, longest_batch, memory, optimizer_state, settle_types, weights
 from finetune_kit.training.rehearsal import Batch, Live, Setting, _rehearse, step_bytes
 from tests.fixtures_training import Trained, prepare, settings, write_rows
@@ -155,6 +159,27 @@ def test_on_a_gpu_a_step_keeps_half_the_activations_and_one_tile_of_logits(tmp_p
     assert on_gpu < on_cpu / 5  # the CPU's head has eight tiles of logits at once, in float32
     short = step_bytes(policy, Batch(4, 256, False, 500), Setting(False, False, on_gpu=True))
     assert on_gpu - short == pytest.approx(500 * 32768 * 2, rel=0.1)  # logits only where a label is, in bfloat16
+
+
+def test_on_a_gpu_rows_are_planned_without_padding_and_by_the_varlen_kernel(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare("lora_sft", home, "data.size=8")
+    policy, _ = empty(run.config.model, run.config.lora)  # type: ignore[attr-defined]
+    on_cpu = longest_batch(run.config, run.data, policy).plan
+    for module in (training_memory, packed):
+        monkeypatch.setattr(module, "computes_in_bfloat16", lambda: True)
+    monkeypatch.setattr(training_memory, "device", lambda: torch.device("cuda"))
+    on_gpu = longest_batch(run.config, run.data, policy).plan
+    assert on_cpu is not None
+    assert on_gpu is not None
+    assert on_gpu.segments == on_cpu.segments
+    assert on_cpu.varlen is None
+    assert on_gpu.varlen is not None
+    assert on_gpu.varlen.kernel is varlen_attn
+    padded = replace(run.config, train=replace(run.config.train, padding_free=False))
+    free, whole = (memory(config, run.data, policy)["activations"] for config in (run.config, padded))
+    assert 0 < free < whole
 
 
 def test_packed_text_goes_through_in_one_row(home: Path) -> None:
