@@ -4,11 +4,12 @@ A batch of padded rows reaches the model. Its padding is dropped, rows that begi
 beginning once, and what is left is laid end to end as one row of n tokens. The layers run over those; in attention each
 segment sees its own beginning and itself. Behind the backbone the hidden states are laid out as the caller expects:
 padded rows, or, where labels are given, only the positions in front of a label, so that the language-model head runs
-nowhere else; what TRL's fused head says of those positions is laid out in padded rows again.
+nowhere else; what TRL's fused head says of those positions is laid out in padded rows again. On a CPU, where TRL's head
+computes all logits twice, model/head.py takes its place if it proves equal.
 
-Attention is SDPA, segment by segment, on a CPU, and one call of torch's varlen attention on CUDA. Everything above the
-backbone is unchanged, and no forward is replaced: hooks before and behind the model and behind the backbone, and one
-attention function of transformers' AttentionInterface.
+Attention is SDPA, segment by segment, on a CPU, and one call of torch's varlen attention on CUDA. Everything else
+above the backbone is unchanged, and no forward is replaced: hooks before and behind the model and behind the backbone,
+and one attention function of transformers' AttentionInterface.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ Kernel = Callable[..., "torch.Tensor"]
 
 ATTENTION = "finetune_kit_packed"
 WORTH_SHARING = 8  # tokens: a shorter common beginning costs more in attention calls than it saves in the layers
+HEAD_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # of TRL's head, of each label
 TOLERANCE = 1e-4  # largest difference of a float32 log-probability from the padded model's
 # With fewer bits, the norm of all differences by that of the numbers around their mean, of log-probabilities and of a
 # weight's gradient. In bfloat16 a right kernel is off by 0.03 and at most 0.08 on SmolLM2-135M; on 32 layers of random
@@ -77,7 +79,8 @@ class Plan:
     row. places: (b, t), padded place -> packed token, 0 where padded. real: (b, t), true where a token is; slots: (m,),
     where that is in the flattened padded batch. selected: (s,), packed tokens whose hidden state the caller wants;
     None: all, in the padded layout. wanted: (b, t - 1), true in front of a label; s in number. varlen: what attends;
-    None: SDPA. windows: attention notes the sliding windows that it masked here.
+    None: SDPA. windows: attention notes the sliding windows that it masked here. targets: (s,), the labels, where
+    model/head.py is the head; hidden: their hidden states, left here by the backbone.
     """
 
     segments: tuple[Segment, ...]
@@ -90,6 +93,8 @@ class Plan:
     wanted: torch.Tensor | None = None
     varlen: Varlen | None = None
     windows: set[int | None] = field(default_factory=set)
+    targets: torch.Tensor | None = None
+    hidden: list[torch.Tensor] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Plan:
         """The same with its own tensors on a device."""
@@ -98,6 +103,19 @@ class Plan:
         own: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         moved = {name: part.to(device) for name, part in own.items() if isinstance(part, torch.Tensor)}
         return Plan(**{**own, **moved})
+
+
+@dataclass
+class Way:
+    """How a model's calls are packed.
+
+    windows: the sliding windows that attention was given so far; rows longer than another one stay padded. said: why
+    batches stayed padded so far, each of which a line says once. own_head: model/head.py stands for TRL's fused head.
+    """
+
+    windows: set[int | None] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)
+    own_head: bool = False
 
 
 def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool) -> Plan:
@@ -325,20 +343,21 @@ def _as_in_training(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
 
-def enable(model: Any, rows: Sequence[Sequence[int]] = ()) -> str:
+def enable(model: Any, rows: Sequence[Sequence[int]] = (), own_head: bool = False) -> str:
     """Turn the packed forward on for a language model or a sequence classifier, adapter or not, if it proves equal on
     the loaded weights.
 
     `rows`: token ids of the first rows of the run, which a varlen kernel has to prove equal on, too.
     Returns "" where it is on, else the reason why the padded forward stays. It acts on calls with a batch of more than
-    padding to drop and without a cache; generation is as before.
+    padding to drop and without a cache; generation is as before. `own_head`: of what TRL's fused head says, nothing
+    but log-probabilities gets a gradient, so that model/head.py may stand for it.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     with _as_in_training(causal.device):
-        return refusal(causal.device, _dtype(causal), causal.config) or _enable(model, causal, rows)
+        return refusal(causal.device, _dtype(causal), causal.config) or _enable(model, causal, rows, own_head)
 
 
-def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]]) -> str:
+def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]], own_head: bool) -> str:
     config = causal.base_model.config  # a classifier's backbone has one of its own
     before = config._attn_implementation
     if before != "sdpa":
@@ -346,8 +365,9 @@ def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]]) -> str:
     _register()
     # a classifier finds a row's last token in the padded batch: it is packed behind that, in front of the backbone
     outer = causal.base_model if hasattr(causal, "score") else model
+    way = Way()
     handles = [
-        outer.register_forward_pre_hook(partial(_pack, windows=set(), said=set()), with_kwargs=True),
+        outer.register_forward_pre_hook(partial(_pack, way=way), with_kwargs=True),
         causal.base_model.register_forward_hook(_unpack, with_kwargs=True),
         outer.register_forward_hook(_lay_out, with_kwargs=True),
     ]
@@ -356,6 +376,8 @@ def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]]) -> str:
         for handle in handles:
             handle.remove()
         config._attn_implementation = before
+    else:
+        way.own_head = own_head and _proves_own_head(model, way)
     return reason
 
 
@@ -368,13 +390,9 @@ def _register() -> None:
 
 
 def _pack(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], windows: set[int | None], said: set[str]
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], way: Way
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before the model: replace a padded batch by its packed row; None leaves a call as it is.
-
-    `windows`: the sliding windows that attention was given so far. Rows longer than another window stay padded. `said`:
-    why batches stayed padded so far, each of which a line says once.
-    """
+    """Before the model: replace a padded batch by its packed row; None leaves a call as it is."""
     import torch
 
     if len(args) == 1 and kwargs.get("input_ids") is None:
@@ -393,9 +411,9 @@ def _pack(
     if not bool(mask.any(dim=1).all()):
         return None
     longest = int(mask.sum(dim=1).max())
-    if reason := refusal(device, _dtype(causal), causal.config) or _too_long(causal, longest, windows):
-        if reason not in said and processes.is_main():
-            said.add(reason)
+    if reason := refusal(device, _dtype(causal), causal.config) or _too_long(causal, longest, way.windows):
+        if reason not in way.said and processes.is_main():
+            way.said.add(reason)
             log.warning("padded batches: %s", reason)
         return None
     plan = make_plan(ids, mask, share=not (module.training and _drops(module)))
@@ -406,15 +424,18 @@ def _pack(
         if not bool(wanted.any()):
             return None
         plan = replace(plan, selected=plan.places[:, :-1][wanted], wanted=wanted)
+        targets = labels[:, 1:][wanted]
+        if way.own_head and kwargs.get("fused_lm_head") and is_plain(causal.get_output_embeddings()):
+            plan, targets = replace(plan, targets=targets), targets[:0]
         # the losses above shift labels by one: the first has nothing before it
-        kwargs["labels"] = torch.cat([labels.new_full((1,), -100), labels[:, 1:][wanted]])[None].to(device)
+        kwargs["labels"] = torch.cat([labels.new_full((1,), -100), targets])[None].to(device)
     kernel = varlen_kernel(device)
     varlen = make_varlen(plan.segments, kernel, device) if kernel else None
     kwargs["input_ids"] = ids.flatten()[plan.tokens][None].to(device)
     kwargs["position_ids"] = plan.positions[None].to(device)
     # a mask of four dimensions is passed on as it is, so that none of n x n is built
     kwargs["attention_mask"] = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=device)
-    kwargs["packed"] = replace(plan.to(device), varlen=varlen, windows=windows)
+    kwargs["packed"] = replace(plan.to(device), varlen=varlen, windows=way.windows)
     return args, kwargs
 
 
@@ -438,7 +459,7 @@ def _drops(module: Any) -> bool:
 
 
 def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Behind the backbone: hidden states (1, n, h) -> (b, t, h) with zeros where padded, or (1, s + 1, h)."""
+    """Behind the backbone: hidden states (1, n, h) -> (b, t, h) with zeros where padded, (1, s + 1, h) or (1, 1, h)."""
     import torch
 
     plan = kwargs.get("packed")
@@ -449,22 +470,47 @@ def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         padded = hidden.new_zeros(plan.real.numel(), hidden.shape[-1])
         padded = padded.index_copy(0, plan.slots, hidden[plan.places.flatten()[plan.slots]])
         output.last_hidden_state = padded.view(*plan.real.shape, -1)
+    elif plan.targets is not None:  # TRL's head gets no label, and the one state that it drops
+        plan.hidden.append(hidden[plan.selected])
+        output.last_hidden_state = hidden[None, :1]
     else:  # the last one is never read: the losses above drop it when they shift
         output.last_hidden_state = hidden[torch.cat([plan.selected, plan.selected[-1:]])][None]
     return output
 
 
 def _lay_out(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Behind the model: what TRL's fused head says of each label, (1, s) -> (b, t - 1) with zeros elsewhere."""
+    """Behind the model: what TRL's fused head says of each label, (1, s) -> (b, t - 1) with zeros elsewhere.
+
+    Where it was given no label, what model/head.py says, of all that it would have measured.
+    """
     plan = kwargs.get("packed")
     if plan is None or plan.wanted is None or getattr(output, "log_probs", None) is None:
         return output
-    for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
-        found = getattr(output, name)
-        if found is not None:
-            setattr(output, name, found.new_zeros(plan.wanted.shape).masked_scatter(plan.wanted, found[0]))
+    measured = [name for name in HEAD_OUTPUTS if getattr(output, name) is not None]
+    if plan.targets is None:
+        found = {name: getattr(output, name)[0] for name in measured}
+    else:
+        from finetune_kit.model.head import label_log_probs
+
+        causal = module.get_base_model() if hasattr(module, "get_base_model") else module
+        head = causal.get_output_embeddings()
+        found = label_log_probs(plan.hidden.pop(), head.weight, head.bias, plan.targets, measured[1:])
+        labels = kwargs.get("num_items_in_batch")
+        output.loss = output.loss - found["log_probs"].sum() / (len(plan.targets) if labels is None else labels)
+    for name in measured:
+        setattr(output, name, found[name].new_zeros(plan.wanted.shape).masked_scatter(plan.wanted, found[name]))
     output.label_mask = plan.wanted
     return output
+
+
+def is_plain(head: Any) -> bool:
+    """Whether model/head.py may compute what this head does: whole float32 weights, on a CPU."""
+    import torch
+
+    if type(head) is not torch.nn.Linear or torch.is_autocast_enabled("cpu"):
+        return False
+    weight, sharded = head.weight, hasattr(head.weight, "device_mesh")
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not sharded
 
 
 def _disproof(model: Any, causal: Any, rows: Sequence[Sequence[int]]) -> str:
@@ -478,8 +524,7 @@ def _disproof(model: Any, causal: Any, rows: Sequence[Sequence[int]]) -> str:
     was_training = model.training
     model.eval()
     text = causal.config.get_text_config()
-    random = torch.randint(0, text.vocab_size, (4, 24), generator=torch.Generator().manual_seed(0)).tolist()
-    probe = [random[0], random[0][:12] + random[1][12:20], random[2], random[3][:5]]
+    probe = _probe(text.vocab_size)
     moved = [[*probe[0][:14], (probe[0][14] + 1) % text.vocab_size, *probe[0][15:]], *probe[1:]]
     batches: list[tuple[list[list[int]], list[Any]]] = [(probe, [])]
     if varlen_kernel(causal.device) is not None:
@@ -508,6 +553,48 @@ def _disproof(model: Any, causal: Any, rows: Sequence[Sequence[int]]) -> str:
     return ""
 
 
+def _probe(words: int) -> list[list[int]]:
+    """Four rows of random tokens, two of which begin alike."""
+    import torch
+
+    random = torch.randint(0, words, (4, 24), generator=torch.Generator().manual_seed(0)).tolist()
+    return [random[0], random[0][:12] + random[1][12:20], random[2], random[3][:5]]
+
+
+def _proves_own_head(model: Any, way: Way) -> bool:
+    """Whether TRL's fused head is there, and model/head.py gives its numbers."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    ids, mask = _padded(_probe(model.config.get_text_config().vocab_size), 0, model.device)
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def numbers(own: bool) -> list[torch.Tensor]:
+        way.own_head = own
+        with torch.no_grad():
+            output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, use_cache=False)
+        measured = (getattr(output, name, None) for name in HEAD_OUTPUTS)
+        return [found.float() for found in measured if found is not None]
+
+    try:
+        trls, ours = numbers(own=False), numbers(own=True)
+    except (TypeError, ValueError):  # without TRL's head the word means nothing
+        return False
+    finally:
+        model.train(was_training)
+    return bool(trls) and _difference(ours, trls, exact=True) <= TOLERANCE
+
+
+def _padded(rows: list[list[int]], padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of rows padded on the right."""
+    import torch
+
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], device=device)
+    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+
+
 def _look(
     model: Any, rows: list[list[int]], padding: int | None, trained: list[Any]
 ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor]]:
@@ -516,10 +603,7 @@ def _look(
     """
     import torch
 
-    width = max(map(len, rows))
-    # a classifier finds a row's end by the padding
-    ids = torch.tensor([[*row, *[padding or 0] * (width - len(row))] for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    ids, mask = _padded(rows, padding or 0, model.device)  # a classifier finds a row's end by the padding
     with torch.set_grad_enabled(bool(trained)):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         if logits.dim() == 2:

@@ -143,7 +143,8 @@ def padded_because(config: RecipeConfig, policy: Any, data: Data) -> str:
     if config.train.neftune_noise_alpha:
         return "NEFTune scales its noise by the padded length"
     first = [data.train[index] for index in range(min(len(data.train), packed.PROOF_ROWS))]
-    return packed.enable(policy, [ids for row in first for ids, _ in sequences(row).values()])
+    # trainers that sample may ask their head for a temperature, or for the entropy's gradient
+    return packed.enable(policy, [ids for row in first for ids, _ in sequences(row).values()], data.kind != "prompt")
 
 
 def announce(config: RecipeConfig, policy: Any, data: Data) -> None:

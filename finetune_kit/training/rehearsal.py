@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune_kit.model import packed
+from finetune_kit.model.head import label_log_probs
 
 # TRL's head works on tiles of this many tokens and words, and measures these besides the loss
 TILE_TOKENS, TILE_WORDS = 4096, 32768
@@ -165,10 +166,14 @@ def _give_shapes(policy: Any) -> None:
 def _loss(causal: Any, batch: Batch, setting: Setting) -> torch.Tensor:
     """A forward pass as TRL makes it. Nothing but the loss holds on to its tensors."""
     hidden = causal.base_model(**_inputs(batch), use_cache=False).last_hidden_state
+    head = causal.get_output_embeddings()
+    if batch.plan is not None and packed.is_plain(head):
+        hidden = hidden[0][torch.zeros(batch.scored, dtype=torch.long)]
+        targets = torch.zeros(batch.scored, dtype=torch.long)
+        return label_log_probs(hidden, head.weight, head.bias, targets, MEASURED[1:])["log_probs"].sum()
     if batch.plan is not None:  # the packed forward hands out the positions with a label, and one more
         hidden = hidden[0][torch.zeros(batch.scored + 1, dtype=torch.long)][None]
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    head = causal.get_output_embeddings()
     if setting.on_gpu:
         scored = hidden[torch.zeros(batch.scored, dtype=torch.long)]
         return TritonHead.apply(scored, head.weight).sum()  # type: ignore[no-any-return, no-untyped-call]  # torch's

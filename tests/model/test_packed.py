@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from finetune_kit.config import LoraConfig, ModelConfig
-from finetune_kit.model import adapters, packed
+from finetune_kit.model import adapters, head, packed
 from finetune_kit.model.load import load_policy
 from tests.fixtures_training import prepare
 from tests.model import varlen
@@ -346,19 +346,77 @@ def test_scores_of_a_classifier_and_their_gradients_equal_the_padded_models(fami
     assert seen == [8 + 12 + 16 + 20 + 4 * (10 + 1)]  # each prompt once
 
 
+ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
 @both
-def test_log_probabilities_of_trls_head_are_laid_out_in_padded_rows() -> None:
+@pytest.mark.parametrize("own_head", [False, True])
+def test_what_trls_head_measures_of_each_label_is_laid_out_in_padded_rows(own_head: bool) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     model, inputs = make(FAMILIES["llama"]), batch()
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    expected = model(**inputs, fused_lm_head=True)
-    assert packed.enable(model) == ""
-    found = model(**inputs, fused_lm_head=True)
+    add_fused_lm_head(model, outputs=ALL)
+
+    def outputs_and_gradient() -> tuple[Any, torch.Tensor]:
+        model.zero_grad()
+        output = model(**inputs, fused_lm_head=True)
+        output.loss.backward()
+        return output, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected, gradient = outputs_and_gradient()
+    assert packed.enable(model, own_head=own_head) == ""
+    found, packed_gradient = outputs_and_gradient()
     assert found.log_probs.shape == (5, 29)
-    assert float((found.log_probs - expected.log_probs).abs().max()) < 1e-5
+    for name in ("loss", *ALL[:-1]):
+        assert float((getattr(found, name) - getattr(expected, name)).detach().abs().max()) < 1e-5, name
     assert torch.equal(found.label_mask, expected.label_mask)
     assert torch.equal(found.is_top1, expected.is_top1)
+    assert float((packed_gradient - gradient).norm() / gradient.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("trained", ["hidden", "hidden weight bias"])
+@pytest.mark.parametrize("chunk", [1, 7 * 97, 2**23])
+def test_the_own_heads_numbers_and_gradients_are_those_of_log_softmax_in_chunks_of_1_7_and_20_rows(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, trained: str
+) -> None:
+    monkeypatch.setattr(head, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    parts = {"hidden": (20, 32), "weight": (97, 32), "bias": (97,)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in parts.items()}
+    for name in trained.split():
+        tensors[name].requires_grad_()
+    hidden, weight, bias = tensors.values()
+    targets, by = torch.arange(0, 80, 4), torch.randn(20, generator=generator)
+    found = head.label_log_probs(hidden, weight, bias, targets, ALL[1:])
+    logits = hidden @ weight.T + bias
+    every = logits.log_softmax(-1)
+    expected = {
+        "log_probs": every[torch.arange(20), targets],
+        "entropy": -(every.exp() * every).sum(-1),
+        "log_sum_sq_probs": (2 * every).logsumexp(-1),
+        "mean_logits": logits.mean(-1),
+        "is_top1": logits.argmax(-1) == targets,
+    }
+    for name, numbers in expected.items():
+        assert torch.allclose(found[name].float(), numbers.float(), atol=1e-5), name
+    inputs = [tensors[name] for name in trained.split()]
+    for ours, plain in zip(
+        torch.autograd.grad((found["log_probs"] * by).sum(), inputs),
+        torch.autograd.grad((expected["log_probs"] * by).sum(), inputs),
+        strict=True,
+    ):
+        assert torch.allclose(ours, plain, atol=1e-4)
+
+
+def test_a_head_with_a_temperature_keeps_its_own_numbers() -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, inputs = make(FAMILIES["llama"]), batch()
+    add_fused_lm_head(model, temperature=0.7, outputs=ALL)
+    expected = model(**inputs, fused_lm_head=True)
+    assert packed.enable(model, own_head=True) == ""
+    found = model(**inputs, fused_lm_head=True)
+    assert float((found.log_probs - expected.log_probs).detach().abs().max()) < 1e-5
 
 
 class TestCounts:
@@ -395,6 +453,19 @@ class TestCounts:
         assert packed.enable(model) == ""
         unique = 8 + 12 + 16 + 20 + 4 * (10 + 1)  # each prompt once
         assert self.flop(lambda: model(**inputs, fused_lm_head=True)) == unique * a_token + 8 * supervised * a_label
+
+    def test_a_label_costs_two_products_with_the_head_in_a_step_and_one_for_its_entropy(self) -> None:
+        from trl.trainer.utils import add_fused_lm_head
+
+        model, inputs = make(FAMILIES["llama"]), batch()
+        model.requires_grad_(False)
+        model.model.norm.requires_grad_(True)  # the gradient goes through the head, and no further
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        assert packed.enable(model, own_head=True) == ""
+        unique = 12 + 18 + 13 + 6 + 3  # of the five rows
+        labels = int((inputs["labels"][:, 1:] != -100).sum())
+        found = self.flop(lambda: model(**inputs, fused_lm_head=True).loss.backward())
+        assert found == unique * self.per_token(model) + labels * (2 * 2 * 32 * 97 + 2 * 97)
 
     def test_a_reward_costs_the_unique_tokens_in_the_layers_and_32_multiplications_a_slot_in_the_head(self) -> None:
         config = copy.deepcopy(FAMILIES["llama"])

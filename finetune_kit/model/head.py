@@ -1,0 +1,97 @@
+"""The language-model head on the positions that have a label: log-probabilities in chunks, with two products each.
+
+The gradient of a label's log-probability by its hidden state is (its row of the weight) - (the mean row, weighted by
+the probabilities), times a number that only backward knows. So the forward pass computes the direction while it has the
+logits, and backward multiplies: no logits are kept, and none are computed a second time. Only where the head itself is
+trained does its own gradient need them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**23  # logits at a time: 32 MiB in float32, and as much again for their probabilities
+MEASURES = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # by TRL's names, in this order
+
+
+def label_log_probs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, measured: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Of s labels, each (s,): `log_probs` in nats, and those of MEASURES that are asked for, without a gradient.
+
+    hidden: (s, h), weight: (v, h), bias: (v,), targets: (s,) token ids.
+    """
+    log_probs, *others = _LabelLogProbs.apply(hidden, weight, bias, targets, tuple(measured))  # type: ignore[no-untyped-call]  # torch's
+    return {"log_probs": log_probs, **{name: o for name, o in zip(MEASURES, others, strict=True) if o is not None}}
+
+
+class _Chunks:
+    """Logits and probabilities of some rows at a time, in the same memory each time."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.size = max(1, min(len(hidden), CHUNK // len(weight)))
+        self.logits, self.probs = (hidden.new_empty(self.size, len(weight)) for _ in range(2))
+        self.rows = [slice(at, min(at + self.size, len(hidden))) for at in range(0, len(hidden), self.size)]
+
+    def of(self, rows: slice) -> tuple[Tensor, Tensor]:
+        count = rows.stop - rows.start
+        logits, probs = self.logits[:count], self.probs[:count]
+        torch.mm(self.hidden[rows], self.weight.t(), out=logits)
+        if self.bias is not None:
+            logits += self.bias
+        torch.softmax(logits, dim=-1, out=probs)
+        return logits, probs
+
+
+class _LabelLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, measured: tuple[str, ...]
+    ) -> tuple[Tensor | None, ...]:
+        found: dict[str, list[Tensor]] = {name: [] for name in ("log_probs", *measured)}
+        direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        chunks = _Chunks(hidden, weight, bias)
+        for rows in chunks.rows:
+            logits, probs = chunks.of(rows)
+            labels = targets[rows, None]
+            top, best = logits.max(dim=-1, keepdim=True)
+            log_z = top - probs.gather(1, best).log()  # of the largest, which does not round to 0
+            picked = logits.gather(1, labels)
+            found["log_probs"].append((picked - log_z)[:, 0])
+            if "entropy" in measured:
+                found["entropy"].append(log_z[:, 0] - torch.einsum("sv,sv->s", probs, logits))
+            if "log_sum_sq_probs" in measured:
+                found["log_sum_sq_probs"].append(torch.einsum("sv,sv->s", probs, probs).log())
+            if "mean_logits" in measured:
+                found["mean_logits"].append(logits.mean(dim=-1))
+            if "is_top1" in measured:
+                found["is_top1"].append((best == labels)[:, 0])
+            if direction is not None:
+                torch.mm(probs, weight, out=direction[rows])
+                torch.sub(weight[targets[rows]], direction[rows], out=direction[rows])
+        ctx.save_for_backward(direction, hidden, weight, bias, targets)
+        outputs = [torch.cat(found[name]) if name in found else None for name in ("log_probs", *MEASURES)]
+        ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        direction, hidden, weight, bias, targets = ctx.saved_tensors
+        by_hidden = by[:, None] * direction if direction is not None else None
+        by_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        by_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        if by_weight is not None or by_bias is not None:
+            chunks = _Chunks(hidden, weight, bias)
+            for rows in chunks.rows:
+                by_logits = chunks.of(rows)[1].mul_(-by[rows, None])
+                by_logits.scatter_add_(1, targets[rows, None], by[rows, None])
+                if by_weight is not None:
+                    by_weight.addmm_(by_logits.t(), hidden[rows])
+                if by_bias is not None:
+                    by_bias += by_logits.sum(dim=0)
+        return by_hidden, by_weight, by_bias, None, None
