@@ -377,7 +377,7 @@ def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]], own_head: bo
             handle.remove()
         config._attn_implementation = before
     else:
-        way.own_head = own_head and _proves_own_head(model, way)
+        way.own_head = own_head and not hasattr(causal, "score") and _proves_own_head(model, way)
     return reason
 
 
