@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import shlex
 import sys
 import traceback
 import warnings
@@ -15,13 +14,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from finetune_kit import processes
 from finetune_kit import recipe as recipes
 from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, full_key, leaves, resolve
-from finetune_kit.errors import FinetuneKitError, NumericsError, ResourceError, SettingsError, Stopped
+from finetune_kit.errors import FinetuneKitError, NumericsError, SettingsError, Stopped
 from finetune_kit.floors import check_floors
 
 app = typer.Typer(
@@ -156,7 +154,7 @@ def check(
     from finetune_kit.data.preview import preview_json, print_preview
     from finetune_kit.model.load import load_tokenizer
     from finetune_kit.training import budget
-    from finetune_kit.training.plan import plan
+    from finetune_kit.training.plan import command_on_devices, does_not_fit, plan, print_plan, print_ways_on_devices
 
     room = budget.read_size(memory) if memory is not None else None
     tokenizer = load_tokenizer(settings.model, weights=measure)
@@ -177,101 +175,15 @@ def check(
         print(json.dumps({**preview_json(data, tokenizer), "plan": planned}, ensure_ascii=False, indent=1))
     else:
         print_preview(data, tokenizer, out)
-        _print_plan(settings, planned)
+        print_plan(settings, planned, out)
         if devices > 1:
-            _print_ways_on_devices(planned)
+            print_ways_on_devices(planned, out)
     typed = [word, *(["--config", str(config)] if config else []), *(words or [])]
     if devices > 1:
-        _advise(planned, typed)
+        command = command_on_devices(planned, typed)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"Try: {command}", markup=False)
     elif room is not None and not ways[0].fits:
-        raise _does_not_fit(planned, typed)
-
-
-def _print_plan(settings: RecipeConfig, planned: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    out.print("\n[bold]The run[/]")
-    table = Table.grid(padding=(0, 2))
-    table.add_row("model", escape(settings.model.name_or_path))
-    share = planned["trainable_parameters"] / planned["parameters"]
-    table.add_row(
-        "trained", f"{planned['trainable_parameters']:,} of {planned['parameters']:,} parameters ({share:.1%})"
-    )
-    if planned["target_modules"]:
-        table.add_row("adapted", ", ".join(f"{name}: {count}" for name, count in planned["target_modules"].items()))
-    budget = settings.train.max_tokens_per_batch
-    cut = f", each in {planned['passes_in_a_step']} passes of at most {budget:,} tokens" if budget else ""
-    table.add_row("steps", f"{planned['steps']:,} of {planned['rows_in_a_step']} rows{cut}")
-    if planned["padded_share"] is not None:
-        table.add_row("padding", f"{planned['padded_share']:.0%} of a padded batch")
-    sizes = planned["memory_bytes"]
-    parts = ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in sizes.items() if size)
-    table.add_row("memory", f"about {_size(sum(sizes.values()))}: {parts}")
-    if "measured" in planned:
-        measured = planned["measured"]
-        seconds = measured["seconds_a_step"]
-        table.add_row("measured", f"{seconds:.2f} s a step, so {seconds * planned['steps'] / 60:.1f} min of training;")
-        table.add_row("", f"peak memory {measured['peak_memory_gib']:.2f} GiB")
-    out.print(table)
-    if len(planned.get("ways", [])) > 1:
-        out.print(
-            f"\n[bold]What fits into {_size(planned['memory_room'])}[/]", "of the ways to train on as many rows a step"
-        )
-        table = Table.grid(padding=(0, 2))
-        for way in planned["ways"]:
-            table.add_row("yes" if way["fits"] else "no", _size(way["bytes"]), way["recipe"], " ".join(way["words"]))
-        out.print(table)
-
-
-def _print_ways_on_devices(planned: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    room = planned["memory_room"]
-    there = f" with {_size(room)} each" if room is not None else ""
-    out.print(
-        f"\n[bold]On {planned['devices']} devices{there}[/]: bytes on each, and sent by each in an optimizer step"
-    )
-    table = Table.grid(padding=(0, 2))
-    for way in planned["ways_on_devices"]:
-        fits = {True: "fits", False: "does not fit", None: ""}[way["fits"]]
-        row = (way["recipe"], " ".join(way["words"]), way["sharding"], _size(way["bytes"]), _size(way["sent"]), fits)
-        table.add_row(*row)
-    out.print(table)
-
-
-def _advise(planned: dict[str, Any], typed: list[str]) -> None:
-    """The command of the first way that fits. Raises ResourceError where none does."""
-    ways = planned["ways_on_devices"]
-    way = next((way for way in ways if way["fits"] is not False), None)
-    if way is None:
-        least = min(ways, key=lambda way: way["bytes"])
-        raise ResourceError(
-            f"None of these ways fits into {_size(planned['memory_room'])} on each of {planned['devices']} devices.",
-            f"The least is {_size(least['bytes'])}: take more devices, a smaller model or shorter rows.",
-        )
-    name = typed[0] if way["recipe"] == ways[0]["recipe"] else way["recipe"]
-    launched = f"--num_processes {planned['devices']} -m finetune_kit run"
-    words = shlex.join([name, *typed[1:], *way["words"]])
-    command = f"accelerate launch --config_file {way['file']} {launched} {words}"
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"Try: {command}", markup=False)
-
-
-def _does_not_fit(planned: dict[str, Any], typed: list[str]) -> ResourceError:
-    asked, *others = planned["ways"]
-    message = f"{asked['recipe']} needs about {_size(asked['bytes'])}; there is {_size(planned['memory_room'])}."
-    way = next((way for way in others if way["fits"]), None)
-    if way is None:
-        least = min(planned["ways"], key=lambda way: way["bytes"])
-        return ResourceError(
-            message, f"None of the ways tried fits; the least is {_size(least['bytes'])}. Take a smaller model or rows."
-        )
-    name = typed[0] if way["recipe"] == asked["recipe"] else way["recipe"]
-    command = shlex.join([name, *typed[1:], *way["words"]])
-    return ResourceError(message, f"About {_size(way['bytes'])}: python -m finetune_kit run {command}")
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+        raise does_not_fit(planned, typed)
 
 
 @app.command()

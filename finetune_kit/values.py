@@ -171,3 +171,8 @@ def _number(text: str, kind: type) -> float | None:
     if not math.isfinite(number) or (kind is int and number != int(number)):
         return None
     return kind(number)  # type: ignore[no-any-return]  # int or float
+
+
+def sized(count: int) -> str:
+    """Bytes, for people: 1.50 GiB, 96.0 MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

@@ -1,16 +1,22 @@
-"""What a run is going to do and need, counted from shapes before anything is loaded."""
+"""What a run is going to do and need, counted from shapes before anything is loaded; and the same in words."""
 
 from __future__ import annotations
 
-from typing import Any
+import shlex
+from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import RecipeConfig
 from finetune_kit.data.load import Data
+from finetune_kit.errors import ResourceError
 from finetune_kit.model.adapters import matched_modules
 from finetune_kit.model.load import empty_policy
 from finetune_kit.training.arguments import check_train, steps
 from finetune_kit.training.batches import check_batches, padded_share, plan_layout
 from finetune_kit.training.memory import memory
+from finetune_kit.values import sized
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]:
@@ -33,3 +39,98 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
         "target_modules": {} if lora is None else matched_modules(policy),
         "memory_bytes": memory(config, data, policy),
     }
+
+
+def print_plan(settings: RecipeConfig, planned: dict[str, Any], out: Console) -> None:
+    """What a run is going to do and need, and where a budget was given, what fits into it."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    out.print("\n[bold]The run[/]")
+    table = Table.grid(padding=(0, 2))
+    table.add_row("model", escape(settings.model.name_or_path))
+    share = planned["trainable_parameters"] / planned["parameters"]
+    table.add_row(
+        "trained", f"{planned['trainable_parameters']:,} of {planned['parameters']:,} parameters ({share:.1%})"
+    )
+    if planned["target_modules"]:
+        table.add_row("adapted", ", ".join(f"{name}: {count}" for name, count in planned["target_modules"].items()))
+    budget = settings.train.max_tokens_per_batch
+    cut = f", each in {planned['passes_in_a_step']} passes of at most {budget:,} tokens" if budget else ""
+    table.add_row("steps", f"{planned['steps']:,} of {planned['rows_in_a_step']} rows{cut}")
+    if planned["padded_share"] is not None:
+        table.add_row("padding", f"{planned['padded_share']:.0%} of a padded batch")
+    sizes = planned["memory_bytes"]
+    parts = ", ".join(f"{name.replace('_', ' ')} {sized(size)}" for name, size in sizes.items() if size)
+    table.add_row("memory", f"about {sized(sum(sizes.values()))}: {parts}")
+    if "measured" in planned:
+        measured = planned["measured"]
+        seconds = measured["seconds_a_step"]
+        table.add_row("measured", f"{seconds:.2f} s a step, so {seconds * planned['steps'] / 60:.1f} min of training;")
+        table.add_row("", f"peak memory {measured['peak_memory_gib']:.2f} GiB")
+    out.print(table)
+    if len(planned.get("ways", [])) > 1:
+        out.print(
+            f"\n[bold]What fits into {sized(planned['memory_room'])}[/]",
+            "of the ways to train on as many rows a step",
+        )
+        table = Table.grid(padding=(0, 2))
+        for way in planned["ways"]:
+            table.add_row("yes" if way["fits"] else "no", sized(way["bytes"]), way["recipe"], " ".join(way["words"]))
+        out.print(table)
+
+
+def print_ways_on_devices(planned: dict[str, Any], out: Console) -> None:
+    """The ways to share a run among devices, with the bytes that each holds and sends."""
+    from rich.table import Table
+
+    room = planned["memory_room"]
+    there = f" with {sized(room)} each" if room is not None else ""
+    out.print(
+        f"\n[bold]On {planned['devices']} devices{there}[/]: bytes on each, and sent by each in an optimizer step"
+    )
+    table = Table.grid(padding=(0, 2))
+    for way in planned["ways_on_devices"]:
+        fits = {True: "fits", False: "does not fit", None: ""}[way["fits"]]
+        row = (
+            way["recipe"],
+            " ".join(way["words"]),
+            way["sharding"],
+            sized(way["bytes"]),
+            sized(way["sent"]),
+            fits,
+        )
+        table.add_row(*row)
+    out.print(table)
+
+
+def command_on_devices(planned: dict[str, Any], typed: list[str]) -> str:
+    """The command of the first way that fits, made of what was `typed`. Raises ResourceError where none does."""
+    ways = planned["ways_on_devices"]
+    way = next((way for way in ways if way["fits"] is not False), None)
+    if way is None:
+        least = min(ways, key=lambda way: way["bytes"])
+        raise ResourceError(
+            f"None of these ways fits into {sized(planned['memory_room'])} on each of {planned['devices']} devices.",
+            f"The least is {sized(least['bytes'])}: take more devices, a smaller model or shorter rows.",
+        )
+    name = typed[0] if way["recipe"] == ways[0]["recipe"] else way["recipe"]
+    launched = f"--num_processes {planned['devices']} -m finetune_kit run"
+    words = shlex.join([name, *typed[1:], *way["words"]])
+    return f"accelerate launch --config_file {way['file']} {launched} {words}"
+
+
+def does_not_fit(planned: dict[str, Any], typed: list[str]) -> ResourceError:
+    """The error of a run that needs more than there is, with the command of the first way that fits."""
+    asked, *others = planned["ways"]
+    message = f"{asked['recipe']} needs about {sized(asked['bytes'])}; there is {sized(planned['memory_room'])}."
+    way = next((way for way in others if way["fits"]), None)
+    if way is None:
+        least = min(planned["ways"], key=lambda way: way["bytes"])
+        return ResourceError(
+            message,
+            f"None of the ways tried fits; the least is {sized(least['bytes'])}. Take a smaller model or rows.",
+        )
+    name = typed[0] if way["recipe"] == asked["recipe"] else way["recipe"]
+    command = shlex.join([name, *typed[1:], *way["words"]])
+    return ResourceError(message, f"About {sized(way['bytes'])}: python -m finetune_kit run {command}")

@@ -14,6 +14,7 @@ from finetune_kit.config import TrainConfig
 from finetune_kit.errors import ResourceError
 from finetune_kit.training import checkpoint
 from finetune_kit.training.progress import console
+from finetune_kit.values import sized
 
 MOST_FAILED_SAVES = 3
 SPARE = 16 * 2**20  # bytes left on the disk for the run's small files
@@ -93,7 +94,7 @@ def check_start(model: Any, train: TrainConfig, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ResourceError(
-            f"The disk of {folder} has {_size(free)} free; the run leaves about {_size(needed)}.",
+            f"The disk of {folder} has {sized(free)} free; the run leaves about {sized(needed)}.",
             "Make room, or put the run elsewhere: output_dir=…",
         )
 
@@ -143,7 +144,7 @@ class Disk:
         the parts gather weights, so that a process cannot leave them alone: there the error of the disk is raised.
         """
         needed, free = bytes_of_checkpoint(model, self.folder) + SPARE, shutil.disk_usage(self.folder).free
-        why = "" if free >= needed else f"the disk has {_size(free)} free, a checkpoint needs {_size(needed)}"
+        why = "" if free >= needed else f"the disk has {sized(free)} free, a checkpoint needs {sized(needed)}"
         for part in parts:
             if not all_agree(accelerator, not why):
                 break
@@ -214,7 +215,3 @@ def full(folder: Path, what: str) -> ResourceError:
 def first_line(error: BaseException) -> str:
     """What an error says, for the middle of a sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
