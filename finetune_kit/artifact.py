@@ -170,6 +170,7 @@ def save_weights(
     `weights`: those of a model that is cut into shards, gathered.
     """
     given = {} if weights is None else {"state_dict": weights}
+    (folder / "README.md").unlink(missing_ok=True)  # the half of one, which PEFT would read
     generation = None if auto_class(model) == REWARDS else model.generation_config
     if generation is not None:
         generation.eos_token_id, generation.pad_token_id = end_token_ids, tokenizer.pad_token_id

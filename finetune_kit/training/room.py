@@ -119,7 +119,7 @@ def rehearse_save(model: Any, folder: Path) -> None:
         checkpoint.commit(trial, {})
         failed = checkpoint.broken(trial)
     except (OSError, SafetensorError) as error:
-        failed = str(error).splitlines()[0]
+        failed = first_line(error)
     finally:
         shutil.rmtree(trial, ignore_errors=True)
     if failed:
@@ -214,4 +214,6 @@ def full(folder: Path, what: str) -> ResourceError:
 
 def first_line(error: BaseException) -> str:
     """What an error says, for the middle of a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
