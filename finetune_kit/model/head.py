@@ -36,7 +36,7 @@ class _Chunks:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.size = max(1, min(len(hidden), CHUNK // len(weight)))
         self.logits, self.probs = (hidden.new_empty(self.size, len(weight)) for _ in range(2))
-        self.rows = [slice(at, min(at + self.size, len(hidden))) for at in range(0, len(hidden), self.size)]
+        self.rows = [slice(at, min(at + self.size, len(hidden))) for at in range(0, max(len(hidden), 1), self.size)]
 
     def of(self, rows: slice) -> tuple[Tensor, Tensor]:
         count = rows.stop - rows.start

@@ -408,6 +408,13 @@ def test_the_own_heads_numbers_and_gradients_are_those_of_log_softmax_in_chunks_
         assert torch.allclose(ours, plain, atol=1e-4)
 
 
+def test_the_own_head_of_no_label_at_all_says_nothing() -> None:
+    found = head.label_log_probs(
+        torch.zeros(0, 32), torch.zeros(97, 32), None, torch.zeros(0, dtype=torch.long), ALL[1:]
+    )
+    assert {name: numbers.shape for name, numbers in found.items()} == dict.fromkeys(ALL, (0,))
+
+
 def test_a_head_with_a_temperature_keeps_its_own_numbers() -> None:
     from trl.trainer.utils import add_fused_lm_head
 
