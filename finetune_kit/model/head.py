@@ -9,7 +9,7 @@ trained does its own gradient need them again.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,17 @@ def label_log_probs(
     return {"log_probs": log_probs, **{name: o for name, o in zip(MEASURES, others, strict=True) if o is not None}}
 
 
+class _Chunk(NamedTuple):
+    """Some rows: (c, v) logits less the row's largest, (c, v) probabilities; (c, 1) the largest logit, its token, and
+    the logarithm of the sum that the probabilities were divided by."""
+
+    logits: Tensor
+    probs: Tensor
+    top: Tensor
+    best: Tensor
+    log_sum: Tensor
+
+
 class _Chunks:
     """Logits and probabilities of some rows at a time, in the same memory each time."""
 
@@ -38,14 +49,17 @@ class _Chunks:
         self.logits, self.probs = (hidden.new_empty(self.size, len(weight)) for _ in range(2))
         self.rows = [slice(at, min(at + self.size, len(hidden))) for at in range(0, max(len(hidden), 1), self.size)]
 
-    def of(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def of(self, rows: slice) -> _Chunk:
         count = rows.stop - rows.start
         logits, probs = self.logits[:count], self.probs[:count]
         torch.mm(self.hidden[rows], self.weight.t(), out=logits)
         if self.bias is not None:
             logits += self.bias
-        torch.softmax(logits, dim=-1, out=probs)
-        return logits, probs
+        top, best = logits.max(dim=-1, keepdim=True)
+        torch.exp(logits.sub_(top), out=probs)
+        # torch.softmax adds up tens of thousands of words less exactly than torch.sum: SmolLM2's entropy by 5e-4
+        total = probs.sum(dim=-1, keepdim=True)
+        return _Chunk(logits, probs.div_(total), top, best, total.log())
 
 
 class _LabelLogProbs(torch.autograd.Function):
@@ -57,20 +71,18 @@ class _LabelLogProbs(torch.autograd.Function):
         direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         chunks = _Chunks(hidden, weight, bias)
         for rows in chunks.rows:
-            logits, probs = chunks.of(rows)
+            logits, probs, top, best, log_sum = chunks.of(rows)
             labels = targets[rows, None]
-            top, best = logits.max(dim=-1, keepdim=True)
-            log_z = top - probs.gather(1, best).log()  # of the largest, which does not round to 0
-            picked = logits.gather(1, labels)
-            found["log_probs"].append((picked - log_z)[:, 0])
-            if "entropy" in measured:
-                found["entropy"].append(log_z[:, 0] - torch.einsum("sv,sv->s", probs, logits))
-            if "log_sum_sq_probs" in measured:
-                found["log_sum_sq_probs"].append(torch.einsum("sv,sv->s", probs, probs).log())
-            if "mean_logits" in measured:
-                found["mean_logits"].append(logits.mean(dim=-1))
+            found["log_probs"].append((logits.gather(1, labels) - log_sum)[:, 0])
             if "is_top1" in measured:
                 found["is_top1"].append((best == labels)[:, 0])
+            if "mean_logits" in measured:
+                found["mean_logits"].append(top[:, 0] + logits.mean(dim=-1))
+            # products in the logits' place, which nothing needs any more; a matrix product would sum them one by one
+            if "entropy" in measured:
+                found["entropy"].append(log_sum[:, 0] - logits.mul_(probs).sum(dim=-1))
+            if "log_sum_sq_probs" in measured:
+                found["log_sum_sq_probs"].append(torch.mul(probs, probs, out=logits).sum(dim=-1).log())
             if direction is not None:
                 torch.mm(probs, weight, out=direction[rows])
                 torch.sub(weight[targets[rows]], direction[rows], out=direction[rows])
@@ -88,7 +100,7 @@ class _LabelLogProbs(torch.autograd.Function):
         if by_weight is not None or by_bias is not None:
             chunks = _Chunks(hidden, weight, bias)
             for rows in chunks.rows:
-                by_logits = chunks.of(rows)[1].mul_(-by[rows, None])
+                by_logits = chunks.of(rows).probs.mul_(-by[rows, None])
                 by_logits.scatter_add_(1, targets[rows, None], by[rows, None])
                 if by_weight is not None:
                     by_weight.addmm_(by_logits.t(), hidden[rows])

@@ -408,6 +408,40 @@ def test_the_own_heads_numbers_and_gradients_are_those_of_log_softmax_in_chunks_
         assert torch.allclose(ours, plain, atol=1e-4)
 
 
+def test_on_smollm2_the_own_head_proves_equal_and_is_the_one_that_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    scored: list[int] = []
+    scores = head.label_log_probs
+    monkeypatch.setattr(
+        head, "label_log_probs", lambda hidden, *rest: scored.append(len(hidden)) or scores(hidden, *rest)
+    )
+    model, inputs = load_policy(ModelConfig(), None), batch()
+    add_fused_lm_head(model, outputs=ALL)
+    assert packed.enable(model, own_head=True) == ""
+    scored.clear()
+    model(**inputs, fused_lm_head=True)
+    assert scored == [int((inputs["labels"][:, 1:] != -100).sum())]
+
+
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_the_own_heads_numbers_over_49152_words_are_exact_to_2e_5(shift: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((49152, 64), generator=generator) * 0.3
+    hidden, targets = torch.randn((9, 64), generator=generator), torch.arange(9)
+    bias = torch.full((49152,), shift)
+    found = head.label_log_probs(hidden, weight, bias, targets, ("entropy", "log_sum_sq_probs"))
+    every = (hidden.double() @ weight.double().T).log_softmax(-1)
+    expected = {
+        "log_probs": every[torch.arange(9), targets],
+        "entropy": -(every.exp() * every).sum(-1),
+        "log_sum_sq_probs": (2 * every).logsumexp(-1),
+    }
+    assert {name: float((found[name] - exact).abs().max()) < 2e-5 for name, exact in expected.items()} == dict.fromkeys(
+        expected, True
+    )
+
+
 def test_the_own_head_of_no_label_at_all_says_nothing() -> None:
     found = head.label_log_probs(
         torch.zeros(0, 32), torch.zeros(97, 32), None, torch.zeros(0, dtype=torch.long), ALL[1:]
@@ -461,7 +495,7 @@ class TestCounts:
         unique = 8 + 12 + 16 + 20 + 4 * (10 + 1)  # each prompt once
         assert self.flop(lambda: model(**inputs, fused_lm_head=True)) == unique * a_token + 8 * supervised * a_label
 
-    def test_a_label_costs_two_products_with_the_head_in_a_step_and_one_for_its_entropy(self) -> None:
+    def test_a_label_costs_two_products_with_the_head_in_a_step(self) -> None:
         from trl.trainer.utils import add_fused_lm_head
 
         model, inputs = make(FAMILIES["llama"]), batch()
@@ -472,7 +506,7 @@ class TestCounts:
         unique = 12 + 18 + 13 + 6 + 3  # of the five rows
         labels = int((inputs["labels"][:, 1:] != -100).sum())
         found = self.flop(lambda: model(**inputs, fused_lm_head=True).loss.backward())
-        assert found == unique * self.per_token(model) + labels * (2 * 2 * 32 * 97 + 2 * 97)
+        assert found == unique * self.per_token(model) + labels * 2 * 2 * 32 * 97
 
     def test_a_reward_costs_the_unique_tokens_in_the_layers_and_32_multiplications_a_slot_in_the_head(self) -> None:
         config = copy.deepcopy(FAMILIES["llama"])
