@@ -107,3 +107,11 @@ class _LabelLogProbs(torch.autograd.Function):
                 if by_bias is not None:
                     by_bias += by_logits.sum(dim=0)
         return by_hidden, by_weight, by_bias, None, None
+
+
+def is_plain(head: Any) -> bool:
+    """Whether label_log_probs may compute what this head does: whole float32 weights, on a CPU."""
+    if type(head) is not torch.nn.Linear or torch.is_autocast_enabled("cpu"):
+        return False
+    weight, sharded = head.weight, hasattr(head.weight, "device_mesh")
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not sharded

@@ -17,7 +17,7 @@ from torch import Tensor
 from finetune_kit.errors import NumericsError
 from finetune_kit.generation import evaluation_mode, in_batches
 from finetune_kit.model.adapters import is_adapter
-from finetune_kit.model.packed import WORTH_SHARING
+from finetune_kit.model.layout import WORTH_SHARING
 from finetune_kit.rl.math import entropy_from_logits, token_logprobs
 
 

@@ -22,6 +22,7 @@ from finetune_kit.hub import push_checkpoint
 from finetune_kit.model import packed
 from finetune_kit.model.adapters import parameter_counts
 from finetune_kit.model.load import computes_in_bfloat16, device
+from finetune_kit.model.proof import PROOF_ROWS
 from finetune_kit.training.batches import check_batches, check_loader, micro_batch
 from finetune_kit.training.checkpoint import begin
 from finetune_kit.training.guard import Guard, watching
@@ -142,7 +143,7 @@ def padded_because(config: RecipeConfig, policy: Any, data: Data) -> str:
         return ""  # TRL lays packed rows end to end itself
     if config.train.neftune_noise_alpha:
         return "NEFTune scales its noise by the padded length"
-    first = [data.train[index] for index in range(min(len(data.train), packed.PROOF_ROWS))]
+    first = [data.train[index] for index in range(min(len(data.train), PROOF_ROWS))]
     # trainers that sample may ask their head for a temperature, or for the entropy's gradient
     return packed.enable(policy, [ids for row in first for ids, _ in sequences(row).values()], data.kind != "prompt")
 

@@ -18,8 +18,9 @@ from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.evaluation.compare import MARGIN
 from finetune_kit.evaluation.loss import IGNORED, LOGITS
-from finetune_kit.model import packed
+from finetune_kit.model import kernel
 from finetune_kit.model.fourbit import compute_dtype
+from finetune_kit.model.layout import make_plan
 from finetune_kit.model.load import computes_in_bfloat16, device, load_model_config, weight_dtype
 from finetune_kit.training.arguments import DEFAULT_OPTIMIZER
 from finetune_kit.training.batches import by_row, micro_batch, plan_layout
@@ -221,13 +222,13 @@ def longest_batch(config: RecipeConfig, data: Data, policy: Any) -> Batch:
     scored = sum(label != IGNORED for _, labels in longest for label in labels[1:])
     plan = None
     unpadded = config.train.padding_free and not config.train.neftune_noise_alpha
-    unpadded = unpadded and not packed.refusal(device(), torch.bfloat16, policy.config)
+    unpadded = unpadded and not kernel.refusal(device(), torch.bfloat16, policy.config)
     if unpadded and policy.config._attn_implementation == "sdpa":
         padded = torch.tensor([list(ids) + [0] * (width - len(ids)) for ids, _ in longest])
         mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
-        plan = packed.make_plan(padded, mask, share=True)
-        if (kernel := packed.varlen_kernel(device())) is not None:
-            plan = replace(plan, varlen=packed.make_varlen(plan.segments, kernel, padded.device))
+        plan = make_plan(padded, mask, share=True)
+        if (attends := kernel.varlen_kernel(device())) is not None:
+            plan = replace(plan, varlen=kernel.make_varlen(plan.segments, attends, padded.device))
     return Batch(len(longest), width, min(lengths) < width, scored, plan=plan)
 
 

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune_kit.model import packed
-from finetune_kit.model.head import label_log_probs
+from finetune_kit.model.head import is_plain, label_log_probs
+from finetune_kit.model.layout import Plan
 
 # TRL's head works on tiles of this many tokens and words, and measures these besides the loss
 TILE_TOKENS, TILE_WORDS = 4096, 32768
@@ -44,7 +45,7 @@ class Batch:
     padded: bool
     scored: int
     end_to_end: bool = False
-    plan: packed.Plan | None = None
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _copy(policy: Any, count: int) -> tuple[Any, torch.nn.ModuleList]:
 def _as_in_training(policy: Any, causal: Any, batch: Batch, setting: Setting) -> None:
     policy.train()
     if batch.plan is not None:
-        packed._register()
+        packed.register()
         causal.config._attn_implementation = packed.ATTENTION
     for name, layer in policy.named_modules():
         if name in setting.quantised:
@@ -167,7 +168,7 @@ def _loss(causal: Any, batch: Batch, setting: Setting) -> torch.Tensor:
     """A forward pass as TRL makes it. Nothing but the loss holds on to its tensors."""
     hidden = causal.base_model(**_inputs(batch), use_cache=False).last_hidden_state
     head = causal.get_output_embeddings()
-    if batch.plan is not None and packed.is_plain(head):
+    if batch.plan is not None and is_plain(head):
         hidden = hidden[0][torch.zeros(batch.scored, dtype=torch.long)]
         targets = torch.zeros(batch.scored, dtype=torch.long)
         return label_log_probs(hidden, head.weight, head.bias, targets, MEASURED[1:])["log_probs"].sum()

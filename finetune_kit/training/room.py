@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from finetune_kit import processes
 from finetune_kit.config import TrainConfig
 from finetune_kit.errors import ResourceError
 from finetune_kit.training import checkpoint
-from finetune_kit.training.progress import console
+from finetune_kit.training.progress import NO_ROOM, console
 from finetune_kit.values import sized
 
 MOST_FAILED_SAVES = 3
@@ -187,7 +186,7 @@ def all_agree(accelerator: Any, well: bool) -> bool:
 
 def is_full_disk(error: BaseException) -> bool:
     """Whether an error says that the disk, or one's share of it, is full."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return True
     return any(sign in str(error) for sign in FULL_DISK)
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from finetune_kit.config import LoraConfig, ModelConfig
-from finetune_kit.model import adapters, head, packed
+from finetune_kit.model import adapters, head, kernel, layout, packed, proof
 from finetune_kit.model.load import load_policy
 from tests.fixtures_training import prepare
 from tests.model import varlen
@@ -64,10 +64,10 @@ WINDOWED: dict[str, Any] = {
 }
 
 
-def attend_by(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., torch.Tensor]) -> None:
+def attend_by(monkeypatch: pytest.MonkeyPatch, attends: Callable[..., torch.Tensor]) -> None:
     """Let a kernel attend on the CPU as torch's does on CUDA, whatever the type and the heads."""
-    monkeypatch.setattr(packed, "varlen_kernel", lambda device: kernel)
-    monkeypatch.setattr(packed, "refusal", lambda *given: "")
+    monkeypatch.setattr(kernel, "varlen_kernel", lambda device: attends)
+    monkeypatch.setattr(kernel, "refusal", lambda *given: "")
 
 
 @pytest.fixture(params=["SDPA by segment", "a varlen kernel"])
@@ -219,7 +219,7 @@ def test_a_row_of_30_tokens_under_a_sliding_window_of_26_is_packed_and_exact(win
     assert_equal_training(model, inputs)
     seen = layer_tokens(model)
     log_probs(model, inputs)
-    assert seen == [79 - 2 * (shared if shared >= packed.WORTH_SHARING else 0) - 3]
+    assert seen == [79 - 2 * (shared if shared >= layout.WORTH_SHARING else 0) - 3]
     if whole is not None:  # the window acts: without it the numbers are others
         inside = log_probs(whole, inputs)
         whole.config.sliding_window = None
@@ -572,8 +572,8 @@ class TestVarlen:
 
     def test_rows_that_share_nothing_hand_over_their_keys_as_they_are(self) -> None:
         inputs = batch(shared=0)
-        plan = packed.make_plan(inputs["input_ids"][:4], inputs["attention_mask"][:4], share=True)
-        told = packed.make_varlen(plan.segments, varlen.reference, torch.device("cpu"))
+        plan = layout.make_plan(inputs["input_ids"][:4], inputs["attention_mask"][:4], share=True)
+        told = kernel.make_varlen(plan.segments, varlen.reference, torch.device("cpu"))
         assert told.seen is None
         assert told.queries.tolist() == told.keys.tolist()
 
@@ -595,7 +595,7 @@ class TestVarlen:
         with torch.autocast("cpu", torch.bfloat16):
             found = log_probs(model, inputs)
         assert types == {torch.bfloat16}
-        assert packed._difference([found], [expected], exact=False) < packed.ROUGH_TOLERANCE / 5
+        assert proof._difference([found], [expected], exact=False) < proof.ROUGH_TOLERANCE / 5
 
     def test_attention_dropout_is_left_to_sdpa(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[int] = []
@@ -617,7 +617,7 @@ class TestVarlen:
         assert len(calls) == 2
 
     @pytest.mark.parametrize(
-        ("kernel", "dtype", "reason"),
+        ("attends", "dtype", "reason"),
         [
             (top_left, torch.float32, "log-probabilities differ by"),
             (top_left, torch.bfloat16, "log-probabilities differ by"),
@@ -628,13 +628,13 @@ class TestVarlen:
         ],
     )
     def test_a_broken_kernel_is_noticed_at_the_start_and_batches_stay_padded(
-        self, kernel: Any, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+        self, attends: Any, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        attend_by(monkeypatch, kernel)
+        attend_by(monkeypatch, attends)
         model, inputs = make(FAMILIES["llama"]).to(dtype), batch()
         generator = torch.Generator().manual_seed(3)
         rows = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in (120, 90)]
-        if kernel is not forgetful:  # that one is right on rows of up to 40 tokens
+        if attends is not forgetful:  # that one is right on rows of up to 40 tokens
             assert reason in packed.enable(make(FAMILIES["llama"]).to(dtype))
         expected = log_probs(model, inputs)
         assert reason in packed.enable(model, rows)
@@ -665,7 +665,7 @@ class TestVarlen:
         assert packed.enable(model) == ""
         seen = layer_tokens(model)
         log_probs(model, inputs)
-        monkeypatch.setattr(packed, "refusal", lambda device, dtype, config: f"no kernel for {dtype}")
+        monkeypatch.setattr(kernel, "refusal", lambda device, dtype, config: f"no kernel for {dtype}")
         for _ in range(2):
             log_probs(model, inputs)
         assert seen == [52, 150, 150]
@@ -686,24 +686,24 @@ class TestVarlen:
     def test_what_the_kernel_cannot_do_is_known_before_it_is_called(
         self, device: str, dtype: torch.dtype, head_dim: int, reason: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(packed, "computes_in_bfloat16", lambda: True)
+        monkeypatch.setattr(kernel, "computes_in_bfloat16", lambda: True)
         config = LlamaConfig(**{**SHAPE, "head_dim": head_dim})
-        assert packed.refusal(torch.device(device), dtype, config) == reason
+        assert kernel.refusal(torch.device(device), dtype, config) == reason
 
     def test_an_old_gpu_and_an_old_torch_stay_padded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cuda, given = torch.device("cuda"), (torch.bfloat16, FAMILIES["llama"])
-        assert packed.refusal(cuda, *given) == "varlen attention needs a GPU with bfloat16 units"  # there is none here
+        assert kernel.refusal(cuda, *given) == "varlen attention needs a GPU with bfloat16 units"  # there is none here
         old = lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None: query  # noqa: E731
-        monkeypatch.setattr(packed, "varlen_kernel", lambda device: old)
-        assert "lacks enable_gqa: torch 2.13 has it" in packed.refusal(cuda, *given)
+        monkeypatch.setattr(kernel, "varlen_kernel", lambda device: old)
+        assert "lacks enable_gqa: torch 2.13 has it" in kernel.refusal(cuda, *given)
 
     def test_torchs_own_kernel_takes_the_call_forward_and_backward_by_its_shapes(self) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.nn.attention.varlen import varlen_attn
 
         inputs = batch()
-        plan = packed.make_plan(inputs["input_ids"], inputs["attention_mask"], share=True)
-        told = packed.make_varlen(plan.segments, varlen_attn, torch.device("cpu"))
+        plan = layout.make_plan(inputs["input_ids"], inputs["attention_mask"], share=True)
+        told = kernel.make_varlen(plan.segments, varlen_attn, torch.device("cpu"))
         assert told.seen is not None
         with FakeTensorMode(allow_non_fake_inputs=True):
             states = [torch.empty(1, heads, 52, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
@@ -716,15 +716,15 @@ class TestVarlen:
     @pytest.mark.parametrize("window", [None, 26])
     def test_on_a_gpu_torchs_own_kernel_gives_the_stand_ins_numbers_and_gradients(self, window: int | None) -> None:
         cuda, inputs = torch.device("cuda"), batch()
-        plan = packed.make_plan(inputs["input_ids"], inputs["attention_mask"], share=True)
-        kernel = packed.varlen_kernel(cuda)
-        assert kernel is not None
+        plan = layout.make_plan(inputs["input_ids"], inputs["attention_mask"], share=True)
+        real = kernel.varlen_kernel(cuda)
+        assert real is not None
         generator = torch.Generator().manual_seed(4)
         drawn = [torch.randn(1, heads, 52, 64, generator=generator).bfloat16() for heads in (4, 2, 2)]
         found: list[list[torch.Tensor]] = []
-        for device, attends in ((torch.device("cpu"), varlen.reference), (cuda, kernel)):
+        for device, attends in ((torch.device("cpu"), varlen.reference), (cuda, real)):
             states = [part.to(device).requires_grad_() for part in drawn]
-            told = packed.make_varlen(plan.segments, attends, device)
+            told = kernel.make_varlen(plan.segments, attends, device)
             given = {"packed": replace(plan.to(device), varlen=told), "sliding_window": window}
             output, _ = packed.attend(None, *states, None, **given)
             output.float().square().sum().backward()

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MixtralConfig, TrainerCallback
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.data.load import load_data
-from finetune_kit.model import packed
+from finetune_kit.model import kernel
 from finetune_kit.model.load import empty_policy, load_tokenizer
 from finetune_kit.training import memory as training_memory
 from finetune_kit.training.memory import four_bit, longest_batch, memory, optimizer_state, settle_types, weights
@@ -167,7 +167,7 @@ def test_on_a_gpu_rows_are_planned_without_padding_and_by_the_varlen_kernel(
     run = prepare("lora_sft", home, "data.size=8")
     policy, _ = empty(run.config.model, run.config.lora)  # type: ignore[attr-defined]
     on_cpu = longest_batch(run.config, run.data, policy).plan
-    for module in (training_memory, packed):
+    for module in (training_memory, kernel):
         monkeypatch.setattr(module, "computes_in_bfloat16", lambda: True)
     monkeypatch.setattr(training_memory, "device", lambda: torch.device("cuda"))
     on_gpu = longest_batch(run.config, run.data, policy).plan
