@@ -415,9 +415,7 @@ class PPOTrainer:
             kept = self.step, self.constant, self.varied, self.kl_coef, self.scheduler.state_dict()
             self.restore(self.good)
             self.step, self.constant, self.varied, self.kl_coef = kept[:4]
-            self.scheduler.load_state_dict(kept[4])
-            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate
+            self._set_schedule(kept[4])
         if self.is_main:
             back = "; weights and optimizer are those it began with" if policy == "rollback" else ""
             self.record.say(f"note: a step of update {self.step} is skipped{back}: a gradient is not finite. {rows}")
@@ -550,11 +548,15 @@ class PPOTrainer:
                 assert weight is not None
                 self.trained[name].copy_(weight)
         load_optimizer(self.optimizer, list(self.trained), snapshot.tensors)
-        self.scheduler.load_state_dict(snapshot.scheduler)
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        self._set_schedule(snapshot.scheduler)
         self.step, self.kl_coef = int(snapshot.numbers["step"]), float(snapshot.numbers["kl_coef"])
         self.constant, self.varied = int(snapshot.numbers["constant"]), bool(snapshot.numbers["varied"])
+
+    def _set_schedule(self, state: dict[str, Any]) -> None:
+        """Put the schedule back, and the rates that follow from it into the optimizer."""
+        self.scheduler.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint folder of this very run."""
