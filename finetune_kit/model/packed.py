@@ -84,22 +84,19 @@ def attend(
         return kernel.attend_at_once(packed.varlen, query, key, value, scaling, sliding_window), None
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    # by split, whose gradient is one cat: that of a slice is as long as the packed row
+    lengths = [segment.length for segment in packed.segments]
+    queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
+    at = {segment.start: index for index, segment in enumerate(packed.segments)}
     outputs = []
-    for segment in packed.segments:
-        own = slice(segment.start, segment.start + segment.length)
-        seen = [slice(part.start, part.start + part.length) for part in segment.before] + [own]
-        keys, values = (torch.cat([states[:, :, part] for part in seen], dim=2) for states in (key, value))
-        mask, ahead = None, keys.shape[2] - segment.length
-        windowed = sliding_window is not None and keys.shape[2] > sliding_window
-        if ahead or windowed:  # token i of the segment sees all before the segment, and i + 1 of its own
-            mask = torch.ones(segment.length, keys.shape[2], dtype=torch.bool, device=keys.device).tril(ahead)
-        if mask is not None and sliding_window is not None:  # of these, the last ones
-            mask = mask.triu(ahead - sliding_window + 1)
+    for index, segment in enumerate(packed.segments):
+        seen = [at[part.start] for part in segment.before] + [index]
+        mask = packed.mask(segment, sliding_window, query.device)
         outputs.append(
             scaled_dot_product_attention(
-                query[:, :, own],
-                keys,
-                values,
+                queries[index],
+                torch.cat([keys[part] for part in seen], dim=2),
+                torch.cat([values[part] for part in seen], dim=2),
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None and segment.length > 1,
