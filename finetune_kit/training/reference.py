@@ -101,9 +101,10 @@ def _prove(trainer: Any, config: Any) -> None:
                 loss = float(trainer.compute_loss(policy, batch))
         except ValueError as error:
             raise SettingsError(f"loss_type={config.loss_type}: {error}") from None
-        reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or policy, batch)).tolist()
-    if config.precompute_ref_log_probs:
-        reference = [row[column] for column in COLUMNS.values() for row in rows]
+        if config.precompute_ref_log_probs:
+            reference = [row[column] for column in COLUMNS.values() for row in rows]
+        else:
+            reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or policy, batch)).tolist()
     whole = policy.dtype == torch.float32 and not computes_in_bfloat16()
     alike = ALIKE if whole else 100 * ALIKE
     for row, (nll, log_prob) in enumerate(zip(started, reference, strict=True)):
