@@ -193,15 +193,15 @@ def _losses(
     """Loss of every held-out row, and of the general text."""
     chosen, rejected = preferences.sides(data)
     if data.kind != "prompt":
-        rows, where = [row for row, _ in chosen], [_where(data, index) for _, index in chosen]
+        both = [*chosen, *rejected]  # in one call: both answers to a prompt share it
+        rows, where = [row for row, _ in both], [_where(data, index) for _, index in both]
         told = _told(progress, "held-out loss", len(rows))
-        measurement.nll, measurement.tokens = row_losses(model, rows, where, config.batch_size, told)
+        nll, tokens = row_losses(model, rows, where, config.batch_size, told)
+        measurement.nll, measurement.rejected_nll = nll[: len(chosen)], nll[len(chosen) :]
+        measurement.tokens, measurement.rejected_tokens = tokens[: len(chosen)], tokens[len(chosen) :]
+        measurement.paired = bool(rejected) and data.kind == "preference"
         if sum(measurement.tokens) == 0:
             raise DataError("No held-out row has a supervised token, so there is no loss to measure.")
-    if rejected:
-        measurement.paired = data.kind == "preference"
-        others, names = [row for row, _ in rejected], [_where(data, index) for _, index in rejected]
-        measurement.rejected_nll, measurement.rejected_tokens = row_losses(model, others, names, config.batch_size)
     if config.general_text:
         general = general_rows(tokenizer)
         names = [f"general text, paragraph {number}" for number in range(1, len(general) + 1)]

@@ -10,6 +10,7 @@ from typing import Any
 from finetune_kit import processes
 from finetune_kit.errors import NumericsError
 from finetune_kit.generation import evaluation_mode, in_batches
+from finetune_kit.model.packed import acts_on
 
 IGNORED = -100  # label of a token that is not trained
 LOGITS = 2**26  # most logits of one forward pass: 256 MiB in float32
@@ -61,24 +62,27 @@ def row_losses(
 def _plan(
     model: Any, rows: Sequence[Row], positions: list[list[int]], batch_size: int, mine: Sequence[int]
 ) -> list[list[int]]:
-    """Batches of row indices, longest rows first, within batch_size rows and LOGITS logits. Of `mine`, those to score.
+    """Batches of row indices, the largest first, within batch_size rows and LOGITS logits. Of `mine`, those to score.
 
-    Of rows about as long, those that begin alike are neighbours: the packed forward computes their beginning once.
+    Padded, a batch has rows about as long, and the head runs on all of them wherever one has a label. Packed, it has
+    rows that begin alike, whose beginning is computed once, and the head runs in front of labels.
     """
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary, packed = model.config.get_text_config().vocab_size, acts_on(model)
     batches: list[list[int]] = []
     kept: set[int] = set()
+    head = 0
     scored = (index for index in mine if positions[index])
-    for index in sorted(scored, key=lambda index: (-(len(rows[index][0]) // 16), list(rows[index][0]))):
-        together = kept | set(positions[index])
+    for index in sorted(scored, key=lambda index: (0 if packed else -len(rows[index][0]), list(rows[index][0]))):
         last = batches[-1] if batches else []
-        if last and len(last) < batch_size and (len(last) + 1) * len(together) * vocabulary <= LOGITS:
+        together = kept | set(positions[index])
+        more = head + len(positions[index]) if packed else (len(last) + 1) * len(together)
+        if last and len(last) < batch_size and more * vocabulary <= LOGITS:
             last.append(index)
-            kept = together
+            kept, head = together, more
         else:
             batches.append([index])
-            kept = set(positions[index])
-    return batches
+            kept, head = set(positions[index]), len(positions[index])
+    return sorted(batches, key=lambda batch: -sum(len(rows[index][0]) for index in batch))
 
 
 def _batch_nll(model: Any, rows: Sequence[Row], positions: list[list[int]], batch: list[int]) -> list[float]:
@@ -92,21 +96,26 @@ def _batch_nll(model: Any, rows: Sequence[Row], positions: list[list[int]], batc
         ids = rows[index][0]
         input_ids[line, : len(ids)] = torch.as_tensor(ids)
         attention_mask[line, : len(ids)] = 1
-    # The head runs only where some row of the batch has a label: on prompts it would be most of the work.
-    kept = torch.tensor(sorted({at for index in batch for at in positions[index]}))
+    # The head runs only where a row has a label (padded: where some row of the batch has one): on prompts it would be
+    # most of the work.
+    wanted = torch.zeros_like(input_ids, dtype=torch.bool)
+    for line, index in enumerate(batch):
+        wanted[line, positions[index]] = True
+    kept, counts = wanted.any(dim=0).nonzero()[:, 0], [len(positions[index]) for index in batch]
     logits = model(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
-        logits_to_keep=kept.to(model.device),
+        logits_to_keep=(wanted if acts_on(model) else kept).to(model.device),
         use_cache=False,
     ).logits
-    if logits.shape[1] != len(kept):  # a model that knows no logits_to_keep gives them all
-        logits = logits[:, kept.to(logits.device)]
+    if len(logits) == len(batch):  # padded, or one row, for which it is the same
+        if logits.shape[1] != len(kept):  # a model that knows no logits_to_keep gives them all
+            logits = logits[:, kept.to(logits.device)]
+        logits = logits[wanted[:, kept].to(logits.device)][None]
     nll = []
-    for line, index in enumerate(batch):
-        columns = torch.searchsorted(kept, torch.tensor(positions[index])).to(logits.device)
-        targets = torch.tensor([rows[index][1][at + 1] for at in positions[index]], device=logits.device)
-        losses = cross_entropy(logits[line, columns].float(), targets, reduction="none")
+    for index, own in zip(batch, logits[0].split(counts), strict=True):
+        targets = torch.tensor([rows[index][1][at + 1] for at in positions[index]], device=own.device)
+        losses = cross_entropy(own.float(), targets, reduction="none")
         nll.append(float(losses.sum(dtype=torch.float64 if losses.device.type != "mps" else None)))
     return nll
 

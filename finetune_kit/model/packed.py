@@ -3,9 +3,9 @@
 A batch of padded rows reaches the model. Its padding is dropped, rows that begin with the same tokens keep that
 beginning once, and what is left is laid end to end as one row of n tokens. The layers run over those; in attention each
 segment sees its own beginning and itself. Behind the backbone the hidden states are laid out as the caller expects:
-padded rows, or, where labels are given, only the positions in front of a label, so that the language-model head runs
-nowhere else; what TRL's fused head says of those positions is laid out in padded rows again. On a CPU, where TRL's head
-computes all logits twice, model/head.py takes its place if it proves equal.
+padded rows, or, where labels are given, only the positions in front of a label (or those that a mask wants kept), so
+that the language-model head runs nowhere else; what TRL's fused head says of labels is laid out in padded rows again. On
+a CPU, where TRL's head computes all logits twice, model/head.py takes its place if it proves equal.
 
 Attention is SDPA, segment by segment, on a CPU, and one call of torch's varlen attention on CUDA. Everything else
 above the backbone is unchanged, and no forward is replaced: hooks before and behind the model and behind the backbone,
@@ -152,6 +152,18 @@ def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]], own_head: bo
     return reason
 
 
+def acts_on(model: Any) -> bool:
+    """Whether calls of a model are packed, but for rows that its attention cannot be told of. Such a call may have a
+    (b, t) mask as logits_to_keep: its logits are those of the positions that are true there, (1, s, v); of a batch that
+    stays padded, those of the places where any row has one, (b, k, v).
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = causal.base_model.config
+    if config._attn_implementation != ATTENTION:
+        return False
+    return not kernel.refusal(causal.device, kernel.attention_dtype(causal), causal.config)
+
+
 def register() -> None:
     """Make the attention of packed rows known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -165,6 +177,18 @@ def _pack(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], way: Way
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before the model: replace a padded batch by its packed row; None leaves a call as it is."""
+    import torch
+
+    keep = kwargs.get("logits_to_keep")
+    if not isinstance(keep, torch.Tensor) or keep.dim() != 2:
+        return _packed(module, args, kwargs, way)
+    packed = _packed(module, args, {**kwargs, "logits_to_keep": 0}, way, keep.cpu())
+    return packed or (args, {**kwargs, "logits_to_keep": keep.any(dim=0).nonzero()[:, 0]})
+
+
+def _packed(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], way: Way, keep: torch.Tensor | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     import torch
 
     if len(args) == 1 and kwargs.get("input_ids") is None:
@@ -192,6 +216,8 @@ def _pack(
         return None
     plan = make_plan(ids, mask, share=not (module.training and _drops(module)))
     kwargs = {**kwargs, "use_cache": False}
+    if keep is not None:
+        plan = replace(plan, selected=plan.places[keep])
     if labels is not None:
         labels = labels.cpu()
         wanted = (labels[:, 1:] != -100) & plan.real[:, :-1]
@@ -235,7 +261,8 @@ def _drops(module: Any) -> bool:
 
 
 def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Behind the backbone: hidden states (1, n, h) -> (b, t, h) with zeros where padded, (1, s + 1, h) or (1, 1, h)."""
+    """Behind the backbone: hidden states (1, n, h) -> (b, t, h) with zeros where padded, (1, s, h) of what is to be
+    kept, (1, s + 1, h) or (1, 1, h) where there are labels."""
     import torch
 
     plan = kwargs.get("packed")
@@ -246,6 +273,8 @@ def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         padded = hidden.new_zeros(plan.real.numel(), hidden.shape[-1])
         padded = padded.index_copy(0, plan.slots, hidden[plan.places.flatten()[plan.slots]])
         output.last_hidden_state = padded.view(*plan.real.shape, -1)
+    elif plan.wanted is None:
+        output.last_hidden_state = hidden[plan.selected][None]
     elif plan.targets is not None:  # TRL's head gets no label, and the one state that it drops
         plan.hidden.append(hidden[plan.selected])
         output.last_hidden_state = hidden[None, :1]

@@ -8,6 +8,7 @@ import torch
 from finetune_kit.errors import NumericsError
 from finetune_kit.evaluation import loss
 from finetune_kit.evaluation.loss import general_rows, row_losses
+from finetune_kit.model import packed
 from tests.fixtures_evaluation import byte_tokenizer, held_out, tiny_gpt2, tiny_llama
 
 TOKENIZER = byte_tokenizer()
@@ -43,6 +44,33 @@ def test_the_limit_on_logits_splits_batches_without_changing_a_loss(monkeypatch)
     assert all(len(batch) == 1 or len(batch) * len({at for i in batch for at in positions[i]}) <= 40 for batch in plan)
     assert len(plan) > 4
     assert row_losses(model, ROWS, WHERE, 64)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_packed_a_prompt_of_20_tokens_with_two_answers_is_computed_once_and_the_head_runs_on_labels_alone():
+    draw = torch.Generator().manual_seed(0)
+    rows, prompts = [], [torch.randint(0, 258, (20,), generator=draw).tolist() for _ in range(5)]
+    for answer in (3, 9):  # all of one length, then all of the other
+        for prompt in prompts:
+            ids = [*prompt, *torch.randint(0, 258, (answer,), generator=draw).tolist()]
+            rows.append((ids, [*[-100] * 20, *ids[20:]]))
+    model, where, through, head = tiny_llama(), [str(index) for index in range(10)], [], []
+    expected, _ = row_losses(model, rows, where, 4)
+    assert packed.enable(model) == ""
+    model.model.layers[0].register_forward_hook(lambda _, args, output: through.append(args[0].shape[1]))
+    model.lm_head.register_forward_hook(lambda _, args, output: head.append(args[0].shape[1]))
+    nll, tokens = row_losses(model, rows, where, 4)
+    assert nll == pytest.approx(expected, rel=1e-5)
+    assert sum(through) == 5 * 20 + sum(tokens) == 5 * (20 + 3 + 9)
+    assert sum(head) == sum(tokens)
+    assert max(head) <= 4 * 9
+
+
+def test_packed_with_rows_that_stay_padded_the_loss_is_the_same(monkeypatch):
+    model = tiny_llama()
+    expected, _ = row_losses(model, ROWS, WHERE, 4)
+    assert packed.enable(model) == ""
+    monkeypatch.setattr(packed, "_too_long", lambda *_: "so as to see it")
+    assert row_losses(model, ROWS, WHERE, 4)[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_label_at_the_first_position_is_not_counted_because_nothing_predicts_it():
