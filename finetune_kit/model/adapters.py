@@ -100,10 +100,13 @@ def attach(model: Any, lora: LoraConfig, task_type: str = "CAUSAL_LM") -> PeftMo
     """
     import peft
 
+    from finetune_kit.model.lora_product import add_in_one_pass
+
     check_targets(model, lora)
-    if model.get_input_embeddings().weight.device.type == "meta":
-        return peft.get_peft_model(model, peft_config(lora, task_type), low_cpu_mem_usage=True)
-    return peft.get_peft_model(model, peft_config(lora, task_type))
+    empty = model.get_input_embeddings().weight.device.type == "meta"
+    adapted = peft.get_peft_model(model, peft_config(lora, task_type), low_cpu_mem_usage=empty)
+    add_in_one_pass(adapted)
+    return adapted
 
 
 def peft_config(lora: LoraConfig, task_type: str = "CAUSAL_LM") -> Any:
@@ -155,9 +158,13 @@ def go_on(model: Any, lora: LoraConfig, folder: Path) -> PeftModel:
     """The model with the adapter of `folder`, float32 and trainable."""
     import peft
 
+    from finetune_kit.model.lora_product import add_in_one_pass
+
     config = peft.PeftConfig.from_pretrained(folder)
     config.lora_dropout, config.inference_mode = lora.lora_dropout, False
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+    adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+    add_in_one_pass(adapted)
+    return adapted
 
 
 def put_in(model: Any, lora: LoraConfig, folder: Path) -> PeftModel:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from finetune_kit.config import LoraConfig
 from finetune_kit.errors import SettingsError
 from finetune_kit.model.adapters import attach, check_targets, is_adapter, load_adapter, restore
+from finetune_kit.model.lora_product import add_in_one_pass
 
 ALL = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 2)
 PROBE = torch.arange(5, 45).unsqueeze(0)
@@ -24,6 +25,50 @@ def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         found: torch.Tensor = model(PROBE).logits
     return found
+
+
+class TestProductInOnePass:
+    """LoRA's product is PEFT's, and merges as PEFT's does."""
+
+    @pytest.fixture
+    def adapted(self, model: Any) -> Any:
+        adapted = attach(model, LoraConfig(lora_dropout=0.3))
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        return adapted
+
+    def test_all_14_layers_have_it_and_none_with_dora(self, model: Any, tiny_model: Path) -> None:
+        adapted = attach(model, LoraConfig())
+        assert sum(bool(getattr(module, "lora_variant", None)) for module in adapted.modules()) == 14
+        assert add_in_one_pass(adapted) == 0
+        other = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        assert add_in_one_pass(attach(other, LoraConfig(use_dora=True))) == 0
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_logits_and_gradients_are_those_of_peft_to_1e_5(self, adapted: Any, training: bool) -> None:
+        def look() -> list[torch.Tensor]:
+            adapted.train(training).zero_grad()
+            torch.manual_seed(0)  # of the dropout
+            found = adapted(PROBE.view(4, 10)).logits
+            found.logsumexp(-1).sum().backward()
+            return [found.detach(), *(w.grad.clone() for w in adapted.parameters() if w.requires_grad)]
+
+        ours = look()
+        for module in adapted.modules():
+            getattr(module, "lora_variant", {}).clear()
+        peft = look()
+        assert len(ours) == 29
+        assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-5) for one, other in zip(ours, peft, strict=True))
+
+    @pytest.mark.parametrize("safe", [False, True])
+    def test_merged_it_gives_the_logits_of_the_adapter_and_unmerged_again_too(self, adapted: Any, safe: bool) -> None:
+        expected = logits(adapted.eval())
+        adapted.merge_adapter(safe_merge=safe)
+        assert torch.allclose(logits(adapted), expected, atol=1e-5)
+        adapted.unmerge_adapter()
+        assert torch.allclose(logits(adapted), expected, atol=1e-5)
+        assert torch.allclose(logits(adapted.merge_and_unload()), expected, atol=1e-5)
 
 
 class TestTargets:
