@@ -4,8 +4,8 @@ A batch of padded rows reaches the model. Its padding is dropped, rows that begi
 beginning once, and what is left is laid end to end as one row of n tokens. The layers run over those; in attention each
 segment sees its own beginning and itself. Behind the backbone the hidden states are laid out as the caller expects:
 padded rows, or, where labels are given, only the positions in front of a label (or those that a mask wants kept), so
-that the language-model head runs nowhere else; what TRL's fused head says of labels is laid out in padded rows again. On
-a CPU, where TRL's head computes all logits twice, model/head.py takes its place if it proves equal.
+that the language-model head runs nowhere else; what TRL's fused head says of labels is laid out in padded rows again.
+On a CPU, where TRL's head computes all logits twice, model/head.py takes its place if it proves equal.
 
 Attention is SDPA, segment by segment, on a CPU, and one call of torch's varlen attention on CUDA. Everything else
 above the backbone is unchanged, and no forward is replaced: hooks before and behind the model and behind the backbone,
