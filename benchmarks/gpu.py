@@ -55,7 +55,7 @@ JOBS = ["sft_lora", "dpo"]
 
 
 def options() -> argparse.ArgumentParser:
-    parser = methods.options(__doc__ or "", SIDES, JOBS)
+    parser = methods.asked(__doc__ or "", SIDES, JOBS)
     parser.add_argument("--shape", choices=SHAPES, default="8B")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--folder", type=Path, help="where the random weights are written, or lie already")
@@ -169,6 +169,7 @@ def show(job: str, found: dict[str, list[dict[str, Any]]], best: float) -> None:
             f"| {' '.join(f'{loss:.4f}' for loss in last['losses'])} |",
             flush=True,
         )
+    methods.show_spent(found)
     if "ours" not in found:
         return
     for who in found:

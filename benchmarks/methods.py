@@ -1,7 +1,7 @@
 """Ours beside TRL's own trainers and a bare loop: the same rows, order, seed, adapter and optimizer, in turns.
 
     python benchmarks/methods.py [--jobs sft_lora sft_full dpo reward] [--rounds 2] [--steps 3] [--rows 4]
-                                 [--answers FILE] [--pairs FILE] [--max-length 512] [--who ours trl bare]
+                                 [--answers FILE] [--pairs FILE] [--max-length 512] [--who ours trl bare] [--profile]
 
 SmolLM2-135M in float32, an adapter of rank 16 on all linear layers (sft_full: all weights), fused AdamW. `--rows`: rows
 or pairs a step, from the default task, or from a file with answers and one with pairs. Each job of each side is a
@@ -34,10 +34,11 @@ from typing import Any
 
 JOBS = {"sft_lora": "lora_sft", "sft_full": "full_sft", "dpo": "dpo", "reward": "reward_model"}
 RATE, RANK, ALPHA = 2e-4, 16, 32
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 
 
 def main() -> None:
-    arguments = options(__doc__ or "", MAKERS, list(JOBS)).parse_args()
+    arguments = options().parse_args()
     if arguments.child:
         print(json.dumps(measure(*arguments.child, arguments, MAKERS)))
         return
@@ -45,7 +46,11 @@ def main() -> None:
         show(job, turns(job, arguments.who, arguments.rounds, child))
 
 
-def options(about: str, sides: dict[str, Any], jobs: list[str]) -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
+    return asked(__doc__ or "", MAKERS, list(JOBS))
+
+
+def asked(about: str, sides: dict[str, Any], jobs: list[str]) -> argparse.ArgumentParser:
     """What every comparison is asked for on its command line."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=jobs, default=jobs)
@@ -99,6 +104,13 @@ def show(job: str, found: dict[str, list[dict[str, Any]]]) -> None:
             f"| {1 - last['all_real'] / last['slots']:.0%} | {' '.join(f'{loss:.4f}' for loss in last['losses'])} |",
             flush=True,
         )
+    show_spent(found)
+
+
+def show_spent(found: dict[str, list[dict[str, Any]]]) -> None:
+    for who, rounds in found.items():
+        if rounds[-1]["spent"]:
+            print(f"{who}, the last step: {rounds[-1]['spent']}", flush=True)
 
 
 def measure(job: str, who: str, arguments: argparse.Namespace, sides: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +132,7 @@ def measure(job: str, who: str, arguments: argparse.Namespace, sides: dict[str, 
         "flop": clock.flop,
         "peak": clock.peak(),
         "losses": losses,
+        "spent": clock.spent,
     }
 
 
@@ -137,8 +150,9 @@ class Clock:
         self.on_gpu = device().type == "cuda"
         self.counter, self.steps, self.step, self.seconds = FlopCounterMode(display=False), steps, 0, 0.0
         self.batches: list[tuple[int, int]] = []  # (real tokens, slots)
-        self.profiler = profiler(activities=[ProfilerActivity.CPU]) if profile else None
-        self.flop = 0
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
+        self.profiler = profiler(activities=activities, record_shapes=True, with_flops=True) if profile else None
+        self.flop, self.spent = 0, ""
 
     def now(self) -> float:
         """Seconds; of a GPU with all that it was given to do."""
@@ -177,7 +191,7 @@ class Clock:
             self.seconds = self.now() - self.started
             if self.profiler:
                 self.profiler.__exit__(None, None, None)
-                print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
+                self.spent = spent(self.profiler.key_averages(), self.on_gpu)
         self.step += 1
 
     def counting(self, collate: Any) -> Any:
@@ -191,6 +205,15 @@ class Clock:
             return batch
 
         return collated
+
+
+def spent(events: Sequence[Any], on_gpu: bool) -> str:
+    """The operations that took most of a profiled time, and the rate of the matrix products among them."""
+    times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
+    most = sorted(times, key=times.__getitem__, reverse=True)[:8]
+    shares = ", ".join(f"{key.removeprefix('aten::')} {times[key] / sum(times.values()):.1%}" for key in most)
+    flop, micros = sum(event.flops for event in events if event.key in PRODUCTS), sum(times.get(p, 0) for p in PRODUCTS)
+    return f"{shares}; matrix products at {flop / micros / 1e3:,.0f} GFLOP/s"
 
 
 def rows_of(job: str, arguments: argparse.Namespace, scratch: Path) -> tuple[Any, Any, Any]:
