@@ -173,6 +173,18 @@ class TestMemoryAndNoise:
             run = fit_only(recipe, home, f"gradient_checkpointing={setting}", "learning_rate=1e-4")
         return run, kept
 
+    def test_compiled_packed_rows_give_the_same_losses_within_1e_5(self, home: Path) -> None:
+        from torch._dynamo.utils import counters
+
+        words = ("max_steps=3", "learning_rate=1e-3")
+        eager = fit_only("lora_sft", home, *words)
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = fit_only("lora_sft", home, *words, "train.extra.torch_compile_backend=aot_eager")
+        assert counters["stats"]["unique_graphs"] > 0
+        assert compiled.losses == pytest.approx(eager.losses, abs=1e-5)
+        assert largest_difference(compiled.weights, eager.weights) <= 1e-5
+
     def test_neftune_noise_changes_training_and_leaves_evaluation_alone(self, home: Path) -> None:
         words = ("learning_rate=0", "eval_steps=1")
         plain = fit_only("full_sft", home, *words)
