@@ -12,6 +12,7 @@ import pytest
 
 from finetune_kit.training.checkpoint import broken, checkpoints, read_manifest, step_of
 from tests.kills import (
+    END,
     FILES,
     RECIPES,
     assert_same_end,
@@ -61,7 +62,9 @@ def stopped_at_once(process: subprocess.Popen[str], moment: Callable[[], bool]) 
 @pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_killed_8_times_each_recipe_ends_as_the_run_that_nobody_killed(home: Path, recipe: str) -> None:
-    print(f"KILLS {recipe} {survive(home, recipe, 2, kills=8, seed=0)}")
+    killed = survive(home, recipe, 2, kills=8, seed=0)
+    print(f"KILLS {recipe} {killed}")  # pytest -rP shows it
+    assert killed >= 7  # it may end before the last one
 
 
 @pytest.mark.long
@@ -70,6 +73,7 @@ def test_killed_when_a_file_of_each_kind_appears(home: Path, pattern: str) -> No
     run = home / f"lora_sft-at-{FILES.index(pattern)}"
     killed = kill_when(start(home, "lora_sft", run.name), at_file(run, pattern, 3 if "/" in pattern else 1))
     print(f"KILLS at {pattern} {int(killed is not None)}")
+    assert killed is not None or pattern in END  # of those of the end it may be the last thing that it does
     if not finished(run):
         assert start(home, "lora_sft", run.name).wait() == 0
     assert_same_end(run, whole(home, "lora_sft"))
