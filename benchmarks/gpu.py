@@ -55,7 +55,7 @@ JOBS = ["sft_lora", "dpo"]
 
 
 def options() -> argparse.ArgumentParser:
-    parser = methods.asked(__doc__ or "", SIDES, JOBS)
+    parser = methods.common_options(__doc__ or "", SIDES, JOBS)
     parser.add_argument("--shape", choices=SHAPES, default="8B")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--folder", type=Path, help="where the random weights are written, or lie already")

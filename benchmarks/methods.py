@@ -34,7 +34,7 @@ from typing import Any
 
 JOBS = {"sft_lora": "lora_sft", "sft_full": "full_sft", "dpo": "dpo", "reward": "reward_model"}
 RATE, RANK, ALPHA = 2e-4, 16, 32
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")  # whose operations the profiler counts
 
 
 def main() -> None:
@@ -47,10 +47,10 @@ def main() -> None:
 
 
 def options() -> argparse.ArgumentParser:
-    return asked(__doc__ or "", MAKERS, list(JOBS))
+    return common_options(__doc__ or "", MAKERS, list(JOBS))
 
 
-def asked(about: str, sides: dict[str, Any], jobs: list[str]) -> argparse.ArgumentParser:
+def common_options(about: str, sides: dict[str, Any], jobs: list[str]) -> argparse.ArgumentParser:
     """What every comparison is asked for on its command line."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=jobs, default=jobs)
@@ -209,11 +209,14 @@ class Clock:
 
 def spent(events: Sequence[Any], on_gpu: bool) -> str:
     """The operations that took most of a profiled time, and the rate of the matrix products among them."""
-    times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
+    from torch.autograd import DeviceType
+
+    own = [event for event in events if event.device_type == DeviceType.CPU]  # a GPU's kernels are counted there, too
+    times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in own}
     most = sorted(times, key=times.__getitem__, reverse=True)[:8]
     shares = ", ".join(f"{key.removeprefix('aten::')} {times[key] / sum(times.values()):.1%}" for key in most)
-    flop, micros = sum(event.flops for event in events if event.key in PRODUCTS), sum(times.get(p, 0) for p in PRODUCTS)
-    return f"{shares}; matrix products at {flop / micros / 1e3:,.0f} GFLOP/s"
+    flop, micros = sum(event.flops for event in own if event.key in PRODUCTS), sum(times.get(p, 0) for p in PRODUCTS)
+    return f"{shares}; matrix products at {flop / max(micros, 1) / 1e3:,.0f} GFLOP/s"
 
 
 def rows_of(job: str, arguments: argparse.Namespace, scratch: Path) -> tuple[Any, Any, Any]:

@@ -193,7 +193,7 @@ def _losses(
     """Loss of every held-out row, and of the general text."""
     chosen, rejected = preferences.sides(data)
     if data.kind != "prompt":
-        both = [*chosen, *rejected]  # in one call: both answers to a prompt share it
+        both = [*chosen, *rejected]  # in one call: where a process scores both answers to a prompt, they share it
         rows, where = [row for row, _ in both], [_where(data, index) for _, index in both]
         told = _told(progress, "held-out loss", len(rows))
         nll, tokens = row_losses(model, rows, where, config.batch_size, told)

@@ -101,7 +101,7 @@ def _batch_nll(model: Any, rows: Sequence[Row], positions: list[list[int]], batc
     wanted = torch.zeros_like(input_ids, dtype=torch.bool)
     for line, index in enumerate(batch):
         wanted[line, positions[index]] = True
-    kept, counts = wanted.any(dim=0).nonzero()[:, 0], [len(positions[index]) for index in batch]
+    kept = wanted.any(dim=0).nonzero()[:, 0]
     logits = model(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
@@ -111,9 +111,11 @@ def _batch_nll(model: Any, rows: Sequence[Row], positions: list[list[int]], batc
     if len(logits) == len(batch):  # padded, or one row, for which it is the same
         if logits.shape[1] != len(kept):  # a model that knows no logits_to_keep gives them all
             logits = logits[:, kept.to(logits.device)]
-        logits = logits[wanted[:, kept].to(logits.device)][None]
+        each = (row[own] for row, own in zip(logits, wanted[:, kept].to(logits.device), strict=True))
+    else:
+        each = (own for own in logits[0].split([len(positions[index]) for index in batch]))
     nll = []
-    for index, own in zip(batch, logits[0].split(counts), strict=True):
+    for index, own in zip(batch, each, strict=True):
         targets = torch.tensor([rows[index][1][at + 1] for at in positions[index]], device=own.device)
         losses = cross_entropy(own.float(), targets, reduction="none")
         nll.append(float(losses.sum(dtype=torch.float64 if losses.device.type != "mps" else None)))

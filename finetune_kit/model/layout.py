@@ -30,8 +30,8 @@ class Plan:
     row. places: (b, t), padded place -> packed token, 0 where padded. real: (b, t), true where a token is; slots: (m,),
     where that is in the flattened padded batch. selected: (s,), packed tokens whose hidden state the caller wants;
     None: all, in the padded layout. wanted: (b, t - 1), true in front of a label; s in number. varlen: what attends;
-    None: SDPA. windows: attention notes the sliding windows that it masked here. masks: what `mask` has made. targets:
-    (s,), the labels, where model/head.py is the head; hidden: their hidden states, left here by the backbone.
+    None: SDPA. windows: attention notes the sliding windows that it masked here. targets: (s,), the labels, where
+    model/head.py is the head; hidden: their hidden states, left here by the backbone.
     """
 
     segments: tuple[Segment, ...]
@@ -44,7 +44,6 @@ class Plan:
     wanted: torch.Tensor | None = None
     varlen: Varlen | None = None
     windows: set[int | None] = field(default_factory=set)
-    masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
     targets: torch.Tensor | None = None
     hidden: list[torch.Tensor] = field(default_factory=list)
 
@@ -55,22 +54,6 @@ class Plan:
         own: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         moved = {name: part.to(device) for name, part in own.items() if isinstance(part, torch.Tensor)}
         return Plan(**{**own, **moved})
-
-    def mask(self, segment: Segment, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """(length, keys), true where a token of a segment sees one of those before it in its rows or of its own, no
-        further back than `window`; None: each sees those before it. Made once for all layers.
-        """
-        import torch
-
-        if (segment.start, window) not in self.masks:
-            ahead, mask = sum(part.length for part in segment.before), None
-            keys = ahead + segment.length
-            if ahead or (window is not None and keys > window):
-                mask = torch.ones(segment.length, keys, dtype=torch.bool, device=device).tril(ahead)
-            if mask is not None and window is not None:
-                mask = mask.triu(ahead - window + 1)
-            self.masks[segment.start, window] = mask
-        return self.masks[segment.start, window]
 
 
 def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool) -> Plan:

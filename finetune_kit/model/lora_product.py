@@ -17,6 +17,10 @@ class _InOnePass(LoraVariant):  # type: ignore[misc]  # PEFT ships no types here
     """
 
     @staticmethod
+    def init(module: Any, adapter_name: str) -> None:
+        """Nothing: its weights are those of plain LoRA."""
+
+    @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         low = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         up, scaling = module.lora_B[active_adapter].weight, module.scaling[active_adapter]
@@ -25,7 +29,7 @@ class _InOnePass(LoraVariant):  # type: ignore[misc]  # PEFT ships no types here
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         delta: Tensor = module.get_delta_weight(active_adapter)
-        return orig_weight + delta
+        return orig_weight + delta.to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
@@ -34,11 +38,14 @@ class _InOnePass(LoraVariant):  # type: ignore[misc]  # PEFT ships no types here
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         delta: Tensor = module.get_delta_weight(active_adapter)
-        return orig_weight - delta
+        return orig_weight - delta.to(orig_weight.dtype)
 
 
 def add_in_one_pass(model: Any) -> int:
-    """Let plain LoRA on float32 linear layers add its products so, on a CPU; returns how many layers do."""
+    """Let the plain LoRA that a model has on float32 linear layers add its products so, on a CPU; how many layers do.
+
+    Adapters that are added later keep PEFT's way.
+    """
     count = 0
     for module in model.modules():
         if type(module) is not Linear or type(base := module.get_base_layer()) is not torch.nn.Linear:

@@ -91,12 +91,18 @@ def attend(
     outputs = []
     for index, segment in enumerate(packed.segments):
         seen = [at[part.start] for part in segment.before] + [index]
-        mask = packed.mask(segment, sliding_window, query.device)
+        its_keys, its_values = (torch.cat([states[part] for part in seen], dim=2) for states in (keys, values))
+        mask, ahead = None, its_keys.shape[2] - segment.length
+        windowed = sliding_window is not None and its_keys.shape[2] > sliding_window
+        if ahead or windowed:  # token i of the segment sees all before the segment, and i + 1 of its own
+            mask = torch.ones(segment.length, its_keys.shape[2], dtype=torch.bool, device=query.device).tril(ahead)
+        if mask is not None and sliding_window is not None:  # of these, the last ones
+            mask = mask.triu(ahead - sliding_window + 1)
         outputs.append(
             scaled_dot_product_attention(
                 queries[index],
-                torch.cat([keys[part] for part in seen], dim=2),
-                torch.cat([values[part] for part in seen], dim=2),
+                its_keys,
+                its_values,
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None and segment.length > 1,
@@ -153,14 +159,15 @@ def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]], own_head: bo
 
 
 def acts_on(model: Any) -> bool:
-    """Whether calls of a model are packed, but for rows that its attention cannot be told of. Such a call may have a
-    (b, t) mask as logits_to_keep: its logits are those of the positions that are true there, (1, s, v); of a batch that
-    stays padded, those of the places where any row has one, (b, k, v).
+    """Whether calls of this model are packed, but for rows longer than a window that its attention is not told of.
+
+    Such a call may have a (b, t) mask as logits_to_keep: its logits are those of the positions that are true there,
+    (1, s, v); of a batch that stays padded, those of the places where any row has one, (b, k, v).
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = causal.base_model.config
-    if config._attn_implementation != ATTENTION:
+    hooks = (hook for hook in model._forward_pre_hooks.values() if isinstance(hook, partial))
+    if not any(hook.func is _pack for hook in hooks):
         return False
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     return not kernel.refusal(causal.device, kernel.attention_dtype(causal), causal.config)
 
 
@@ -181,12 +188,12 @@ def _pack(
 
     keep = kwargs.get("logits_to_keep")
     if not isinstance(keep, torch.Tensor) or keep.dim() != 2:
-        return _packed(module, args, kwargs, way)
-    packed = _packed(module, args, {**kwargs, "logits_to_keep": 0}, way, keep.cpu())
+        return _pack_batch(module, args, kwargs, way)
+    packed = _pack_batch(module, args, {**kwargs, "logits_to_keep": 0}, way, keep.cpu())
     return packed or (args, {**kwargs, "logits_to_keep": keep.any(dim=0).nonzero()[:, 0]})
 
 
-def _packed(
+def _pack_batch(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], way: Way, keep: torch.Tensor | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     import torch
