@@ -69,19 +69,18 @@ def _plan(
     """
     vocabulary, packed = model.config.get_text_config().vocab_size, acts_on(model)
     batches: list[list[int]] = []
-    kept: set[int] = set()
-    head = 0
+
+    def fits(batch: list[int]) -> bool:
+        places = [positions[index] for index in batch]
+        head = sum(map(len, places)) if packed else len(batch) * len(set().union(*places))
+        return len(batch) <= batch_size and head * vocabulary <= LOGITS
+
     scored = (index for index in mine if positions[index])
     for index in sorted(scored, key=lambda index: (0 if packed else -len(rows[index][0]), list(rows[index][0]))):
-        last = batches[-1] if batches else []
-        together = kept | set(positions[index])
-        more = head + len(positions[index]) if packed else (len(last) + 1) * len(together)
-        if last and len(last) < batch_size and more * vocabulary <= LOGITS:
-            last.append(index)
-            kept, head = together, more
+        if batches and fits([*batches[-1], index]):
+            batches[-1].append(index)
         else:
             batches.append([index])
-            kept, head = set(positions[index]), len(positions[index])
     return sorted(batches, key=lambda batch: -sum(len(rows[index][0]) for index in batch))
 
 

@@ -85,9 +85,8 @@ def _prove(trainer: Any, config: Any) -> None:
     import torch
 
     policy, count = trainer.model, min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
-    every = (
-        len(trainer.train_dataset) // count
-    )  # rows from all over the data: numbers of a stale cache may be right at first
+    # rows from all over the data: numbers of a stale cache may be right at first
+    every = len(trainer.train_dataset) // count
     rows = [trainer.train_dataset[index * every] for index in range(count)]
     sides = [sequences(row) for row in rows]
     answers = [side[name] for name in COLUMNS for side in sides]
