@@ -1,8 +1,9 @@
-"""The packed forward beside the padded one: one batch, the same weights, forward and backward in turns.
+"""The packed forward beside the padded one: the same batches and weights, forward and backward in turns.
 
-    python benchmarks/packed.py [--rounds 2] [--rows 8]
+    python benchmarks/packed.py [--rounds 2] [--rows 8] [--compile]
 
-SmolLM2-135M with an adapter of rank 16 on all linear layers, TRL's own loss, rows of the default task.
+SmolLM2-135M with an adapter of rank 16 on all linear layers, TRL's own loss, other rows of the task in each turn.
+`--compile`: packed once more, with each layer compiled by torch for any length.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
 
     import torch
@@ -30,34 +32,45 @@ def main() -> None:
 
     tokenizer = load_tokenizer(ModelConfig())
     data = load_data(DataConfig(), "prompt_completion", tokenizer)
-    batch = DataCollatorForLanguageModeling(tokenizer.pad_token_id)(list(data.train.select(range(arguments.rows))))
-    policies = {name: load_policy(ModelConfig(), LoraConfig()) for name in ("padded", "packed")}
+    collate, turns = DataCollatorForLanguageModeling(tokenizer.pad_token_id), range(arguments.rounds + 1)
+    batches = [
+        collate(list(data.train.select(range(turn * arguments.rows, (turn + 1) * arguments.rows)))) for turn in turns
+    ]
+    ways = ["padded", "packed", *(["compiled"] if arguments.compile else [])]
+    policies = {way: load_policy(ModelConfig(), LoraConfig()) for way in ways}
     for name, policy in policies.items():
         add_fused_lm_head(policy.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
         torch.manual_seed(0)
         for key, parameter in policy.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.02)
-        if name == "packed" and (reason := packed.enable(policy)):
+        if name != "padded" and (reason := packed.enable(policy, own_head=True)):
             raise SystemExit(reason)
-    plan = packed.make_plan(batch["input_ids"], batch["attention_mask"], share=True)
-    slots, real = batch["input_ids"].numel(), int(batch["attention_mask"].sum())
-    print(f"{slots} slots, {real} tokens, {len(plan.tokens)} of them through the layers when packed")
-    seconds: dict[str, list[float]] = {"padded": [], "packed": []}
+        if name == "compiled":
+            for layer in policy.get_base_model().model.layers:
+                layer.compile(dynamic=True)
+    masks = [batch["attention_mask"] for batch in batches]
+    plans = [packed.make_plan(batch["input_ids"], batch["attention_mask"], share=True) for batch in batches]
+    slots, real, unique = (
+        sum(mask.numel() for mask in masks),
+        int(sum(map(torch.sum, masks))),
+        sum(len(plan.tokens) for plan in plans),
+    )
+    print(f"{slots} slots, {real} tokens, {unique} of them through the layers when packed")
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     found: dict[str, tuple[float, Any]] = {}
-    for turn in range(arguments.rounds + 1):  # the first warms up
+    for batch in batches:
         for name, policy in policies.items():
             policy.train().zero_grad()
             started = time.perf_counter()
             outputs = policy(**batch, fused_lm_head=True, use_cache=False)
             loss = -outputs.log_probs.sum() / (batch["labels"] != -100).sum()
             loss.backward()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.perf_counter() - started)
             gradients = [parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None]
             found[name] = loss.item(), torch.cat(gradients)
-    for name, taken in seconds.items():
-        print(f"{name}: {statistics.median(taken):.2f} s a step, {real / statistics.median(taken):.0f} tokens/s")
+    for name, (first, *others) in seconds.items():  # the first warms up
+        print(f"{name}: {statistics.median(others):.2f} s a step, the first {first:.2f} s")
     (one, padded), (other, gradient) = found["padded"], found["packed"]
     relative = float((padded - gradient).norm() / padded.norm())
     print(f"loss {one:.6f} and {other:.6f}, gradients differ by {relative:.1e} of their norm")
