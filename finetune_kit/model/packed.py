@@ -196,6 +196,7 @@ def _pack(
 def _pack_batch(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], way: Way, keep: torch.Tensor | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """`keep`: (b, t), true at the positions whose hidden states the head gets; None: what the labels say, or all."""
     import torch
 
     if len(args) == 1 and kwargs.get("input_ids") is None:
