@@ -211,14 +211,15 @@ def _reference(
 def _supervised(data: Data, trained: Measurement, tokenizer: Any) -> tuple[list[Row], str]:
     """Rows to measure candidates on, and their name: held-out ones, of pairs the chosen and of labelled answers the
     liked ones; of prompts the trained model's own answers, or, where it was not asked for any, the general text."""
+    rows: list[Row]
     if data.kind != "prompt":
         name = {"preference": "chosen held-out answers", "labelled_completion": "liked held-out answers"}
-        return [row for row, _ in sides(data)[0]], name.get(data.kind, "held-out rows")
-    answered = zip(data.held_out["prompt_ids"], trained.completions, strict=False)  # the first ones
+        rows = [row for row, _ in sides(data)[0]]
+        return rows, name.get(data.kind, "held-out rows")
+    prompts = {row["row"]: list(row["prompt_ids"]) for row in data.held_out}
+    answered = [(prompts[at], answer) for at, answer in enumerate(trained.completions) if at in prompts]
     rows = [([*prompt, *answer.ids], [IGNORED] * len(prompt) + answer.ids) for prompt, answer in answered if answer.ids]
-    if not rows:
-        return general_rows(tokenizer), "general text"
-    return rows, "its answers to held-out prompts"
+    return (rows or general_rows(tokenizer)), "its answers to held-out prompts" if rows else "general text"
 
 
 def _trained(model: Any, rows: Positions) -> tuple[torch.Tensor, float]:

@@ -243,14 +243,14 @@ def outputs(model: Any, probe: list[int], dtype: torch.dtype | None = None) -> O
     try:
         with as_loaded(model), torch.inference_mode():
             logits: torch.Tensor = model.eval()(input_ids=torch.tensor([probe], device=model.device)).logits
+            logits = logits.float().cpu()
+            # a score is a sum over the state, of which each part has been rounded
+            scored = (heads[0].float() * causal.score.weight[0].float()).norm() if heads else logits.std()
     finally:
         if hook is not None:
             hook.remove()
-    logits = logits.float().cpu()
-    # a score is a sum over the state, of which each part has been rounded
-    spread = float((heads[0].float() * causal.score.weight[0].float()).norm() if heads else logits.std())
     layers = causal.config.get_text_config().num_hidden_layers
-    return Outputs(logits, unit(dtype or model.dtype) * math.sqrt(2 * layers + 2) * spread)
+    return Outputs(logits, unit(dtype or model.dtype) * math.sqrt(2 * layers + 2) * float(scored))
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -296,10 +296,10 @@ def prove(model: Any, config: ModelConfig, folder: Path, probe: list[int], expec
     # 4-bit codes are another device's own, and shards are where they are
     elsewhere = [] if quantised or expected is not None else ["cpu"]
     reasons = []
-    for device in dict.fromkeys([str(model.device), *elsewhere]):
+    for device in dict.fromkeys([place(model), *elsewhere]):
         release()
         try:
-            if torch.device(device) != model.device:
+            if device != place(model):
                 model.to(device)
                 release()
             here = expected if expected is not None else outputs(model, probe, coarsest)
@@ -322,7 +322,12 @@ def prove(model: Any, config: ModelConfig, folder: Path, probe: list[int], expec
             reasons.append(f"on {device} the model in memory ran out of it")
             continue
         return Proof(judged(here, got, folder), here.tolerance, _name(coarsest), device)
-    return Proof(None, 0.0, _name(coarsest), str(model.device), "; ".join(reasons))
+    return Proof(None, 0.0, _name(coarsest), place(model), "; ".join(reasons))
+
+
+def place(model: Any) -> str:
+    """The device that a model is on, such as cuda:0."""
+    return str(model.device)
 
 
 def judged(here: Outputs, got: torch.Tensor, folder: Path) -> float:

@@ -17,7 +17,7 @@ from finetune_kit.model import load
 @contextlib.contextmanager
 def bfloat16_gpu() -> Iterator[None]:
     """In here the device computes in bfloat16. One switch, which everything asks."""
-    with mock.patch.object(load, "_has_bfloat16_units", lambda: True):
+    with mock.patch.object(load, "_has_bfloat16_units", return_value=True):
         yield
 
 
@@ -28,9 +28,9 @@ def reloading_here(seen: list[dict[str, Any]]) -> Iterator[None]:
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         assert command[:2] == [sys.executable, "-I"]
         seen.append(json.loads(command[-1]))
-        with mock.patch.object(sys, "argv", ["-c", command[-1]]), mock.patch.object(sys, "path", list(sys.path)):
-            with mock.patch.dict(sys.modules):
-                exec(compile(command[-2], "reload", "exec"), {"__name__": "__main__"})  # our own text
+        argv, path = mock.patch.object(sys, "argv", ["-c", command[-1]]), mock.patch.object(sys, "path", [*sys.path])
+        with argv, path, mock.patch.dict(sys.modules):
+            exec(compile(command[-2], "reload", "exec"), {"__name__": "__main__"})  # our own text
         return subprocess.CompletedProcess(command, 0, "", "")
 
     with mock.patch.object(verify.subprocess, "run", run):
