@@ -71,12 +71,12 @@ def make_varlen(segments: Sequence[Segment], kernel: Kernel | None, device: torc
     return Varlen(kernel, ends[0], ends[1], (max(queries), max(keys)), every if keys != queries else None)
 
 
-def tell(plan: Plan, candidate: Candidate, compiled: bool = False) -> Plan:
-    """A plan with what a candidate has to be told of its segments, on the CPU. `compiled`: from inside of a layer that
-    is compiled."""
-    if candidate.kind == "varlen":
+def tell(plan: Plan, kind: str, compiled: bool = False) -> Plan:
+    """A plan with what a candidate of a kind has to be told of its segments, on the CPU. `compiled`: from inside of a
+    layer that is compiled."""
+    if kind == "varlen":
         plan = replace(plan, varlen=make_varlen(plan.segments, None, plan.tokens.device))
-    if candidate.kind == "segments" and compiled:
+    if kind == "segments" and compiled:
         from finetune_kit.model.segments import table_of
 
         plan = replace(plan, table=table_of(plan.segments))
@@ -264,7 +264,7 @@ def by_time(
     states = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
     timed = []
     for candidate in found:
-        told = connect(tell(plan, candidate).to(device), candidate)
+        told = connect(tell(plan, candidate.kind).to(device), candidate)
 
         def step(told: Plan = told) -> None:
             output, _ = attend(None, *states, None, packed=told)
@@ -302,6 +302,11 @@ def _clock(device: torch.device) -> Clock:
         return time.perf_counter() - begin
 
     return on_cuda if device.type == "cuda" else on_cpu
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host goes on while a device computes, so that asking for a number makes it wait."""
+    return device.type != "cpu"
 
 
 def attention_dtype(causal: Any) -> torch.dtype:

@@ -60,14 +60,11 @@ class Plan:
 
     def to(self, device: torch.device) -> Plan:
         """The same with its own tensors on a device; the host does not wait for them where they are pinned."""
-        return self._with(lambda part: part.to(device, non_blocking=True))
+        return self.moved(lambda part: part.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Plan:
-        """The same in memory that a GPU can fetch by itself."""
-        return self._with(lambda part: part.pin_memory())
-
-    def _with(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Plan:
-        moved: Plan = _moved(self, move, but=("table",))  # which is read on the CPU
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Plan:
+        """The same with its own tensors moved, but for what is read on the CPU."""
+        moved: Plan = _moved(self, move, but=("table",))
         return replace(moved, varlen=self.varlen and _moved(self.varlen, move))
 
 

@@ -259,7 +259,7 @@ def _pack_batch(
     if kwargs.get("cache") is not None or kwargs.get("position_ids") is not None or kwargs.get("use_cache"):
         return None
     labels = kwargs.get("labels")
-    share = not (module.training and _drops(module))
+    share = not (module.training and drops(module))
     plan = None if keep is not None else _carried(ids, mask, labels, share)
     if plan is None:
         plan = plan_on_the_spot(ids, mask, labels, share, way, keep)
@@ -306,7 +306,7 @@ def _carried(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None,
     else:
         assert plan.wanted is not None
         same.append(((labels[:, 1:] != -100) & plan.real[:, :-1]).eq(plan.wanted))
-    if ids.device.type == "cpu":
+    if not kernel.runs_ahead(ids.device):
         return plan if all(bool(part.all()) for part in same) else None
     for part in same:
         torch._assert_async(part.all(), "a batch is not the one that its packing plan was made of")
@@ -328,7 +328,7 @@ def plan_on_the_spot(
     device, (ids, mask) = ids.device, (ids.cpu(), mask.cpu())
     if not bool(mask.any(dim=1).all()):
         return None
-    plan: Plan | None = kernel.tell(make_plan(ids, mask, share), way.attends, way.compiled)
+    plan: Plan | None = kernel.tell(make_plan(ids, mask, share), way.attends.kind, way.compiled)
     assert plan is not None
     if keep is not None:
         plan = replace(plan, selected=plan.places[keep])
@@ -347,7 +347,7 @@ def _too_long(causal: Any, longest: int, windows: set[int | None]) -> str:
     return ""
 
 
-def _drops(module: Any) -> bool:
+def drops(module: Any) -> bool:
     """Whether dropout acts: rows that share a beginning would then share its draw, which a padded batch does not."""
     import torch
 
