@@ -1,5 +1,6 @@
 """Folders that several test files start from."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,12 @@ import pytest
 from finetune_kit.artifact import Artifact
 from finetune_kit.model.tiny import write_tiny_model
 from tests.fixtures_training import train, write_rows
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are of a CPU wherever they run: a GPU is seen by those alone that are of one, with `-m gpu`."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ OWNERS = {
     "peft": ("finetune_kit/model/",),
     "bitsandbytes": ("finetune_kit/model/",),
     "evaluate": ("finetune_kit/evaluation/metrics.py",),
-    "trl": ("recipes/", "finetune_kit/training/rehearsal.py"),  # the head whose memory is rehearsed is TRL's
+    "trl": ("recipes/", "finetune_kit/training/rehearsal.py", "finetune_kit/model/head.py"),  # of the last two its head
     "accelerate": ("finetune_kit/training/", "finetune_kit/rl/ppo.py", "finetune_kit/processes.py"),
     "huggingface_hub": ("finetune_kit/model/load.py", "finetune_kit/hub.py"),
 }

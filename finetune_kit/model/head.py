@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**23  # logits at a time: 32 MiB in float32, and as much again for their probabilities
+TILE_WORDS = 2**15  # of TRL's head
 MEASURES = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # by TRL's names, in this order
 
 
@@ -107,6 +108,27 @@ class _LabelLogProbs(torch.autograd.Function):
                 if by_bias is not None:
                     by_bias += by_logits.sum(dim=0)
         return by_hidden, by_weight, by_bias, None, None
+
+
+def log_probs_of(head: Any, hidden: Tensor, targets: Tensor, measured: Collection[str] = ()) -> dict[str, Tensor]:
+    """label_log_probs of a head that it stands for: on a CPU by ours, on CUDA by TRL's kernels, which TRL's own head
+    calls only when the host has waited for the number of labels."""
+    if hidden.device.type == "cpu":
+        return label_log_probs(hidden, head.weight, head.bias, targets, measured)
+    from trl.kernels import ChunkedLogProbFunction
+
+    found = ChunkedLogProbFunction.apply(
+        hidden, head.weight, head.bias, targets, 1.0, TILE_WORDS, None, 1.0, ("log_probs", *measured)
+    )
+    return {name: o for name, o in zip(("log_probs", *MEASURES), found, strict=True) if o is not None}
+
+
+def stands_for(head: Any) -> bool:
+    """Whether log_probs_of may compute what a head does: whole weights of a plain layer, and on a CPU in float32."""
+    if is_plain(head):
+        return True
+    whole = type(head) is torch.nn.Linear and not hasattr(head.weight, "device_mesh")
+    return whole and head.weight.device.type == "cuda"
 
 
 def is_plain(head: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
     from finetune_kit.model.kernel import Varlen
 
+CARRIED = "packing_plan"  # a batch's token ids carry their plan to the model under this name
 WORTH_SHARING = 8  # tokens: a shorter common beginning costs more in attention calls than it saves in the layers
 
 
@@ -22,16 +24,19 @@ class Segment:
     before: tuple[Segment, ...]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch.compile would take all of a frozen one for constants, and compile each batch anew
 class Plan:
     """How a batch is packed.
 
     tokens: (n,), packed token -> its place in the flattened padded batch. positions: (n,), each token's place in its
     row. places: (b, t), padded place -> packed token, 0 where padded. real: (b, t), true where a token is; slots: (m,),
-    where that is in the flattened padded batch. selected: (s,), packed tokens whose hidden state the caller wants;
-    None: all, in the padded layout. wanted: (b, t - 1), true in front of a label; s in number. varlen: what attends;
-    None: SDPA. windows: attention notes the sliding windows that it masked here. targets: (s,), the labels, where
-    model/head.py is the head; hidden: their hidden states, left here by the backbone.
+    where that is in the flattened padded batch. times: (1, n), in how many rows each packed token is. longest: tokens
+    of the longest row. shares: some token is in several rows. selected: (s,), packed tokens whose hidden state the
+    caller wants; None: all, in the padded layout. wanted: (b, t - 1), true in front of a label; scored: (s,), where in
+    it, flattened. varlen: what attends; None: SDPA by segment. table: the segments as attention inside a compiled layer
+    is told of them, on the CPU. blocks: flex attention's mask, by window. windows: attention notes the sliding windows
+    that it masked here. targets: (s,), the labels, where model/head.py is the head; hidden: their hidden states, left
+    here by the backbone.
     """
 
     segments: tuple[Segment, ...]
@@ -40,20 +45,47 @@ class Plan:
     places: torch.Tensor
     real: torch.Tensor
     slots: torch.Tensor
+    times: torch.Tensor
+    longest: int
+    shares: bool
     selected: torch.Tensor | None = None
     wanted: torch.Tensor | None = None
+    scored: torch.Tensor | None = None
     varlen: Varlen | None = None
+    table: torch.Tensor | None = None
+    blocks: dict[int | None, Any] | None = None
     windows: set[int | None] = field(default_factory=set)
     targets: torch.Tensor | None = None
     hidden: list[torch.Tensor] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Plan:
-        """The same with its own tensors on a device."""
-        import torch
+        """The same with its own tensors on a device; the host does not wait for them where they are pinned."""
+        return self.moved(lambda part: part.to(device, non_blocking=True))
 
-        own: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {name: part.to(device) for name, part in own.items() if isinstance(part, torch.Tensor)}
-        return Plan(**{**own, **moved})
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Plan:
+        """The same with its own tensors moved, but for what is read on the CPU."""
+        moved: Plan = _moved(self, move, but=("table",))
+        return replace(moved, varlen=self.varlen and _moved(self.varlen, move))
+
+
+def _moved(parts: Any, move: Callable[[torch.Tensor], torch.Tensor], but: tuple[str, ...] = ()) -> Any:
+    """A copy of a dataclass in which its own tensors are moved."""
+    import torch
+
+    own = {item.name: getattr(parts, item.name) for item in fields(parts) if item.name not in but}
+    return replace(parts, **{name: move(part) for name, part in own.items() if isinstance(part, torch.Tensor)})
+
+
+def select(plan: Plan, labels: torch.Tensor) -> Plan | None:
+    """The plan of a batch of which only the positions in front of a label are wanted; None where there is none.
+
+    labels: (b, t), -100 where there is none, on the CPU.
+    """
+    wanted = (labels[:, 1:] != -100) & plan.real[:, :-1]
+    scored = wanted.flatten().nonzero()[:, 0]
+    if not len(scored):
+        return None
+    return replace(plan, selected=plan.places[:, :-1][wanted], wanted=wanted, scored=scored)
 
 
 def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool) -> Plan:
@@ -107,7 +139,12 @@ def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool
     for row, path in enumerate(paths):
         places[row, real[row]] = torch.cat([tokens_of(segment) for segment in path])
     slots = real.flatten().nonzero()[:, 0]
-    return Plan(tuple(segments), torch.cat(tokens), torch.cat(positions), places, real, slots)
+    packed = torch.cat(tokens)
+    times = torch.bincount(places[real], minlength=len(packed))[None]
+    longest = max(map(len, texts))
+    return Plan(
+        tuple(segments), packed, torch.cat(positions), places, real, slots, times, longest, len(packed) < len(slots)
+    )
 
 
 def tokens_of(segment: Segment) -> torch.Tensor:

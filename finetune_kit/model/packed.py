@@ -5,24 +5,29 @@ beginning once, and what is left is laid end to end as one row of n tokens. The 
 segment sees its own beginning and itself. Behind the backbone the hidden states are laid out as the caller expects:
 padded rows, or, where labels are given, only the positions in front of a label (or those that a mask wants kept), so
 that the language-model head runs nowhere else; what TRL's fused head says of labels is laid out in padded rows again.
-On a CPU, where TRL's head computes all logits twice, model/head.py takes its place if it proves equal.
+On a CPU TRL's head computes all logits twice, and on a GPU it has the host wait for the number of labels: model/head.py
+takes its place if it proves equal.
 
-Attention is SDPA, segment by segment, on a CPU, and one call of torch's varlen attention on CUDA. Everything else
-above the backbone is unchanged, and no forward is replaced: hooks before and behind the model and behind the backbone,
-and one attention function of transformers' AttentionInterface.
+Attention is SDPA, segment by segment, on a CPU, and on CUDA what is the fastest on the run's rows of those that prove
+right (model/kernel.py). Everything else above the backbone is unchanged, and no forward is replaced: hooks before and
+behind the model and the backbone, and one attention function of transformers' AttentionInterface.
+
+The plan of a batch is made where its rows are put together (training/collate.py), and comes with its token ids: the
+host asks the device for nothing. A call without one has its plan made on the spot.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit import processes
 from finetune_kit.model import kernel
-from finetune_kit.model.layout import Plan, make_plan
+from finetune_kit.model.kernel import SEGMENTS, Candidate
+from finetune_kit.model.layout import CARRIED, Plan, make_plan, select
 from finetune_kit.model.proof import disproof, proves_own_head
 
 if TYPE_CHECKING:
@@ -38,13 +43,17 @@ HEAD_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_t
 class Way:
     """How a model's calls are packed.
 
-    windows: the sliding windows that attention was given so far; rows longer than another one stay padded. said: why
-    batches stayed padded so far, each of which a line says once. own_head: model/head.py stands for TRL's fused head.
+    attends: what attends. compiled: its layers are. windows: the sliding windows that attention was given so far; rows
+    longer than another one stay padded. said: why batches stayed padded so far, each of which a line says once.
+    own_head: model/head.py stands for TRL's fused head; measured: what that says of each label.
     """
 
+    attends: Candidate = SEGMENTS
+    compiled: bool = False
     windows: set[int | None] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
     own_head: bool = False
+    measured: tuple[str, ...] = ()
 
 
 def attend(
@@ -64,7 +73,6 @@ def attend(
     than `sliding_window`. A call without a plan is transformers' own SDPA.
     """
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if packed is None:
@@ -79,37 +87,24 @@ def attend(
             sliding_window=sliding_window,
             **kwargs,
         )
-    packed.windows.add(sliding_window)
-    if packed.varlen is not None and not dropout:  # a varlen kernel drops nothing
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # a compiled layer has been asked before it was compiled
+        packed.windows.add(sliding_window)
+    # a varlen kernel and flex attention drop nothing
+    if packed.varlen is not None and not dropout and kernel.takes_window(packed.varlen, sliding_window):
         return kernel.attend_at_once(packed.varlen, query, key, value, scaling, sliding_window), None
-    groups = query.shape[1] // key.shape[1]
-    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    # by split, whose gradient is one cat: that of a slice is as long as the packed row
-    lengths = [segment.length for segment in packed.segments]
-    queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
-    at = {segment.start: index for index, segment in enumerate(packed.segments)}
-    outputs = []
-    for index, segment in enumerate(packed.segments):
-        seen = [at[part.start] for part in segment.before] + [index]
-        its_keys, its_values = (torch.cat([states[part] for part in seen], dim=2) for states in (keys, values))
-        mask, ahead = None, its_keys.shape[2] - segment.length
-        windowed = sliding_window is not None and its_keys.shape[2] > sliding_window
-        if ahead or windowed:  # token i of the segment sees all before the segment, and i + 1 of its own
-            mask = torch.ones(segment.length, its_keys.shape[2], dtype=torch.bool, device=query.device).tril(ahead)
-        if mask is not None and sliding_window is not None:  # of these, the last ones
-            mask = mask.triu(ahead - sliding_window + 1)
-        outputs.append(
-            scaled_dot_product_attention(
-                queries[index],
-                its_keys,
-                its_values,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None and segment.length > 1,
-                scale=scaling,
-            )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    from finetune_kit.model import segments  # which needs torch when it is imported
+
+    query, key, value = kernel.in_autocast(query, key, value)
+    if packed.blocks is not None and not dropout:
+        output = segments.attend_by_flex(packed, query, key, value, scaling, sliding_window)
+    elif compiling and packed.table is not None and not dropout:
+        scale, window = scaling or query.shape[-1] ** -0.5, sliding_window or segments.NO_WINDOW
+        output = segments.attend_by_segment(query, key, value, packed.table, scale, window)
+    else:
+        seen = segments.seen_by(packed.segments)
+        output = segments.by_segment(query, key, value, seen, scaling, sliding_window, dropout)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def enable(model: Any, rows: Sequence[Sequence[int]] = (), own_head: bool = False) -> str:
@@ -123,11 +118,14 @@ def enable(model: Any, rows: Sequence[Sequence[int]] = (), own_head: bool = Fals
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     with kernel.as_in_training(causal.device):
-        refused = kernel.refusal(causal.device, kernel.attention_dtype(causal), causal.config)
-        return refused or _enable(model, causal, rows, own_head)
+        dtype = kernel.attention_dtype(causal)
+        found = kernel.candidates(causal.device, dtype, causal.config)
+        if not found:
+            return kernel.refusal(causal.device, dtype, causal.config)
+        return _enable(model, causal, rows, own_head, found)
 
 
-def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]], own_head: bool) -> str:
+def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]], own_head: bool, found: Sequence[Candidate]) -> str:
     config = causal.base_model.config  # a classifier's backbone has one of its own
     before = config._attn_implementation
     if before != "sdpa":
@@ -138,24 +136,61 @@ def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]], own_head: bo
     way = Way()
     handles = [
         outer.register_forward_pre_hook(partial(_pack, way=way), with_kwargs=True),
+        causal.base_model.register_forward_pre_hook(_mask, with_kwargs=True),
         causal.base_model.register_forward_hook(_unpack, with_kwargs=True),
-        outer.register_forward_hook(_lay_out, with_kwargs=True),
+        outer.register_forward_hook(partial(_lay_out, way=way), with_kwargs=True),
     ]
 
-    def turn_on() -> None:
+    def turn_on(candidate: Candidate) -> None:
         config._attn_implementation = ATTENTION
+        way.attends = candidate
+        candidate.use()
 
-    def use(own: bool) -> None:
-        way.own_head = own
+    def turn_off() -> None:
+        config._attn_implementation = before
 
-    reason = disproof(model, causal, rows, turn_on)
+    def use(own: bool, measured: Sequence[str] = ()) -> None:
+        way.own_head, way.measured = own, tuple(measured)
+
+    reason = _choose(model, causal, rows, found, turn_on, turn_off)
     if reason:
         for handle in handles:
             handle.remove()
-        config._attn_implementation = before
+        turn_off()
     else:
-        use(own_head and not hasattr(causal, "score") and proves_own_head(model, use, HEAD_OUTPUTS))
+        use(False)
+        measured = () if not own_head or hasattr(causal, "score") else proves_own_head(model, use, HEAD_OUTPUTS)
+        use(bool(measured), measured)
     return reason
+
+
+def _choose(
+    model: Any,
+    causal: Any,
+    rows: Sequence[Sequence[int]],
+    found: Sequence[Candidate],
+    turn_on: Callable[[Candidate], None],
+    turn_off: Callable[[], None],
+) -> str:
+    """Turn on the fastest candidate that is right; "" or why none is."""
+    dtype, reason = kernel.attention_dtype(causal), "no way to attend to packed rows works here"
+    timed = kernel.by_time(found, attend, rows or [[0] * 128, [0] * 64], causal.config, causal.device, dtype)
+    for candidate, _ in timed:
+        turn_off()
+        reason = disproof(model, causal, rows, partial(turn_on, candidate))
+        if not reason:
+            if len(timed) > 1 and processes.is_main():
+                log.info("packed rows: %s", said_times(candidate, timed))
+            return ""
+        if len(timed) > 1:
+            log.warning("packed rows: not by %s: %s", candidate.name, reason)
+    return reason
+
+
+def said_times(chosen: Candidate, timed: Sequence[tuple[Candidate, float]]) -> str:
+    """The candidate that attends, and how long each takes in a layer."""
+    times = ", ".join(f"{candidate.name} {1000 * seconds:.2f} ms" for candidate, seconds in timed)
+    return f"{chosen.name} attends (in one layer, forward and backward: {times})"
 
 
 def acts_on(model: Any) -> bool:
@@ -164,11 +199,24 @@ def acts_on(model: Any) -> bool:
     Such a call may have a (b, t) mask as logits_to_keep: its logits are those of the positions that are true there,
     (1, s, v); of a batch that stays padded, those of the places where any row has one, (b, k, v).
     """
-    hooks = (hook for hook in model._forward_pre_hooks.values() if isinstance(hook, partial))
-    if not any(hook.func is _pack for hook in hooks):
-        return False
+    way = way_of(model)
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return not kernel.refusal(causal.device, kernel.attention_dtype(causal), causal.config)
+    return way is not None and not hasattr(causal, "score") and not _refusal(causal, way)
+
+
+def way_of(model: Any) -> Way | None:
+    """How the calls of a model are packed; None where they are not."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    outer = causal.base_model if hasattr(causal, "score") else model
+    hooks = (hook for hook in outer._forward_pre_hooks.values() if isinstance(hook, partial))
+    return next((hook.keywords["way"] for hook in hooks if hook.func is _pack), None)
+
+
+def _refusal(causal: Any, way: Way) -> str:
+    """Why a call made now is not packed; "" where it is."""
+    if way.attends.kind != "varlen":
+        return ""
+    return kernel.refusal(causal.device, kernel.attention_dtype(causal), causal.config)
 
 
 def register() -> None:
@@ -211,42 +259,82 @@ def _pack_batch(
     if kwargs.get("cache") is not None or kwargs.get("position_ids") is not None or kwargs.get("use_cache"):
         return None
     labels = kwargs.get("labels")
-    device, (ids, mask) = ids.device, (ids.cpu(), mask.cpu())  # what follows asks for many numbers
-    if not bool(mask.any(dim=1).all()):
+    share = not (module.training and drops(module))
+    plan = None if keep is not None else _carried(ids, mask, labels, share)
+    if plan is None:
+        plan = plan_on_the_spot(ids, mask, labels, share, way, keep)
+    if plan is None:
         return None
-    longest = int(mask.sum(dim=1).max())
-    if reason := kernel.refusal(device, kernel.attention_dtype(causal), causal.config) or _too_long(
-        causal, longest, way.windows
-    ):
+    if reason := _refusal(causal, way) or _too_long(causal, plan.longest, way.windows):
         if reason not in way.said and processes.is_main():
             way.said.add(reason)
             log.warning("padded batches: %s", reason)
         return None
-    plan = make_plan(ids, mask, share=not (module.training and _drops(module)))
     kwargs = {**kwargs, "use_cache": False}
+    if labels is not None:
+        assert plan.scored is not None
+        first, targets = labels.new_full((1,), -100), labels[:, 1:].flatten()[plan.scored]
+        from finetune_kit.model.head import stands_for  # which needs torch when it is imported
+
+        if way.own_head and kwargs.get("fused_lm_head") and stands_for(causal.get_output_embeddings()):
+            plan = replace(plan, targets=targets)
+            kwargs["labels"], kwargs["fused_lm_head"] = None, False
+        else:  # the losses above shift labels by one: the first has nothing before it
+            kwargs["labels"] = torch.cat([first, targets])[None]
+    kwargs["input_ids"] = ids.flatten()[plan.tokens][None]
+    kwargs["position_ids"] = plan.positions[None]
+    kwargs["attention_mask"] = plan.times  # what a router's loss counts; attention is told by the plan
+    kwargs["packed"] = replace(kernel.connect(plan, way.attends), windows=way.windows, hidden=[])
+    return args, kwargs
+
+
+def _carried(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None, share: bool) -> Plan | None:
+    """The plan that came with a batch's token ids; None where there is none, or where it is not that of this call.
+
+    Mask and labels are compared with it where they are: a device that finds others ends the run.
+    """
+    import torch
+
+    plan: Plan | None = getattr(ids, CARRIED, None)
+    if plan is None or plan.real.shape != mask.shape or (plan.shares and not share):
+        return None
+    if plan.tokens.device != ids.device or (labels is not None and plan.wanted is None):
+        return None
+    same: list[torch.Tensor] = [mask.bool().eq(plan.real)]
+    if labels is None:
+        plan = replace(plan, selected=None, wanted=None, scored=None)
+    else:
+        assert plan.wanted is not None
+        same.append(((labels[:, 1:] != -100) & plan.real[:, :-1]).eq(plan.wanted))
+    if not kernel.runs_ahead(ids.device):
+        return plan if all(bool(part.all()) for part in same) else None
+    for part in same:
+        torch._assert_async(part.all(), "a batch is not the one that its packing plan was made of")
+    return plan
+
+
+def plan_on_the_spot(
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    labels: torch.Tensor | None,
+    share: bool,
+    way: Way,
+    keep: torch.Tensor | None = None,
+) -> Plan | None:
+    """The plan of a batch, on its device; None where it has an empty row, or labels that are none.
+
+    `keep`: as in `_pack_batch`. What follows asks for many numbers: they are fetched from the device.
+    """
+    device, (ids, mask) = ids.device, (ids.cpu(), mask.cpu())
+    if not bool(mask.any(dim=1).all()):
+        return None
+    plan: Plan | None = kernel.tell(make_plan(ids, mask, share), way.attends.kind, way.compiled)
+    assert plan is not None
     if keep is not None:
         plan = replace(plan, selected=plan.places[keep])
-    if labels is not None:
-        labels = labels.cpu()
-        wanted = (labels[:, 1:] != -100) & plan.real[:, :-1]
-        if not bool(wanted.any()):
-            return None
-        plan = replace(plan, selected=plan.places[:, :-1][wanted], wanted=wanted)
-        targets = labels[:, 1:][wanted]
-        from finetune_kit.model.head import is_plain  # which needs torch when it is imported
-
-        if way.own_head and kwargs.get("fused_lm_head") and is_plain(causal.get_output_embeddings()):
-            plan, targets = replace(plan, targets=targets), targets[:0]
-        # the losses above shift labels by one: the first has nothing before it
-        kwargs["labels"] = torch.cat([labels.new_full((1,), -100), targets])[None].to(device)
-    attends = kernel.varlen_kernel(device)
-    varlen = kernel.make_varlen(plan.segments, attends, device) if attends else None
-    kwargs["input_ids"] = ids.flatten()[plan.tokens][None].to(device)
-    kwargs["position_ids"] = plan.positions[None].to(device)
-    # a mask of four dimensions is passed on as it is, so that none of n x n is built
-    kwargs["attention_mask"] = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=device)
-    kwargs["packed"] = replace(plan.to(device), varlen=varlen, windows=way.windows)
-    return args, kwargs
+    elif labels is not None:
+        plan = select(plan, labels.cpu())
+    return plan and plan.to(device)
 
 
 def _too_long(causal: Any, longest: int, windows: set[int | None]) -> str:
@@ -259,13 +347,25 @@ def _too_long(causal: Any, longest: int, windows: set[int | None]) -> str:
     return ""
 
 
-def _drops(module: Any) -> bool:
+def drops(module: Any) -> bool:
     """Whether dropout acts: rows that share a beginning would then share its draw, which a padded batch does not."""
     import torch
 
     if getattr(module.config, "attention_dropout", 0.0):
         return True
     return any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in module.modules())
+
+
+def _mask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Before the backbone: attention is told by the plan. A mask of four dimensions is passed on as it is, so that none
+    of n x n is built."""
+    import torch
+
+    plan = kwargs.get("packed")
+    if plan is None:
+        return None
+    unused = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=plan.tokens.device)
+    return args, {**kwargs, "attention_mask": unused}
 
 
 def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -283,34 +383,36 @@ def _unpack(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         output.last_hidden_state = padded.view(*plan.real.shape, -1)
     elif plan.wanted is None:
         output.last_hidden_state = hidden[plan.selected][None]
-    elif plan.targets is not None:  # TRL's head gets no label, and the one state that it drops
+    elif plan.targets is not None:  # the model's head gets nothing to do
         plan.hidden.append(hidden[plan.selected])
-        output.last_hidden_state = hidden[None, :1]
+        output.last_hidden_state = hidden[None, :0]
     else:  # the last one is never read: the losses above drop it when they shift
         output.last_hidden_state = hidden[torch.cat([plan.selected, plan.selected[-1:]])][None]
     return output
 
 
-def _lay_out(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Behind the model: what TRL's fused head says of each label, (1, s) -> (b, t - 1) with zeros elsewhere.
-
-    Where it was given no label, what model/head.py says, of all that it would have measured.
-    """
+def _lay_out(module: Any, args: Any, kwargs: dict[str, Any], output: Any, way: Way) -> Any:
+    """Behind the model: what is said of each label, (s,) -> (b, t - 1) with zeros elsewhere; by TRL's fused head, or by
+    model/head.py, of all that TRL's would have measured."""
     plan = kwargs.get("packed")
-    if plan is None or plan.wanted is None or getattr(output, "log_probs", None) is None:
+    if plan is None or plan.wanted is None:
         return output
-    measured = [name for name in HEAD_OUTPUTS if getattr(output, name) is not None]
     if plan.targets is None:
-        found = {name: getattr(output, name)[0] for name in measured}
+        if getattr(output, "log_probs", None) is None:
+            return output
+        found = {name: getattr(output, name)[0] for name in HEAD_OUTPUTS if getattr(output, name) is not None}
     else:
-        from finetune_kit.model.head import label_log_probs
+        from finetune_kit.model.head import log_probs_of
 
         causal = module.get_base_model() if hasattr(module, "get_base_model") else module
-        head = causal.get_output_embeddings()
-        found = label_log_probs(plan.hidden.pop(), head.weight, head.bias, plan.targets, measured[1:])
+        found = log_probs_of(causal.get_output_embeddings(), plan.hidden.pop(), plan.targets, way.measured[1:])
         labels = kwargs.get("num_items_in_batch")
-        output.loss = output.loss - found["log_probs"].sum() / (len(plan.targets) if labels is None else labels)
-    for name in measured:
-        setattr(output, name, found[name].new_zeros(plan.wanted.shape).masked_scatter(plan.wanted, found[name]))
+        output.loss = -found["log_probs"].sum() / (len(plan.targets) if labels is None else labels)
+    for name in HEAD_OUTPUTS:
+        if name in found:
+            padded = found[name].new_zeros(plan.wanted.numel()).index_copy(0, plan.scored, found[name])
+            setattr(output, name, padded.view(plan.wanted.shape))
+        else:
+            setattr(output, name, None)
     output.label_mask = plan.wanted
     return output

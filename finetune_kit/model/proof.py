@@ -67,10 +67,10 @@ def _probe(words: int) -> list[list[int]]:
     return [random[0], random[0][:12] + random[1][12:20], random[2], random[3][:5]]
 
 
-def proves_own_head(model: Any, use: Callable[[bool], None], outputs: Sequence[str]) -> bool:
-    """Whether TRL's fused head is there, and model/head.py gives its numbers, those of `outputs`.
+def proves_own_head(model: Any, use: Callable[[bool, Sequence[str]], None], outputs: Sequence[str]) -> list[str]:
+    """Those of `outputs` that TRL's fused head measures, if it is there and model/head.py gives its numbers; else none.
 
-    `use` puts ours (True) or TRL's (False) in place.
+    `use` puts ours (True) or TRL's (False) in place, and says what is measured.
     """
     import torch
 
@@ -79,20 +79,25 @@ def proves_own_head(model: Any, use: Callable[[bool], None], outputs: Sequence[s
     ids, mask = _padded(_probe(model.config.get_text_config().vocab_size), 0, model.device)
     labels = ids.masked_fill(mask == 0, -100)
 
-    def numbers(own: bool) -> list[torch.Tensor]:
-        use(own)
+    def numbers(own: bool, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        use(own, names)
         with torch.no_grad():
             output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, use_cache=False)
-        measured = (getattr(output, name, None) for name in outputs)
-        return [found.float() for found in measured if found is not None]
+        measured = {name: getattr(output, name, None) for name in names}
+        return {name: found.float() for name, found in measured.items() if found is not None}
 
     try:
-        trls, ours = numbers(own=False), numbers(own=True)
+        trls = numbers(False, outputs)
+        ours = numbers(True, list(trls))
     except (TypeError, ValueError):  # without TRL's head the word means nothing
-        return False
+        return []
     finally:
         model.train(was_training)
-    return bool(trls) and _difference(ours, trls, exact=True) <= TOLERANCE
+    if not trls or ours.keys() != trls.keys():
+        return []
+    exact = kernel.attention_dtype(model) == torch.float32
+    difference = _difference(list(ours.values()), list(trls.values()), exact)
+    return list(trls) if difference <= (TOLERANCE if exact else ROUGH_TOLERANCE / 10) else []
 
 
 def _padded(rows: list[list[int]], padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -104,13 +104,16 @@ def build(
     trainer.remove_callback(PrinterCallback)  # it prints the logs as a dict; progress.py says them
     if config.hub.strategy == "every_save":
         trainer.add_callback(_pushes_checkpoints(config))
-    trainer.add_callback(watching(Guard(config.train.on_nonfinite, data, trainer)))
+    trainer.add_callback(watching(Guard(config.train.on_nonfinite, data, trainer, config.train.eval_steps)))
     for parameter, weights in trained:  # TRL rounds adapters of quantised models to bfloat16
         if parameter.dtype != weights.dtype:
             parameter.data = weights
     announce(config, policy, data)
     if config.train.padding_free and (reason := padded_because(config, policy, data)):
         console.print(f"note: padded batches: {reason}")
+    from finetune_kit.training.collate import plan_in_collator  # which needs torch when it is imported
+
+    plan_in_collator(trainer)
     return trainer
 
 
@@ -283,6 +286,8 @@ def training_arguments(config_class: Any, config: RecipeConfig, data: Data) -> d
     known = {item.name for item in dataclasses.fields(config_class)}
     for name, value in train.extra.items():
         arguments[name] = _extra(name, value, arguments, config_class)
+    if device().type == "cuda" and data.kind != "prompt":  # batches are put together and planned beside the training
+        arguments.setdefault("dataloader_num_workers", 1)
     arguments.setdefault("ddp_find_unused_parameters", False)  # every trained weight is used in every pass
     return {name: value for name, value in arguments.items() if name in known}
 

@@ -16,10 +16,10 @@ from finetune_kit import processes
 from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError, SettingsError
+from finetune_kit.model import kernel
 from finetune_kit.model.adapters import restore
 from finetune_kit.training import checkpoint
 from finetune_kit.training.progress import console, hooks
-from finetune_kit.training.room import all_agree
 
 CAUSES = "Likely causes: a learning_rate too high, float16 overflow, a broken row. Try a tenth of train.learning_rate."
 MOST_IN_A_ROW = 3  # steps without a move after which a run that skips them stops
@@ -33,20 +33,29 @@ def watching(guard: Guard) -> Any:
         on_step_begin=guard.on_step_begin,
         on_pre_optimizer_step=guard.on_pre_optimizer_step,
         on_step_end=guard.on_step_end,
+        on_epoch_end=guard.on_epoch_end,
         on_log=guard.on_log,
     )
 
 
-def finite(tensors: Iterable[Any]) -> bool:
-    """Whether every number in some tensors is finite. One look for all of them."""
+def finite(tensors: Iterable[Any]) -> Any:
+    """Whether every number in some tensors is finite: (), bool, on their device, which nobody waits for here."""
     import torch
 
     found = list(tensors)
     if not found:
-        return True
+        return torch.tensor(True)
     # a NaN or an infinity anywhere makes its own norm NaN or infinite
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(found)])
-    return bool(torch.isfinite(norms).all())
+    well = torch.isfinite(norms).all()
+    return well.full_tensor() if hasattr(well, "full_tensor") else well  # of shards
+
+
+def everywhere(accelerator: Any, well: Any) -> bool:
+    """Whether what `finite` found holds in every process; each of them has to ask. The host waits here, once."""
+    if accelerator.num_processes > 1:
+        well = accelerator.reduce(1 - well.float(), reduction="sum") == 0
+    return bool(well)
 
 
 class Guard:
@@ -54,13 +63,16 @@ class Guard:
 
     `skipped`: steps that moved nothing. Raises NumericsError at the first one with `stop`, after MOST_IN_A_ROW else,
     where rollback has no checkpoint to go back to, and for weights that are not finite: they are not saved.
+    A device that runs ahead of the host is waited for once a step: its weights are looked at with the gradients of the
+    next step, unless they are about to be saved or measured.
     """
 
-    def __init__(self, policy: str, data: Data, trainer: Any) -> None:
-        self.policy, self.data, self.trainer = policy, data, trainer
+    def __init__(self, policy: str, data: Data, trainer: Any, eval_steps: int | None = None) -> None:
+        self.policy, self.data, self.trainer, self.eval_steps = policy, data, trainer, eval_steps
         self.seen: list[tuple[Any, Any, Any]] = []  # input_ids, attention_mask, position_ids since the last step
         self.skipped = self.in_a_row = self.since_log = self.steps_since_log = 0
         self.good_loss: Any = None
+        self.weights: Any = None  # whether those of the last step are finite, where nobody has asked yet
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.policy == "rollback" and (sharding := processes.sharding()):
@@ -86,10 +98,15 @@ class Guard:
         self.steps_since_log += 1
         loss = getattr(self.trainer, "_tr_loss", torch.zeros(()))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if all_agree(self.trainer.accelerator, finite(gradients) and finite([loss])):
+        weights, self.weights = self.weights, None
+        well = finite(gradients) & finite([loss])
+        well = well if weights is None else well & weights
+        if everywhere(self.trainer.accelerator, well):
             self.in_a_row = 0
             self.good_loss = loss.clone()
             return
+        if weights is not None:
+            self._refuse_weights(args, state, weights)
         step = state.global_step + 1
         found = f"A gradient is not finite at step {step}; no weight has been moved by it. {self.rows()}"
         last = _last_checkpoint(Path(args.output_dir))
@@ -126,7 +143,24 @@ class Guard:
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the move, ahead of any save."""
         trained = [p.detach() for p in self.trainer.model.parameters() if p.requires_grad]
-        if not all_agree(self.trainer.accelerator, finite(trained)):
+        self.weights = finite(trained)
+        measured = bool(self.eval_steps) and state.global_step % (self.eval_steps or 1) == 0
+        last = state.global_step >= state.max_steps or control.should_training_stop
+        if measured or last or control.should_save or not kernel.runs_ahead(self.weights.device):
+            self._ask_for_weights(args, state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ahead of a save that another one asked for."""
+        self._ask_for_weights(args, state)
+
+    def _ask_for_weights(self, args: Any, state: Any) -> None:
+        weights, self.weights = self.weights, None
+        if weights is not None:
+            self._refuse_weights(args, state, weights)
+
+    def _refuse_weights(self, args: Any, state: Any, weights: Any) -> None:
+        """Raises NumericsError unless the weights of the last step are finite."""
+        if not everywhere(self.trainer.accelerator, weights):
             last = _last_checkpoint(Path(args.output_dir))
             kept = f" The last good checkpoint is {last}." if last else ""
             found = f"A weight is not finite after step {state.global_step}; nothing is saved.{kept}"

@@ -690,12 +690,39 @@ class TestVarlen:
         config = LlamaConfig(**{**SHAPE, "head_dim": head_dim})
         assert kernel.refusal(torch.device(device), dtype, config) == reason
 
-    def test_an_old_gpu_and_an_old_torch_stay_padded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_old_gpu_and_a_torch_without_varlen_attention_have_no_such_candidate(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         cuda, given = torch.device("cuda"), (torch.bfloat16, FAMILIES["llama"])
-        assert kernel.refusal(cuda, *given) == "varlen attention needs a GPU with bfloat16 units"  # there is none here
-        old = lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None: query  # noqa: E731
-        monkeypatch.setattr(kernel, "varlen_kernel", lambda device: old)
-        assert "lacks enable_gqa: torch 2.13 has it" in kernel.refusal(cuda, *given)
+        monkeypatch.setattr(kernel, "computes_in_bfloat16", lambda: False)
+        assert kernel.refusal(cuda, *given) == "varlen attention needs a GPU with bfloat16 units"
+        monkeypatch.setattr(kernel, "computes_in_bfloat16", lambda: True)
+        monkeypatch.setattr(kernel, "_installed_flash", lambda device: [])
+        assert [one.kind for one in kernel.candidates(cuda, *given)] == ["varlen", "segments", "flex"]
+        monkeypatch.setattr(kernel, "varlen_kernel", lambda device: None)
+        assert "has no varlen attention: torch 2.10 has it" in kernel.refusal(cuda, *given)
+        assert [one.kind for one in kernel.candidates(cuda, *given)] == ["segments", "flex"]
+        assert kernel.candidates(torch.device("mps"), *given) == []
+
+    @pytest.mark.parametrize("torchs", varlen.SIGNATURES)
+    @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+    def test_the_kernel_of_each_torch_from_2_10_on_is_called_by_what_it_takes(
+        self, torchs: str, family: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        attend_by(monkeypatch, varlen.SIGNATURES[torchs])
+        assert_equal_training(make(FAMILIES[family]).train(), batch())
+
+    @pytest.mark.parametrize("torchs", varlen.SIGNATURES)
+    def test_a_window_and_a_scale_are_kept_to_whatever_the_kernel_of_a_torch_takes(
+        self, torchs: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        attend_by(monkeypatch, varlen.SIGNATURES[torchs])
+        assert_equal_training(make(WINDOWED["the second layer"]).train(), batch())
+        scaled = GemmaConfig(**SHAPE)
+        model = make(scaled)
+        for layer in model.model.layers:
+            layer.self_attn.scaling = 0.7
+        assert_equal_training(model.train(), batch())
 
     def test_torchs_own_kernel_takes_the_call_forward_and_backward_by_its_shapes(self) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -712,7 +739,8 @@ class TestVarlen:
             output.sum().backward()
             assert [part.grad.shape for part in states] == [part.shape for part in states]
 
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's varlen kernel needs a GPU")
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's varlen kernel needs a GPU: pytest -m gpu")
     @pytest.mark.parametrize("window", [None, 26])
     def test_on_a_gpu_torchs_own_kernel_gives_the_stand_ins_numbers_and_gradients(self, window: int | None) -> None:
         cuda, inputs = torch.device("cuda"), batch()
@@ -723,7 +751,7 @@ class TestVarlen:
         drawn = [torch.randn(1, heads, 52, 64, generator=generator).bfloat16() for heads in (4, 2, 2)]
         found: list[list[torch.Tensor]] = []
         for device, attends in ((torch.device("cpu"), varlen.reference), (cuda, real)):
-            states = [part.to(device).requires_grad_() for part in drawn]
+            states = [part.to(device).detach().requires_grad_() for part in drawn]  # each a leaf of its own
             told = kernel.make_varlen(plan.segments, attends, device)
             given = {"packed": replace(plan.to(device), varlen=told), "sliding_window": window}
             output, _ = packed.attend(None, *states, None, **given)

@@ -52,6 +52,67 @@ def zip_split(key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor) -> 
     return zip(key.split(sizes), value.split(sizes), strict=True)
 
 
+def torch_2_10(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    return_aux: Any = None,
+) -> torch.Tensor:
+    """As torch 2.10 has it: causal or not, no window and no scale; fewer key heads without being told."""
+    window = (-1, 0) if is_causal else (-1, -1)
+    given = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+    return reference(*given, window_size=window, enable_gqa=True)
+
+
+def torch_2_11(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """As torch 2.11 has it: fewer key heads without being told."""
+    given = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+    return reference(*given, scale=scale, window_size=window_size, enable_gqa=True)
+
+
+def torch_2_12(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """As torch 2.12 and 2.13 have it."""
+    assert cu_seq_k is not None
+    given = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+    return reference(*given, scale=scale, window_size=window_size, enable_gqa=enable_gqa)
+
+
+SIGNATURES = {"2.10": torch_2_10, "2.11": torch_2_11, "2.12": torch_2_12}
+
+
 def same_arguments() -> bool:
     """Whether the stand-in's arguments are torch's: names, order, defaults."""
     ours, torchs = (inspect.signature(function).parameters for function in (reference, varlen_attn))
