@@ -63,7 +63,7 @@ class Data:
     kept); for the others row and prompt_ids, with chosen_ids, rejected_ids and margin (NaN where not known) for pairs,
     completion_ids and label for labelled answers. `score`: the task's own scorer of (completion, row's metadata), for
     reasoning_gym. `end_token_ids`: what stops an answer. `packed`: several samples may share a row of the batch.
-    `chat_template_kwargs`: what the prompts of an evaluation have to be rendered with.
+    `chat_template_kwargs`, `special_tokens_in_text`: what the prompts of an evaluation have to be rendered with.
     """
 
     kind: str
@@ -76,6 +76,7 @@ class Data:
     end_token_ids: list[int]
     packed: bool
     chat_template_kwargs: dict[str, Any]
+    special_tokens_in_text: str = "text"
 
 
 @dataclass
@@ -130,6 +131,7 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
         end_token_ids=list(dict.fromkeys([*ends, *sorted(trained.ends | measured.ends)])),
         packed=kind == "text" if config.packing is None else config.packing,
         chat_template_kwargs=config.chat_template_kwargs,
+        special_tokens_in_text=config.special_tokens_in_text,
     )
 
 
@@ -172,6 +174,17 @@ def _warn(config: DataConfig, kind: str, ledger: Ledger) -> None:
         ledger.note(
             f"{counts.truncated} of {counts.rows} training rows are longer than data.max_length={config.max_length} "
             "and lose their end, the end token included: the model may not learn to stop"
+        )
+    if ledger.special_rows:
+        tokens = ", ".join(list(ledger.special_tokens_in_text)[:4])
+        done = {
+            "text": "they are written as text, and start or end no turn",
+            "refuse": "they are left out",
+            "keep": "THEY ARE TAKEN FOR THE TOKENS, AND MAKE TURNS",
+        }
+        ledger.note(
+            f"{ledger.special_rows} rows hold special tokens in their text ({tokens}): "
+            f"{done[config.special_tokens_in_text]} (data.special_tokens_in_text={config.special_tokens_in_text})"
         )
     if 0 < measured < FEW:
         ledger.note(f"only {measured} held-out rows: a difference will hardly show; see data.held_out_size")
