@@ -21,10 +21,9 @@ from itertools import pairwise
 from typing import Any
 
 from finetune_kit.config import DataConfig
-from finetune_kit.data.records import Message, PromptCompletion, Text
+from finetune_kit.data.records import THOUGHTS, Message, PromptCompletion, Text
 from finetune_kit.data.special import found_in, hide, ids_of_hidden, ids_of_text, show, why_not
 from finetune_kit.data.template import (
-    THOUGHTS,
     Dialect,
     Note,
     adapt,

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from finetune_kit.data.records import Message
+from finetune_kit.data.records import THOUGHTS, Message
 from finetune_kit.errors import DataError, SecurityError
 
 Note = Callable[[str], None]
@@ -27,7 +27,6 @@ Note = Callable[[str], None]
 MOST_SECONDS = 1.0  # of computing, and as much again for each million characters of the conversation
 MOST_CHARACTERS = 10**6  # more than 8 times the conversation's own
 MOST_BYTES = 2**30
-THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")  # keys of a message, in order
 STATM = Path("/proc/self/statm")
 
 # Set on a tokenizer that has none. The end token after each answer is what generation stops at.

@@ -75,7 +75,7 @@ def supervised(records: list[Record], split: str, config: DataConfig, tokenizer:
 
 
 def prompts(records: list[Record], split: str, config: DataConfig, tokenizer: Any, ledger: Ledger) -> Tokens:
-    """Columns prompt_ids and row of prompts; those whose text holds special tokens and may not are dropped and booked."""
+    """Columns prompt_ids and row of prompts. Dropped and booked: special tokens in a text that may not have them."""
     import numpy as np
 
     tokens = Tokens({"prompt_ids": [], "row": []})
