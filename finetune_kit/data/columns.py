@@ -85,7 +85,7 @@ def with_history(messages: list[Message], row: Row, where: str) -> list[Message]
 
 
 def history_of(row: Row, where: str) -> list[Message]:
-    """Earlier turns: [[question, answer], …] or a list of turns, also as JSON, or a transcript; [] if there are none."""
+    """Earlier turns, from [[question, answer], …] or a list of turns, both also as JSON, or from a transcript."""
     value = row.get(HISTORY)
     if value is None or value in ("", []):
         return []
