@@ -142,17 +142,18 @@ def prompt_ids(asked: Asked, messages: list[Message], tools: list[dict[str, Any]
 
     Raises DataError for one that the run's template cannot write, or too long for the model.
     """
-    kwargs = asked.run.config.data.chat_template_kwargs
+    data = asked.run.config.data
+    kwargs, in_text = data.chat_template_kwargs, data.special_tokens_in_text
     if _is_bare(asked.run, asked.tokenizer):
         if len(messages) != 1 or tools:
             raise DataError(
                 "This run was trained on bare prompts, without a chat template: it knows no turns.", "Give a `prompt`."
             )
-        ids = render_prompt(asked.tokenizer, [{**messages[0], "plain": True}], None, kwargs)
+        ids = render_prompt(asked.tokenizer, [{**messages[0], "plain": True}], None, kwargs, in_text)
     else:
         if asked.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": asked.system}, *messages]
-        ids = render_prompt(asked.tokenizer, messages, tools, kwargs)
+        ids = render_prompt(asked.tokenizer, messages, tools, kwargs, in_text)
     wanted = asked.decoding.max_new_tokens
     if asked.positions is not None and len(ids) + wanted > asked.positions:
         room = asked.positions - len(ids)

@@ -103,6 +103,9 @@ class DataConfig:
     system_prompt: str | None = setting(None, "system turn for conversations that have none")
     apply_chat_template: bool = setting(True, "put prompt and completion strings into the model's chat template")
     chat_template_kwargs: dict[str, Any] = setting({}, "passed to the chat template, such as {enable_thinking: false}")
+    special_tokens_in_text: Literal["text", "refuse", "keep"] = setting(
+        "text", "<|im_end|> and the like in a row's text: written as text; such rows dropped; or taken for the tokens"
+    )
     merge_turns: bool = setting(False, "join user turns in a row by a blank line; else such a row is refused")
     skip_bad_rows: int = setting(
         0, "rows that cannot be read which are left out and counted, before one is refused", "rows", within="[0, inf)"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_kit.data.files import Row, read_jsonl
-from finetune_kit.data.messages import messages_of, text_of, tools_of
+from finetune_kit.data.columns import Row, asked, with_system
+from finetune_kit.data.files import read_jsonl
+from finetune_kit.data.messages import check_media, messages_of, tools_of
 from finetune_kit.data.records import Message
 from finetune_kit.errors import DataError, SettingsError
 
@@ -22,14 +23,15 @@ class Line:
     """One line of a prompt file: its number, its fields, and the conversation that they ask to be answered."""
 
     number: int
-    fields: Row
+    fields: dict[str, Any]
     messages: list[Message]
     tools: list[dict[str, Any]] | None
 
 
 def read_prompts(path: Path) -> list[Line]:
     """The file's lines. `prompt` is a string or a list of messages; `messages` is taken where both are there, and an
-    assistant's turn at their end is the answer to be had, so that it is not fed.
+    assistant's turn at their end is the answer to be had, so that it is not fed. Columns beside them (system, input,
+    history, …) mean what they mean in training.
 
     Raises DataError with file and line for a line that is broken or asks nothing, SettingsError for no file.
     """
@@ -41,7 +43,7 @@ def read_prompts(path: Path) -> list[Line]:
     return lines
 
 
-def _line(number: int, row: Row, where: str) -> Line:
+def _line(number: int, row: dict[str, Any], where: str) -> Line:
     taken = [name for name in OURS if name in row]
     if taken:
         raise DataError(
@@ -55,12 +57,15 @@ def _line(number: int, row: Row, where: str) -> Line:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise DataError(f"{where}: half of a surrogate pair, which is no character.", "Mend the line.") from None
-    asks = row.get("messages", row.get("prompt"))
-    if isinstance(asks, list):
-        messages = messages_of(asks, where)
+    check_media(row, where)
+    columns = Row(row)
+    asks = "messages" if "messages" in row else "prompt"
+    if isinstance(row[asks], list):
+        messages = messages_of(row[asks], where)
         messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+        messages = with_system(messages, columns)
     else:
-        messages = [{"role": "user", "content": text_of(asks, where)}]
+        messages = asked(columns, asks, where)
     if not any(message["content"].strip() for message in messages):
         raise DataError(f"{where}: an empty prompt.", "Take the line out, or write the prompt.")
     return Line(number, row, messages, tools_of(row.get("tools"), where))
@@ -99,7 +104,7 @@ def answered(lines: list[Line], output: Path, made_with: str) -> set[int]:
     return done
 
 
-def _row(raw: bytes) -> Row | None:
+def _row(raw: bytes) -> dict[str, Any] | None:
     """A line that we wrote, else None."""
     try:
         row = json.loads(raw)

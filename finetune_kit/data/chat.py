@@ -6,19 +6,33 @@ Where the rendering of the whole conversation begins with P_i C_i for every i (C
 all turns. Where the template rewrites history (thinking models), each turn is a sample of its own. Either way
 ids(P_i) is a prefix of the sample, so that training tokens equal serving tokens by construction.
 
-Held by code, on every row: the decoded supervised text contains the answer and ends with an end token; one BOS.
+Held by code, on every row: the decoded supervised text contains the answer and ends with an end token; one BOS; what
+anybody says is in the rendering; no text of a row is a special token, unless data.special_tokens_in_text=keep.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from finetune_kit.config import DataConfig
-from finetune_kit.data.records import Message, PromptCompletion, Text
-from finetune_kit.data.template import Dialect, Note, adapt, added_tokens, bos_prefix, dialect_of, render, silent
+from finetune_kit.data.records import THOUGHTS, Message, PromptCompletion, Text
+from finetune_kit.data.special import found_in, hide, ids_of_hidden, ids_of_text, show, why_not
+from finetune_kit.data.template import (
+    Dialect,
+    Note,
+    adapt,
+    added_tokens,
+    bos_prefix,
+    dialect_of,
+    render,
+    silent,
+)
 from finetune_kit.errors import DataError, SecurityError
 
 IGNORED = -100  # a label that no loss counts
@@ -52,29 +66,64 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def text_ids(tokenizer: Any, text: str, in_text: str = "text") -> list[int]:
+    """Token ids of somebody's text, no special token among them unless `in_text` (data.special_tokens_in_text) is
+    "keep". Raises DataError where it is "refuse", or the tokenizer cannot, and the text has one."""
+    return ids_of_text(tokenizer, text) if _hides(tokenizer, text, in_text, "prompt") else ids_of(tokenizer, text)
+
+
+def special_tokens(tokenizer: Any, value: Any, in_text: str) -> tuple[list[str], str]:
+    """(the special tokens in a row's texts, why it cannot be taken for them or "")."""
+    found = found_in(tokenizer, value)
+    if not found or in_text == "keep":
+        return found, ""
+    if in_text == "refuse":
+        return found, "special tokens in its text"
+    reason = why_not(tokenizer, value)
+    return found, f"special tokens in its text, which cannot be written as text: {reason}" if reason else ""
+
+
+def _hides(tokenizer: Any, value: Any, in_text: str, where: str) -> bool:
+    found, reason = special_tokens(tokenizer, value, in_text)
+    if reason:
+        raise DataError(f"{where}: {reason} ({', '.join(found)}).", SPECIAL_FIX)
+    return bool(found) and in_text == "text"
+
+
+SPECIAL_FIX = "Take them out; data.special_tokens_in_text=keep makes turns of them."
+
+
 def render_prompt(
     tokenizer: Any,
     messages: list[Message],
     tools: list[dict[str, Any]] | None = None,
     kwargs: dict[str, Any] | None = None,
+    in_text: str = "text",
 ) -> list[int]:
     """Token ids of a conversation that waits for the assistant's answer: the tokens that come before it in training.
 
-    Messages marked `plain`, and all with a tokenizer that has no template, are bare text. Raises DataError where the
-    template refuses.
+    Messages marked `plain`, and all with a tokenizer that has no template, are bare text. `in_text`: see `text_ids`.
+    Raises DataError where the template refuses, or leaves out what somebody says.
     """
     if not tokenizer.chat_template or (messages and messages[0].get("plain")):
-        return bos_prefix(tokenizer) + ids_of(tokenizer, "\n\n".join(message["content"] for message in messages))
-    adapted, tools = adapt(messages, tools, dialect_of(tokenizer, kwargs))
-    return ids_of(tokenizer, _render(tokenizer, adapted, tools, kwargs, True, "prompt"))
+        text = "\n\n".join(message["content"] for message in messages)
+        return bos_prefix(tokenizer) + text_ids(tokenizer, text, in_text)
+    hidden = _hides(tokenizer, [messages, tools], in_text, "prompt")
+    if hidden:
+        messages, tools = hide(tokenizer, messages), hide(tokenizer, tools)
+    dialect = dialect_of(tokenizer, kwargs, bool(tools))
+    adapted, tools = adapt(messages, tools, dialect)
+    text = _render(tokenizer, adapted, tools, kwargs, True, "prompt", dialect)
+    _check_kept(adapted, text, "prompt")
+    return ids_of_hidden(tokenizer, text) if hidden else ids_of(tokenizer, text)
 
 
 def end_token_ids(tokenizer: Any, kwargs: dict[str, Any] | None = None) -> list[int]:
-    """Ids that end an answer: the end token of the chat template, if any, then the tokenizer's eos."""
+    """Ids that end an answer: the end token of the chat templates, if any, then the tokenizer's eos."""
     ids = []
     if tokenizer.chat_template:
-        end = dialect_of(tokenizer, kwargs).end
-        ids += [_last_added(tokenizer, end)] if end else []
+        ends = [dialect_of(tokenizer, kwargs, tools).end for tools in (False, True)]
+        ids += [_last_added(tokenizer, end) for end in ends if end]
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return list(dict.fromkeys(ids))
@@ -99,21 +148,29 @@ def samples_of(
 
     Raises DataError naming the row where the template refuses it or an invariant of this module does not hold.
     """
+    in_text = config.special_tokens_in_text
     if isinstance(record, Text):
-        return _text_samples(record, tokenizer, config.max_length)
+        return _text_samples(record, tokenizer, config.max_length, in_text)
     if record.messages[0].get("plain"):
-        return [_plain_sample(record, tokenizer, note)] if not untrainable(record.messages, config.train_on) else []
-    kwargs = config.chat_template_kwargs
-    dialect = dialect_of(tokenizer, kwargs)
-    messages, tools = adapt(record.messages, record.tools, dialect, note)
+        trains = not untrainable(record.messages, config.train_on)
+        return [_plain_sample(record, tokenizer, in_text, note)] if trains else []
+    kwargs, messages, tools = config.chat_template_kwargs, record.messages, record.tools
+    hidden = _hides(tokenizer, [messages, tools], in_text, record.where)
+    if hidden:
+        messages, tools = hide(tokenizer, messages), hide(tokenizer, tools)
+    dialect = dialect_of(tokenizer, kwargs, bool(tools))
+    messages, tools = adapt(messages, tools, dialect, note)
     flat = [{**message, "content": _text(message)} for message in messages]
     turns = [
         _turn(tokenizer, messages, i, tools, kwargs, dialect, note, record.where)
         for i in _trained_turns(flat, config.train_on)
     ]
-    samples = _encode(tokenizer, turns)
+    if turns:
+        index = next(i for i, message in enumerate(messages) if message is turns[-1].message)
+        _check_kept(messages[:index], turns[-1].prompt, record.where)
+    samples = _encode(tokenizer, turns, ids_of_hidden if hidden else ids_of)
     for sample, covered in samples:
-        _verify(tokenizer, sample, covered, record.where)
+        _verify(tokenizer, sample, covered, show if hidden else str, record.where)
     return [sample for sample, _ in samples]
 
 
@@ -133,9 +190,11 @@ def _trained_turns(messages: list[Message], train_on: str) -> list[int]:
     ]
 
 
-def _render(tokenizer: Any, messages: list[Message], tools: Any, kwargs: Any, generation: bool, where: str) -> str:
+def _render(
+    tokenizer: Any, messages: list[Message], tools: Any, kwargs: Any, generation: bool, where: str, dialect: Dialect
+) -> str:
     try:
-        return render(tokenizer, messages, tools, kwargs, generation)
+        return render(tokenizer, messages, tools, kwargs, generation, dialect.template)
     except SecurityError:
         raise
     except Exception as error:  # the template is a program that came with the model: its words are the message
@@ -156,18 +215,20 @@ def _turn(
     where: str,
 ) -> Turn:
     before, message = messages[:index], messages[index]
-    prompt = _render(tokenizer, before, tools, kwargs, True, where)
-    full = _render(tokenizer, messages[: index + 1], tools, kwargs, False, where)
+    prompt = _render(tokenizer, before, tools, kwargs, True, where, dialect)
+    full = _render(tokenizer, messages[: index + 1], tools, kwargs, False, where, dialect)
     if full.startswith(prompt):
         completion = full[len(prompt) :]
     else:
         probe = {"role": "assistant", "content": [{"type": "text", "text": "§"}] if dialect.parts else "§"}
         # The probe keeps an answer that happens to go on like the prompt from being taken for the header.
-        bare = _render(tokenizer, [*before, probe], tools, kwargs, False, where)
+        bare = _render(tokenizer, [*before, probe], tools, kwargs, False, where, dialect)
         shared = min(_shared_length(prompt, bare), _shared_length(prompt, full))
-        completion = _after_other_prompt(prompt[shared:], full[shared:], message, note, where)
+        completion = _after_other_prompt(
+            prompt[shared:], full[shared:], message, _thought(message, dialect), note, where
+        )
     completion, end = _cut_after_end(tokenizer, completion, dialect)
-    reasoning = message.get("reasoning_content")
+    reasoning = _thought(message, dialect)
     if reasoning and _squeezed(reasoning) not in _squeezed(completion):
         note("The chat template does not render reasoning_content here: it is not trained.")
     if not end:
@@ -183,7 +244,13 @@ def _shared_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _after_other_prompt(prompt_rest: str, full_rest: str, message: Message, note: Note, where: str) -> str:
+def _thought(message: Message, dialect: Dialect) -> str:
+    return str(message.get(dialect.reasoning or THOUGHTS[0]) or "")
+
+
+def _after_other_prompt(
+    prompt_rest: str, full_rest: str, message: Message, reasoning: str, note: Note, where: str
+) -> str:
     """The completion where the generation prompt says more (or other) than the template writes before an answer.
 
     Both rests follow the same header. `prompt_rest` opens a thought (`<think>\\n`), or closes an empty one.
@@ -199,7 +266,7 @@ def _after_other_prompt(prompt_rest: str, full_rest: str, message: Message, note
             f"{where}: the template's prompt ends in {prompt_rest!r}, but it writes the answer as {full_rest[:50]!r}.",
             "Such a template cannot be trained on what it will serve; take another chat template.",
         )
-    thought = message.get("reasoning_content") or content.rpartition("</think>")[0].rpartition("<think>")[2]
+    thought = reasoning or content.rpartition("</think>")[0].rpartition("<think>")[2]
     answer = full_rest.rpartition("</think>")[2].lstrip()
     if thought.strip():
         return thought.strip() + "\n</think>\n\n" + answer
@@ -224,7 +291,9 @@ def _last_added(tokenizer: Any, text: str) -> int:
     return tokens[max((token for token in tokens if token and text.endswith(token)), key=len)]
 
 
-def _encode(tokenizer: Any, turns: list[Turn]) -> list[tuple[Sample, list[Turn]]]:
+def _encode(
+    tokenizer: Any, turns: list[Turn], ids_of: Callable[[Any, str], list[int]]
+) -> list[tuple[Sample, list[Turn]]]:
     """One sample for the turns that agree, in text and in tokens, with the last rendering; one each for the others."""
     if not turns:
         return []
@@ -265,19 +334,49 @@ def _squeezed(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _verify(tokenizer: Any, sample: Sample, turns: list[Turn], where: str) -> None:
+def _check_kept(messages: list[Message], text: str, where: str) -> None:
+    """Raises DataError where a turn's content does not come out in a rendering."""
+    squeezed = ""
+    for number, message in enumerate(messages, start=1):
+        content = _text(message).rpartition("</think>")[2] if message["role"] == "assistant" else _text(message)
+        content = content.strip()
+        if content in text:
+            continue
+        squeezed = squeezed or _letters(text)
+        # a template may take its own switches out of a text (/no_think), and write a result as JSON
+        forms = (
+            content,
+            _SWITCH.sub("", content),
+            json.dumps(content)[1:-1],
+            json.dumps(content, ensure_ascii=False)[1:-1],
+        )
+        if not any(_letters(form) in squeezed for form in forms):
+            raise DataError(
+                f"{where}: the chat template leaves out turn {number} ({message['role']}): {content[:60]!r}.",
+                "Take the turn or the row out, or take another template.",
+            )
+
+
+_SWITCH = re.compile(r"(?<!\S)/\w+")
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, _squeezed(text)))
+
+
+def _verify(tokenizer: Any, sample: Sample, turns: list[Turn], show: Callable[[str], str], where: str) -> None:
     ids = sample.input_ids
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         raise DataError(
             f"{where}: the sample begins with two {tokenizer.bos_token}.", "Take one out of the chat template."
         )
     for (start, stop), turn in zip(sample.turns, turns, strict=True):
-        answer = _text(turn.message).rpartition("</think>")[2]
+        answer = show(_text(turn.message).rpartition("</think>")[2])
         supervised = ids[start:stop]
         if len(supervised) < 2 or supervised[-1] != turn.end_id:
             raise DataError(f"{where}: the supervised text does not end with the template's end token.")
         decoded = _squeezed(tokenizer.decode(supervised[:-1], skip_special_tokens=False))
-        names = [call["function"]["name"] for call in turn.message.get("tool_calls", [])]
+        names = [show(call["function"]["name"]) for call in turn.message.get("tool_calls", [])]
         # A tokenizer that cannot write a character loses it in the answer just as it does in the sample.
         if any(
             _squeezed(text) not in decoded and _squeezed(_through(tokenizer, text)) not in decoded
@@ -294,26 +393,29 @@ def _through(tokenizer: Any, text: str) -> str:
     return str(tokenizer.decode(ids_of(tokenizer, text), skip_special_tokens=False))
 
 
-def _plain_sample(record: PromptCompletion, tokenizer: Any, note: Note) -> Sample:
+def _plain_sample(record: PromptCompletion, tokenizer: Any, in_text: str, note: Note) -> Sample:
     """Prompt and completion as bare text, as they are, then the end token."""
     prompt, completion = record.messages[0]["content"], record.messages[1]["content"]
     if tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no end token: an answer would never end.", "Set tokenizer.eos_token.")
     if prompt and not prompt[-1].isspace() and not completion[0].isspace():
         note("Prompts and completions are joined as they are, with no white space between them.")
-    head = bos_prefix(tokenizer) + ids_of(tokenizer, prompt)
-    whole = bos_prefix(tokenizer) + ids_of(tokenizer, prompt + completion)
-    ids = whole if whole[: len(head)] == head else head + ids_of(tokenizer, completion)
+    hides = _hides(tokenizer, [prompt, completion, prompt + completion], in_text, record.where)
+    encode = ids_of_text if hides else ids_of
+    head = bos_prefix(tokenizer) + encode(tokenizer, prompt)
+    whole = bos_prefix(tokenizer) + encode(tokenizer, prompt + completion)
+    ids = whole if whole[: len(head)] == head else head + encode(tokenizer, completion)
     return _sample([*ids, tokenizer.eos_token_id], [(len(head), len(ids) + 1)])
 
 
-def _text_samples(record: Text, tokenizer: Any, max_length: int) -> list[Sample]:
+def _text_samples(record: Text, tokenizer: Any, max_length: int, in_text: str) -> list[Sample]:
     """Text in blocks of `max_length`, the last one shorter, nothing lost; the end token where a document ends.
 
     The first token of a block has nothing before it to be predicted from, so its label is -100; a last block of one
     token would teach nothing and takes one more from the block before.
     """
-    ids = bos_prefix(tokenizer) + ids_of(tokenizer, record.text)
+    encode = ids_of_text if _hides(tokenizer, record.text, in_text, record.where) else ids_of
+    ids = bos_prefix(tokenizer) + encode(tokenizer, record.text)
     if record.ends and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     if len(ids) < 2:

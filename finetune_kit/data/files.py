@@ -155,9 +155,15 @@ def read_csv(path: Path, bad: Bad = refuse) -> Numbered:
 def read_txt(path: Path) -> list[tuple[int, str, bool]]:
     """(line, text, ends) of runs of whole lines, at most 4,096 characters each; the last one ends the document.
 
-    A short file gives shorter runs, so that about twenty come out and some can be held out.
+    A short file gives shorter runs, so that about twenty come out and some can be held out. Raises DataError for JSON
+    rows under this name, and for a character that is none.
     """
     text = "".join(_decode(raw, path, number) for number, raw in enumerate(path.read_bytes().splitlines(True), start=1))
+    if _is_json_rows(text):
+        raise DataError(
+            f"{path} holds rows of JSON, and would be trained as plain text, braces and all.",
+            f"Give it its name: mv {path.name} {path.stem}.json{'l' if text.lstrip()[0] == '{' else ''}",
+        )
     longest = min(LONGEST_TEXT_RUN, max(256, len(text) // 20))
     runs: list[tuple[int, str, bool]] = []
     begin, gathered = 1, ""
@@ -165,8 +171,24 @@ def read_txt(path: Path) -> list[tuple[int, str, bool]]:
         if gathered and len(gathered) + len(line) > longest:
             runs.append((begin, gathered, False))
             begin, gathered = number, ""
+        check_text({"text": line}, f"{path}:{number}")
         gathered += line
     return [*runs, (begin, gathered, True)] if gathered else runs
+
+
+def _is_json_rows(text: str) -> bool:
+    """Whether a text is a list of objects, or its first two lines are an object each."""
+    begin = text.lstrip()[:1]
+    if begin not in ("{", "["):
+        return False
+    lines = [line for line in text.splitlines() if line.strip()][:2] if begin == "{" else [text]
+    try:
+        values = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError):
+        return False
+    if begin == "[":
+        values = values[0]
+    return bool(values) and all(isinstance(value, dict) for value in values)
 
 
 def check_text(row: Row, where: str) -> None:

@@ -13,6 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_kit.data import preferences
+from finetune_kit.data.columns import (
+    NAMES,
+    UNUSED,
+    Row,
+    answer_of,
+    asked,
+    question_of,
+    with_history,
+    with_system,
+    with_thought,
+)
 from finetune_kit.data.messages import describe, is_transcript, messages_of, side_of, text_of, tools_of, transcript_of
 from finetune_kit.data.records import (
     LabelledCompletion,
@@ -27,7 +38,6 @@ from finetune_kit.data.records import (
 )
 from finetune_kit.errors import DataError, SettingsError
 
-Row = dict[str, Any]
 TURN_COLUMNS = ("messages", "conversations", "conversation", "chat")
 PAIRS = (
     ("prompt", "completion"),
@@ -42,7 +52,7 @@ PAIRS = (
 )
 NAMES_WE_KNOW = sorted(
     {name for pair in PAIRS for name in pair}
-    | {*TURN_COLUMNS, "chosen", "rejected", "label", "margin", "system", "input", "instances", "tools", "text"}
+    | {*TURN_COLUMNS, "chosen", "rejected", "label", "margin", "instances", "tools", "text", *NAMES}
     | {"responses", "scores", "ranks", "response_a", "response_b", "votes", "score_chosen", "score_rejected"}
 )
 
@@ -56,12 +66,12 @@ class Format:
 
     name: str
     kind: str
-    fits: Callable[[set[str], Row], bool]
+    fits: Callable[[set[str], dict[str, Any]], bool]
     convert: Callable[[Row, str], list[Record]]
     ranked: bool = False
 
 
-def recognise(columns: set[str], first: Row, kind: str, where: str) -> Format:
+def recognise(columns: set[str], first: dict[str, Any], kind: str, where: str) -> Format:
     """The format of a source from its column names and a row. Raises DataError where none gives records of `kind`.
 
     `kind` "prompt_completion" takes plain text too; "prompt" takes conversations and leaves their last answer out;
@@ -93,16 +103,27 @@ _EXAMPLE = {
 }
 
 
-def rename(row: Row, columns: dict[str, str]) -> Row:
-    """The row under our names; a column that takes one of our names displaces what had it."""
+def rename(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The row under our names, without the columns that are `displaced`."""
     if not columns:
         return row
+    return {columns.get(name, name): value for name, value in row.items() if name not in displaced(row, columns)}
+
+
+def displaced(row: dict[str, Any], columns: dict[str, str]) -> set[str]:
+    """The columns that `rename` leaves out: called unused, or named as another one is to be."""
     taken = set(columns.values())
-    return {columns.get(name, name): value for name, value in row.items() if name in columns or name not in taken}
+    return {name for name in row if columns.get(name) == UNUSED or (name not in columns and name in taken)}
 
 
 def check_columns(columns: dict[str, str], found: set[str], where: str) -> None:
-    """Raises SettingsError where `data.columns` names a column that is not there, or a name that is not ours."""
+    """Raises SettingsError where `data.columns` names a column that is not there, or no name of ours, or one twice."""
+    for ours in columns.values():
+        same = [theirs for theirs, name in columns.items() if name == ours]
+        if len(same) > 1 and ours != UNUSED:
+            raise SettingsError(
+                f"data.columns: {' and '.join(same)} cannot both be {ours!r}.", f"Call one of them {UNUSED}."
+            )
     for theirs, ours in columns.items():
         if theirs not in found:
             near = difflib.get_close_matches(theirs, found, n=1)
@@ -119,23 +140,27 @@ def check_columns(columns: dict[str, str], found: set[str], where: str) -> None:
 
 
 def _conversation(messages: list[Message], row: Row, where: str, as_strings: bool = False) -> list[Record]:
-    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": row["system"]}, *messages]
+    messages = with_thought(with_system(messages, row), row)
     if last_assistant(messages) < 0:
         raise DataError(
             f"{where}: no assistant turn, so nothing to learn; roles: {', '.join(m['role'] for m in messages)}.",
             "Take the row out, or write the answer.",
         )
-    return [PromptCompletion(where, messages, tools_of(row.get("tools"), where), as_strings=as_strings)]
+    return [PromptCompletion(where, messages, _tools(row, where), as_strings=as_strings)]
+
+
+def _tools(row: Row, where: str) -> list[dict[str, Any]] | None:
+    return tools_of(row.take("tools"), where)
 
 
 def _turns(row: Row, where: str) -> list[Record]:
     name = (
         next(name for name in TURN_COLUMNS if name in row and row[name] is not None) if _any_turns(row) else "messages"
     )
-    if is_transcript(row.get(name)):
-        return _conversation(transcript_of(row[name], where), row, where)
-    messages = messages_of(row.get(name), where)
+    turns = row.take(name)
+    if is_transcript(turns):
+        return _conversation(transcript_of(turns, where), row, where)
+    messages = messages_of(turns, where)
     if not messages:
         raise DataError(f"{where}: only empty system turns.", "Take the row out.")
     return _conversation(messages, row, where)
@@ -145,11 +170,16 @@ def _any_turns(row: Row) -> bool:
     return any(row.get(name) is not None for name in TURN_COLUMNS)
 
 
-def _instruction(row: Row, answer: Any, where: str, given: Any = None) -> list[Record]:
-    instruction = text_of(row.get("instruction"), f"{where}: instruction")
+def _exchange(row: Row, question: str, answer: str, where: str) -> list[Record]:
+    return _conversation(with_history(_two_turns(question, answer, where), row, where), row, where)
+
+
+def _instance(row: Row, instance: dict[str, Any], where: str) -> list[Record]:
+    question = question_of(row, "instruction", where)
+    given = instance.get("input")
     given = text_of(given, f"{where}: input") if given is not None else ""
-    question = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return _conversation(_two_turns(question, text_of(answer, f"{where}: output"), where), row, where)
+    question = f"{question}\n\n{given}" if given.strip() else question
+    return _exchange(row, question, text_of(instance.get("output"), f"{where}: output"), where)
 
 
 def _two_turns(question: str, answer: str, where: str) -> list[Message]:
@@ -159,14 +189,14 @@ def _two_turns(question: str, answer: str, where: str) -> list[Message]:
 
 
 def _instances(row: Row, where: str) -> list[Record]:
-    instances = row.get("instances")
+    instances = row.take("instances")
     if not isinstance(instances, list) or not all(isinstance(item, dict) for item in instances):
         raise DataError(f"{where}: instances are {describe(instances)}; expected a list of {{input, output}}.")
     if len(instances) == 1:
-        return _instruction(row, instances[0].get("output"), where, instances[0].get("input"))
+        return _instance(row, instances[0], where)
     records: list[Record] = []
     for number, item in enumerate(instances, start=1):
-        records += _instruction(row, item.get("output"), f"{where}.{number}", item.get("input"))
+        records += _instance(row, item, f"{where}.{number}")
     return records
 
 
@@ -177,22 +207,26 @@ def _pair_of(columns: set[str]) -> tuple[str, str] | None:
 def _pair(row: Row, where: str) -> list[Record]:
     names = _pair_of(set(row)) or ("prompt", "completion")
     question, answer = row.get(names[0]), row.get(names[1])
-    if names[0] == "instruction":
-        return _instruction(row, answer, where, row.get("input"))
-    if isinstance(question, list) or isinstance(answer, list):
-        return _conversation([*side_of(question, "user", where), *side_of(answer, "assistant", where)], row, where)
-    question, answer = text_of(question, f"{where}: {names[0]}"), text_of(answer, f"{where}: {names[1]}")
-    bare = names[0] == "prompt" and not row.get("system") and not row.get("tools")
-    return _conversation(_two_turns(question, answer, where), row, where, as_strings=bare)
+    if names[0] != "instruction" and (isinstance(question, list) or isinstance(answer, list)):
+        row.used.update(names)
+        turns = [*side_of(question, "user", where), *side_of(answer, "assistant", where)]
+        return _conversation(with_history(turns, row, where), row, where)
+    question, answer = question_of(row, names[0], where), answer_of(row, names[1], where)
+    records = _exchange(row, question, answer, where)
+    said = {name for name in row.used if row.get(name) not in (None, "", [])}
+    if names[0] == "prompt" and said == set(names):
+        records[0].as_strings = True  # type: ignore[union-attr]  # a conversation
+    return records
 
 
 def _labelled(row: Row, where: str) -> list[Record]:
-    label = truth(row.get("label"))
+    label = truth(row.take("label"))
     if label is None:
         raise DataError(f"{where}: label is {describe(row.get('label'))}; expected true or false.")
-    prompt = side_of(row.get("prompt"), "user", f"{where}: prompt")
-    completion = side_of(row.get("completion", row.get("response")), "assistant", f"{where}: completion")
-    return [LabelledCompletion(where, prompt, completion, label, tools_of(row.get("tools"), where))]
+    prompt = asked(row, "prompt", where)
+    name = "completion" if "completion" in row else "response"
+    completion = with_thought(side_of(row.take(name), "assistant", f"{where}: completion"), row)
+    return [LabelledCompletion(where, prompt, completion, label, _tools(row, where))]
 
 
 def truth(value: Any) -> bool | None:
@@ -202,18 +236,18 @@ def truth(value: Any) -> bool | None:
 
 
 def _text(row: Row, where: str) -> list[Record]:
-    value = text_of(row.get("text"), f"{where}: text")
+    value = text_of(row.take("text"), f"{where}: text")
     return [Text(where, value)]
 
 
 def _transcript(row: Row, where: str) -> list[Record]:
-    text = text_of(row.get("text"), f"{where}: text")
+    text = text_of(row.take("text"), f"{where}: text")
     return _conversation(transcript_of(text, where), row, where)
 
 
 def _prompt(row: Row, where: str) -> list[Record]:
     name = next((name for name in ("prompt", "question", "query", "instruction") if name in row), "prompt")
-    return [Prompt(where, side_of(row.get(name), "user", f"{where}: {name}"), tools_of(row.get("tools"), where))]
+    return [Prompt(where, asked(row, name, where), _tools(row, where))]
 
 
 def as_kind(record: Record, kind: str) -> list[Record]:

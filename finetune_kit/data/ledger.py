@@ -40,13 +40,18 @@ class Counts:
 class Ledger:
     """Counts per split, every row that was not kept whole, and what was done otherwise than asked, in words.
 
-    `listed`: {split, where, what}. `fingerprint`: sha256 of the content of all rows, in order.
+    `listed`: {split, where, what}. `fingerprint`: sha256 of the content of all rows, in order. `unused_columns`: rows
+    in which a column says something that becomes no part of a record, `messages[].key` a key of its turns.
+    `special_tokens_in_text`: rows that hold a special token in their text, of `special_rows` in all.
     """
 
     splits: dict[str, Counts] = field(default_factory=lambda: {"train": Counts(), "held_out": Counts()})
     listed: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    unused_columns: Counter[str] = field(default_factory=Counter)
+    special_tokens_in_text: Counter[str] = field(default_factory=Counter)
+    special_rows: int = 0
 
     @property
     def train(self) -> Counts:
@@ -91,6 +96,8 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         return {
             **{name: {**asdict(counts), "dropped": dict(counts.dropped)} for name, counts in self.splits.items()},
+            "unused_columns": dict(self.unused_columns),
+            "special_tokens_in_text": {"rows": self.special_rows, "tokens": dict(self.special_tokens_in_text)},
             "notes": self.notes,
             "fingerprint": self.fingerprint,
             "rows_not_kept_whole": self.listed,

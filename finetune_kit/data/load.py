@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +15,21 @@ from finetune_kit import processes
 from finetune_kit.config import DataConfig
 from finetune_kit.data import tasks
 from finetune_kit.data.chat import end_token_ids
+from finetune_kit.data.columns import UNUSED, Row, unused_in
 from finetune_kit.data.files import (
     DATA_SUFFIXES,
     READERS,
     Bad,
     Numbered,
-    Row,
     check_text,
     data_files,
     read_txt,
     refuse,
     row_at,
 )
-from finetune_kit.data.formats import as_kind, check_columns, recognise, rename
+from finetune_kit.data.formats import as_kind, check_columns, displaced, recognise, rename
 from finetune_kit.data.ledger import Ledger, fingerprint_of
-from finetune_kit.data.messages import in_turn
+from finetune_kit.data.messages import check_media, in_turn
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
 from finetune_kit.data.split import drop_overlap, held_out_count, mix, sample, split_off
 from finetune_kit.data.template import prepare_tokenizer
@@ -43,6 +44,7 @@ HELD_OUT_TASK_ROWS = 128
 MOST_UNKNOWN = 0.05  # share of the tokens
 TASK_ROWS = 256
 FEW = 20  # held-out rows: the 95 % interval of a share is then about +-20 points wide
+MOST_NAMED = 12  # unused columns on the console; the ledger has all
 BUILDERS = {
     "prompt_completion": supervised,
     "text": supervised,
@@ -63,7 +65,7 @@ class Data:
     kept); for the others row and prompt_ids, with chosen_ids, rejected_ids and margin (NaN where not known) for pairs,
     completion_ids and label for labelled answers. `score`: the task's own scorer of (completion, row's metadata), for
     reasoning_gym. `end_token_ids`: what stops an answer. `packed`: several samples may share a row of the batch.
-    `chat_template_kwargs`: what the prompts of an evaluation have to be rendered with.
+    `chat_template_kwargs`, `special_tokens_in_text`: what the prompts of an evaluation have to be rendered with.
     """
 
     kind: str
@@ -76,6 +78,7 @@ class Data:
     end_token_ids: list[int]
     packed: bool
     chat_template_kwargs: dict[str, Any]
+    special_tokens_in_text: str = "text"
 
 
 @dataclass
@@ -130,6 +133,7 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
         end_token_ids=list(dict.fromkeys([*ends, *sorted(trained.ends | measured.ends)])),
         packed=kind == "text" if config.packing is None else config.packing,
         chat_template_kwargs=config.chat_template_kwargs,
+        special_tokens_in_text=config.special_tokens_in_text,
     )
 
 
@@ -173,6 +177,23 @@ def _warn(config: DataConfig, kind: str, ledger: Ledger) -> None:
             f"{counts.truncated} of {counts.rows} training rows are longer than data.max_length={config.max_length} "
             "and lose their end, the end token included: the model may not learn to stop"
         )
+    known = {name for name, ours in config.columns.items() if ours == UNUSED}
+    unused = [f"{name} ({count} rows)" for name, count in ledger.unused_columns.most_common() if name not in known]
+    if unused:
+        more = f" and {len(unused) - MOST_NAMED} more" if len(unused) > MOST_NAMED else ""
+        lead = "given to rewards at most" if kind == "prompt" else "not used"
+        ledger.note(f"{lead}: {', '.join(unused[:MOST_NAMED])}{more}; data.columns says what a column means")
+    if ledger.special_rows:
+        tokens = ", ".join(list(ledger.special_tokens_in_text)[:4])
+        done = {
+            "text": "they are written as text, and start or end no turn",
+            "refuse": "they are left out",
+            "keep": "THEY ARE TAKEN FOR THE TOKENS, AND MAKE TURNS",
+        }
+        ledger.note(
+            f"{ledger.special_rows} rows hold special tokens in their text ({tokens}): "
+            f"{done[config.special_tokens_in_text]} (data.special_tokens_in_text={config.special_tokens_in_text})"
+        )
     if 0 < measured < FEW:
         ledger.note(f"only {measured} held-out rows: a difference will hardly show; see data.held_out_size")
 
@@ -183,11 +204,16 @@ def load_records(
     kind: str = "prompt_completion",
     seed: int = 0,
     bad: Bad = refuse,
+    unused: Counter[str] | None = None,
 ) -> list[Record]:
-    """All rows of one or several paths in order, neither split nor mixed; a task gives its held-out problems."""
+    """All rows of one or several paths in order, neither split nor mixed; a task gives its held-out problems.
+
+    `unused`: gets a count for each column that says something which is in no record.
+    """
     records: list[Record] = []
+    unused = Counter() if unused is None else unused
     for path in _listed(paths):
-        source = _read(path, config, kind, seed, bad, held_out_only=True)
+        source = _read(path, config, kind, seed, bad, unused, held_out_only=True)
         records += source.train + (source.held_out or [])
     return records
 
@@ -202,10 +228,12 @@ def _listed(paths: str | list[str]) -> list[str]:
 
 def _split(config: DataConfig, kind: str, seed: int, ledger: Ledger) -> tuple[list[Record], list[Record]]:
     """(training, held-out) rows of all paths: split first, then mixed by weight, then sampled to `size`."""
-    sources = [_read(path, config, kind, seed, _passed_over(config, ledger, "train")) for path in _listed(config.path)]
+    bad = _passed_over(config, ledger, "train")
+    sources = [_read(path, config, kind, seed, bad, ledger.unused_columns) for path in _listed(config.path)]
     held_out: list[Record] = []
     if config.held_out_path:
-        held_out = load_records(config.held_out_path, config, kind, seed, _passed_over(config, ledger, "held_out"))
+        bad = _passed_over(config, ledger, "held_out")
+        held_out = load_records(config.held_out_path, config, kind, seed, bad, ledger.unused_columns)
         if not held_out:
             raise DataError(f"data.held_out_path={config.held_out_path}: no rows.")
     else:
@@ -237,24 +265,31 @@ def _passed_over(config: DataConfig, ledger: Ledger, split: str) -> Bad:
     return bad
 
 
-def _read(path: str, config: DataConfig, kind: str, seed: int, bad: Bad, held_out_only: bool = False) -> Source:
+def _read(
+    path: str,
+    config: DataConfig,
+    kind: str,
+    seed: int,
+    bad: Bad,
+    unused: Counter[str],
+    held_out_only: bool = False,
+) -> Source:
     if path.startswith(tasks.PREFIX):
         return _read_task(path.removeprefix(tasks.PREFIX), config, kind, seed, held_out_only)
     local = Path(path).expanduser()
     if local.is_dir():
         train, held = data_files(local)
-        rows = [record for file in train for record in _read_file(file, config, kind, bad)]
-        return Source(
-            path, rows, [record for file in held for record in _read_file(file, config, kind, bad)] if held else None
-        )
+        rows = [record for file in train for record in _read_file(file, config, kind, bad, unused)]
+        apart = [record for file in held for record in _read_file(file, config, kind, bad, unused)]
+        return Source(path, rows, apart if held else None)
     if local.is_file():
-        return Source(path, _read_file(local, config, kind, bad))
+        return Source(path, _read_file(local, config, kind, bad, unused))
     if local.suffix.lower() in DATA_SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise DataError(
             f"data.path={path}: no such file or folder.",
             f"Expected a file ({', '.join(DATA_SUFFIXES)}), a folder or a Hub id.",
         )
-    return Source(path, _records(_read_hub(path, config), path, config, kind, bad))
+    return Source(path, _records(_read_hub(path, config), path, config, kind, bad, unused))
 
 
 def _read_task(task: str, config: DataConfig, kind: str, seed: int, held_out_only: bool) -> Source:
@@ -285,25 +320,28 @@ def _as_kind(rows: list[PromptCompletion], kind: str, seed: int, options: dict[s
     return [same for record in records for same in as_kind(record, kind)]
 
 
-def _read_file(path: Path, config: DataConfig, kind: str, bad: Bad) -> list[Record]:
+def _read_file(path: Path, config: DataConfig, kind: str, bad: Bad, unused: Counter[str]) -> list[Record]:
     suffix = path.suffix.lower()
     if suffix == ".txt":
         if kind != "prompt_completion":
             raise DataError(f"{path}: plain text; this recipe needs {kind.replace('_', '-')} rows.")
         return [Text(f"{path.name}:{line}", text, ends) for line, text, ends in read_txt(path)]
     if suffix == ".parquet":
-        return _records(_read_parquet(path), path.name, config, kind, bad)
+        return _records(_read_parquet(path), path.name, config, kind, bad, unused)
     if suffix not in READERS:
         raise DataError(f"{path}: cannot read this kind of file.", f"Expected {', '.join(DATA_SUFFIXES)}.")
-    return _records(READERS[suffix](path, bad), path.name, config, kind, bad)
+    return _records(READERS[suffix](path, bad), path.name, config, kind, bad, unused)
 
 
-def _records(numbered: Numbered, name: str, config: DataConfig, kind: str, bad: Bad) -> list[Record]:
+def _records(
+    numbered: Numbered, name: str, config: DataConfig, kind: str, bad: Bad, unused: Counter[str]
+) -> list[Record]:
+    """The rows of one source as records; `unused` counts what of them is in none."""
     rows: Numbered = []
     for number, row in numbered:
         with row_at(f"{name}:{number}", bad):
             check_text(row, f"{name}:{number}")
-            rows.append((number, row))
+            rows.append((number, {column: _without_nulls(value) for column, value in row.items()}))
     if not rows:
         raise DataError(f"{name}: no rows.", "Give a file with rows in it.")
     check_columns(config.columns, {column for _, row in rows for column in row}, name)
@@ -312,14 +350,19 @@ def _records(numbered: Numbered, name: str, config: DataConfig, kind: str, bad: 
     if not columns:
         empty = ", ".join(sorted({column for _, row in named for column in row})) or "none"
         raise DataError(f"{name}: all columns are empty in every row: {empty}.", "Give a file with rows in it.")
-    complete = [(number, {column: row.get(column) for column in columns}) for number, row in named]
+    unused.update(
+        column for _, row in rows for column in displaced(row, config.columns) if row[column] not in (None, "", [], {})
+    )
+    complete = [(number, Row({column: row.get(column) for column in columns})) for number, row in named]
     found = recognise(columns, complete[0][1], kind, name)
     if config.pairs == "all" and not found.ranked:
         raise SettingsError(f"data.pairs=all has no effect: {name} has one pair a row ({found.name}).", "Leave it out.")
     records: list[Record] = []
     for number, row in complete:
         with row_at(f"{name}:{number}", bad):
+            check_media(row, f"{name}:{number}")
             converted = found.convert(row, f"{name}:{number}")
+            unused.update(unused_in(row))
             for record in converted:
                 _settle_turns(record, config.merge_turns)
             records += converted[:1] if found.ranked and config.pairs == "best_worst" else converted
@@ -340,10 +383,11 @@ def _read_parquet(path: Path) -> Numbered:
     # The library caches what it reads; a folder of our own keeps a stale copy from ever being read instead.
     with tempfile.TemporaryDirectory() as cache:
         try:
-            rows = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
+            rows = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+            listed = _as_stored(rows).to_list()
         except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
             raise DataError(f"{path}: not readable as Parquet: {error.__cause__ or error}") from None
-    return _without_nulls(rows)
+    return list(enumerate(listed, start=1))
 
 
 def _read_hub(name: str, config: DataConfig) -> Numbered:
@@ -367,18 +411,22 @@ def _read_hub(name: str, config: DataConfig) -> Numbered:
         raise ResourceError(f"data.path={name}: no such file here, and on the Hub: {error}", login + fix) from None
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"data.path={name}: {error}", "See data.name, data.split and data.revision.") from None
-    return _without_nulls(rows.to_list())
+    return list(enumerate(_as_stored(rows).to_list(), start=1))
 
 
-def _without_nulls(rows: list[Row]) -> Numbered:
-    """Rows of a column store without the nulls that it fills every absent key with."""
+def _as_stored(rows: Any) -> Any:
+    """The data set with its pictures and sound as bytes: nothing decodes what is going to be refused."""
+    for name, feature in rows.features.items():
+        if getattr(feature, "decode", None) is True:
+            rows = rows.cast_column(name, type(feature)(decode=False))
+    return rows
 
-    def pruned(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: pruned(item) for name, item in value.items() if item is not None}
-        return [pruned(item) for item in value] if isinstance(value, list) else value
 
-    return [(number, pruned(row)) for number, row in enumerate(rows, start=1)]
+def _without_nulls(value: Any) -> Any:
+    """A value without the nulls that a column store fills every absent key with, here and where it is exported."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _one_kind(records: list[Record]) -> str:

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, TypeGuard
 
-from finetune_kit.data.records import ROLES, Message
+from finetune_kit.data.records import ROLES, THOUGHTS, Message
 from finetune_kit.errors import DataError
 
 ROLE_NAMES = {
@@ -27,7 +27,14 @@ ROLE_NAMES = {
     "function_response": "tool",
     "ipython": "tool",
 }
-_KEPT = ("tool_call_id", "name", "reasoning_content")
+_KEPT = ("tool_call_id", "name")
+_CONTENTS = ("content", "value", "text")
+_FLAGS = ("train", "weight", "loss")
+_CALLS = ("tool_calls", "function_call")
+MEDIA = (
+    *("image", "images", "image_url", "image_urls", "image_path", "image_paths"),
+    *("audio", "audios", "video", "videos"),
+)
 _MARKS = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
 
 
@@ -56,7 +63,7 @@ def in_turn(messages: list[Message], where: str, merge: bool) -> list[Message]:
     kept: list[Message] = []
     for message in messages:
         last = kept[-1]["role"] if kept else "system"
-        if message["role"] == "assistant" and last == "system":
+        if message["role"] == "assistant" and not any(turn["role"] != "system" for turn in kept):
             raise DataError(
                 f"{where}: the conversation begins with an assistant turn, which answers nothing.",
                 "Write the user's turn before it, or take the row out.",
@@ -82,7 +89,12 @@ def _message(turn: Any, where: str) -> Message:
         known = ", ".join(name for name in ROLE_NAMES if name not in ROLES)
         found = "has no role" if named is None else f"has the unknown role {named!r}"
         raise DataError(f"{where} {found}.", f"Roles: {', '.join(ROLES)} (also understood: {known}).")
-    content = next((turn[name] for name in ("content", "value", "text") if turn.get(name) is not None), None)
+    check_media(turn, where)
+    content = next((turn[name] for name in _CONTENTS if turn.get(name) is not None), None)
+    thought = next((turn[name] for name in THOUGHTS if turn.get(name) is not None), None)
+    if isinstance(content, list):
+        content, inside = _thoughts_apart(content)
+        thought = inside if thought is None else thought
     message: Message = {"role": role}
     if role == "function_call":
         message = {"role": "assistant", "content": "", "tool_calls": tool_calls_of(content, where)}
@@ -92,12 +104,52 @@ def _message(turn: Any, where: str) -> Message:
             message["tool_calls"] = tool_calls_of(calls, where)
         message["content"] = _content(content, role, bool(calls), where)
     message |= {name: turn[name] for name in _KEPT if turn.get(name) is not None}
-    flag = next((turn[name] for name in ("train", "weight", "loss") if turn.get(name) is not None), None)
+    if thought is not None and thought != "":
+        message[THOUGHTS[0]] = text_of(thought, f"{where} ({role}): its thought")
+    flag = next((turn[name] for name in _FLAGS if turn.get(name) is not None), None)
     if flag is not None:
         if flag not in (0, 1):
             raise DataError(f"{where}: train is {flag!r}; expected true or false.")
         message["train"] = bool(flag)
     return message
+
+
+def _thoughts_apart(parts: list[Any]) -> tuple[list[Any], str | None]:
+    """(the other parts of a content, the text of those of type thinking or reasoning)."""
+    kinds = ("thinking", "reasoning")
+    said = [part for part in parts if isinstance(part, dict) and part.get("type") in kinds]
+    texts = [
+        next((part[key] for key in (part["type"], "text") if isinstance(part.get(key), str)), None) for part in said
+    ]
+    if not said or None in texts:
+        return parts, None
+    return [part for part in parts if part not in said], "\n\n".join(text for text in texts if text)
+
+
+def unused_keys(turn: dict[str, Any]) -> list[str]:
+    """Keys of a turn that say something which is in no message."""
+    known: set[str] = {"role", "from", *_KEPT}
+    for names in (_CONTENTS, THOUGHTS, _FLAGS, _CALLS):
+        known.update([name for name in names if turn.get(name) is not None][:1])
+    calls = next((turn[name] for name in _CALLS if turn.get(name)), None)
+    inside = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return [
+        *(key for key, value in turn.items() if key not in known and value is not None and value not in ("", [], {})),
+        *(f"tool_calls[].{key}" for call in inside for key in call if key not in _IN_A_CALL),
+    ]
+
+
+_IN_A_CALL = ("id", "type", "index", "function", "name", "arguments", "parameters")
+
+
+def check_media(holder: dict[str, Any], where: str) -> None:
+    """Raises DataError where a row or a turn has pictures or sound."""
+    name = next((name for name in MEDIA if holder.get(name)), "")
+    if name:
+        raise DataError(
+            f"{where}: `{name}` holds what is no text, and without it the text says something else.",
+            f"Take the row out, or train on the text alone: data.columns='{{{name}: unused}}'",
+        )
 
 
 def _content(content: Any, role: str, calls: bool, where: str) -> str:
@@ -163,6 +215,7 @@ def tool_calls_of(value: Any, where: str) -> list[dict[str, Any]]:
                 f"{where}: arguments of {function['name']} are {describe(arguments)}; expected an object.", _CALL
             )
         identity = {"id": call["id"]} if call.get("id") is not None else {}
+        _check_numbers(arguments, f"{where}: arguments of {function['name']}")
         calls.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return calls
 
@@ -184,15 +237,26 @@ def tools_of(value: Any, where: str) -> list[dict[str, Any]] | None:
             raise DataError(
                 f"{where}: a tool has no name: {describe(tool)}.", 'Expected: {"name": "…", "parameters": {…}}'
             )
+        _check_numbers(function, f"{where}: tool {function['name']}")
         wrapped.append(tool if "function" in tool else {"type": "function", "function": tool})
     return wrapped
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """Raises DataError for NaN, or a number too large for a float (1e999), which JSON cannot write."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise DataError(
+            f"{where}: a number is infinite or NaN, which is not JSON.", "Write a number, or null."
+        ) from None
 
 
 def parse_json(text: str, where: str) -> Any:
     """JSON inside a column; DataError with its place in the text."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected JSON, found {text[:40]!r} ({error}).") from None
 
 

@@ -11,11 +11,11 @@ import re
 from itertools import combinations
 from typing import Any
 
+from finetune_kit.data.columns import HISTORY, Row, asked, history_of, with_history, with_system
 from finetune_kit.data.messages import describe, is_transcript, side_of, tools_of, transcript_of
 from finetune_kit.data.records import Message, Preference, Record
 from finetune_kit.errors import DataError
 
-Row = dict[str, Any]
 PROMPTS = ("prompt", "instruction", "question", "query", "history", "context", "input")
 LISTS = ("responses", "completions", "answers", "candidates", "outputs", "generations")
 SCORES = ("scores", "score", "ratings", "rating", "overall_score")  # higher is better
@@ -32,10 +32,10 @@ TIES = ("tie", "both", "neither", "equal", "same", "none")
 
 def preference(row: Row, where: str) -> list[Record]:
     """The pair of a row with chosen and rejected; the prompt is a column, or what both begin with."""
-    margin = _score_difference(row) if row.get("margin") is None else row["margin"]
+    margin = _score_difference(row) if row.get("margin") is None else row.take("margin")
     if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
         raise DataError(f"{where}: margin is {describe(margin)}; expected a number.")
-    return [_pair(row, row.get("chosen"), row.get("rejected"), where, margin)]
+    return [_pair(row, row.take("chosen"), row.take("rejected"), where, margin)]
 
 
 def ranked(row: Row, where: str) -> list[Record]:
@@ -62,12 +62,12 @@ def voted(row: Row, where: str) -> list[Record]:
     votes = _votes(row, endings, where)
     balance = sum(votes)
     chosen, rejected = (first, second) if balance <= 0 else (second, first)
-    record = _pair(row, row.get(chosen), row.get(rejected), where, abs(balance) / max(1, len(votes)))
+    record = _pair(row, row.take(chosen), row.take(rejected), where, abs(balance) / max(1, len(votes)))
     record.defect = record.defect or ("" if balance else "tie: as many votes for the one as for the other")
     return [record]
 
 
-def list_of(columns: set[str], row: Row) -> str | None:
+def list_of(columns: set[str], row: dict[str, Any]) -> str | None:
     """The column that lists scored or ranked answers, if there is one."""
     for name in LISTS:
         value = row.get(name)
@@ -97,17 +97,19 @@ def _score_difference(row: Row) -> float | None:
             metadata = ast.literal_eval(metadata)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             metadata = None
-    for holder in (row, metadata):
+    for holder, columns in ((row, ("score_chosen", "score_rejected")), (metadata, ("metadata",))):
         if isinstance(holder, dict):
             chosen, rejected = holder.get("score_chosen"), holder.get("score_rejected")
             if isinstance(chosen, int | float) and isinstance(rejected, int | float):
+                row.used.update(columns)
                 return float(chosen - rejected)
     return None
 
 
 def _pair(row: Row, chosen: Any, rejected: Any, where: str, margin: float | None) -> Preference:
     """The record of two answers, each a text, a list of turns or a transcript, split where they part."""
-    prompt = _prompt_of(row, where)
+    column = next((name for name in PROMPTS if row.get(name) is not None), "")
+    prompt = _turns_of(row, column, where) if column else []
     sides = []
     for label, value in (("chosen", chosen), ("rejected", rejected)):
         if is_transcript(value) and not prompt:
@@ -125,27 +127,33 @@ def _pair(row: Row, chosen: Any, rejected: Any, where: str, margin: float | None
             f"{where}: both sides begin with turns of their own that do not hold the prompt column's text.",
             "Take the prompt column out, or give the answers alone.",
         )
-    before = before or prompt
+    if before and prompt:
+        row.used.add(column)  # the turns say it
+    before = with_system(before, row) if before else _asked(row, column, prompt, where)
     if not before:
         raise DataError(
             f"{where}: chosen and rejected share no prompt.", "Add a prompt column, or whole conversations."
         )
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and before[0]["role"] != "system":
-        before = [{"role": "system", "content": system}, *before]
-    tools = tools_of(row.get("tools"), where)
+    tools = tools_of(row.take("tools"), where)
     return Preference(where, before, sides[0][shared:], sides[1][shared:], tools, margin)
 
 
-def _prompt_of(row: Row, where: str) -> list[Message]:
-    """The prompt column's turns, an instruction with its input below; [] where there is none."""
-    name = next((name for name in PROMPTS if row.get(name) is not None), None)
-    if name is None:
+def _turns_of(row: Row, column: str, where: str) -> list[Message]:
+    """What a prompt's column says by itself."""
+    if column == HISTORY:
+        return history_of(row, where)
+    value, where = row[column], f"{where}: {column}"
+    return transcript_of(value, where) if is_transcript(value) else side_of(value, "user", where)
+
+
+def _asked(row: Row, column: str, prompt: list[Message], where: str) -> list[Message]:
+    """The prompt with what the other columns say of it: input, context, choices, earlier turns, a system turn."""
+    if not column:
         return []
-    given = row.get("input")
-    if name == "instruction" and isinstance(given, str) and given.strip():
-        return side_of(f"{row[name]}\n\n{given}", "user", f"{where}: instruction")
-    return _prompt(row[name], f"{where}: {name}")
+    if column == HISTORY or is_transcript(row[column]):
+        row.used.add(column)
+        return with_system(prompt if column == HISTORY else with_history(prompt, row, where), row)
+    return asked(row, column, where)
 
 
 def _says(turns: list[Message], prompt: list[Message]) -> bool:
@@ -154,15 +162,11 @@ def _says(turns: list[Message], prompt: list[Message]) -> bool:
     return all(" ".join(str(turn["content"]).split()) in said for turn in prompt)
 
 
-def _prompt(value: Any, where: str) -> list[Message]:
-    return transcript_of(value, where) if is_transcript(value) else side_of(value, "user", where)
-
-
 def _scored(row: Row, name: str, where: str) -> list[tuple[Any, float]]:
     """(answer, score) of a list of answers; a rank counts downwards."""
-    values, scored = row[name], []
+    values, scored = row.take(name), []
     beside = next((column for column in (*SCORES, *RANKS) if isinstance(row.get(column), list)), None)
-    if beside and len(row[beside]) != len(values):
+    if beside and len(row.take(beside)) != len(values):
         raise DataError(f"{where}: {len(values)} {name} and {len(row[beside])} {beside}; expected as many.")
     for number, value in enumerate(values):
         answer, score, key = value, None, beside
@@ -184,10 +188,11 @@ def _votes(row: Row, endings: tuple[str, str], where: str) -> list[float]:
     scores = [row.get(f"score{ending}") for ending in endings]
     named = next((name for name in (*VOTES, *VOTES_BY_ID, *SIGNED) if row.get(name) is not None), None)
     if named is None:
+        row.used.update(f"score{ending}" for ending in endings)
         if any(isinstance(score, bool) or not isinstance(score, int | float) for score in scores):
             raise DataError(f"{where}: no vote and no two scores.", "Take the row out, or say which answer is better.")
         return [float(scores[1] > scores[0]) - float(scores[1] < scores[0])]  # type: ignore[operator]  # checked
-    value = row[named]
+    value = row.take(named)
     if isinstance(value, dict) and all(isinstance(count, int) for count in value.values()):
         value = [vote for vote, count in value.items() for _ in range(count)]
     votes = value if isinstance(value, list) else [value]

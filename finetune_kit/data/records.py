@@ -10,6 +10,8 @@ from typing import Any
 
 # role, content (text); optional: tool_calls, tool_call_id, name, reasoning_content; ours: train, plain (bare text)
 Message = dict[str, Any]
+# keys under which a message or a row has a thought; records have the first one
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 ROLES = ("system", "user", "assistant", "tool")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from finetune_kit.data.records import Message
+from finetune_kit.data.records import THOUGHTS, Message
 from finetune_kit.errors import DataError, SecurityError
 
 Note = Callable[[str], None]
@@ -43,17 +44,21 @@ FALLBACK_TEMPLATE = (
 class Dialect:
     """How one template writes a conversation.
 
-    `parts`: contents must be `[{"type": "text", "text": …}]`. `system`, `tools`: rendered at all. `calls`: arguments of
+    `template`: its text. `parts`: contents must be `[{"type": "text", "text": …}]`. `system`, `tools`: rendered at all;
+    `several`, `late`: system turns behind the first one, and behind other turns. `calls`: arguments of
     a tool call as "object" or as JSON "string"; "text" where calls or results are not rendered.
-    `reasoning`: reasoning_content is rendered. `tail`: what follows an
+    `reasoning`: the key of a message whose thought is rendered, "" if there is none. `tail`: what follows an
     answer that is the last turn; `end`: its beginning up to and with the end token, "" where there is none.
     """
 
+    template: str
     parts: bool
     system: bool
+    several: bool
+    late: bool
     tools: bool
     calls: str
-    reasoning: bool
+    reasoning: str
     tail: str
     end: str
 
@@ -68,15 +73,21 @@ def render(
     tools: list[dict[str, Any]] | None = None,
     kwargs: dict[str, Any] | None = None,
     generation: bool = False,
+    template: str | None = None,
 ) -> str:
     """The template's text of a conversation as it stands; raises whatever the template raises, and SecurityError where
-    it takes longer or writes more than any template has to."""
+    it takes longer or writes more than any template has to. `template`: which one, of a tokenizer that has several."""
     plain = [{name: value for name, value in message.items() if name not in ("train", "plain")} for message in messages]
     given = len(str(plain)) + len(str(tools or ""))
     with _within(MOST_SECONDS * (1 + given / MOST_CHARACTERS)):
         text = str(
             tokenizer.apply_chat_template(
-                plain, tools=tools or None, tokenize=False, add_generation_prompt=generation, **(kwargs or {})
+                plain,
+                tools=tools or None,
+                tokenize=False,
+                add_generation_prompt=generation,
+                **({"chat_template": template} if template else {}),
+                **(kwargs or {}),
             )
         )
     if len(text) > MOST_CHARACTERS + 8 * given:
@@ -95,7 +106,9 @@ def _refused(what: str) -> SecurityError:
 def _within(seconds: float) -> Iterator[None]:
     """Ends what runs inside with SecurityError after so many seconds of computing, or 1 GiB of memory.
 
-    Time is kept in the main thread alone, where signals arrive; memory where the system counts it (Linux).
+    Time is kept in the main thread alone, where signals arrive. The limit of memory is one of the whole process: it is
+    kept on Linux where nothing else of it can run into it, which is while rows are read, before other threads are
+    started or a GPU is in use. What a template makes of those rows it makes again later.
     """
 
     import jinja2.sandbox  # noqa: F401  # that it is loaded on the way to the first rendering is not the template's fault
@@ -105,7 +118,7 @@ def _within(seconds: float) -> Iterator[None]:
 
     timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGVTALRM, late) if timed else None
-    room = _more_memory(MOST_BYTES)
+    room = _more_memory(MOST_BYTES) if timed and _alone() else None
     try:
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
@@ -118,6 +131,12 @@ def _within(seconds: float) -> Iterator[None]:
             signal.signal(signal.SIGVTALRM, before)
         if room is not None:
             resource.setrlimit(resource.RLIMIT_AS, room)
+
+
+def _alone() -> bool:
+    """Whether this process has one thread of Python, and no GPU that reserves addresses."""
+    torch = sys.modules.get("torch")
+    return threading.active_count() == 1 and not (torch is not None and torch.cuda.is_initialized())
 
 
 def _more_memory(size: int) -> tuple[int, int] | None:
@@ -138,11 +157,26 @@ def added_tokens(tokenizer: Any) -> dict[str, int]:
     return {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
 
 
-def dialect_of(tokenizer: Any, kwargs: dict[str, Any] | None = None) -> Dialect:
-    """The tokenizer's dialect. Raises DataError where its template cannot render a question and an answer."""
-    return _probe(
-        tokenizer, str(tokenizer.chat_template), str(tokenizer.eos_token), json.dumps(kwargs or {}, sort_keys=True)
-    )
+def template_of(tokenizer: Any, tools: bool = False) -> str:
+    """The chat template of conversations with or without tools, chosen of several as transformers does."""
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    try:
+        return str(tokenizer.get_chat_template(tools=[_PROBE_TOOL] if tools else None))
+    except ValueError as error:
+        raise DataError(
+            f"The tokenizer has several chat templates and none for these conversations: {error}",
+            "Name one of them `default`, or take another model: model.name_or_path=…",
+        ) from None
+
+
+def dialect_of(tokenizer: Any, kwargs: dict[str, Any] | None = None, tools: bool = False) -> Dialect:
+    """The tokenizer's dialect, of conversations with tools where it has another template for those.
+
+    Raises DataError where the template cannot render a question and an answer.
+    """
+    template = template_of(tokenizer, tools)
+    return _probe(tokenizer, template, str(tokenizer.eos_token), json.dumps(kwargs or {}, sort_keys=True))
 
 
 @lru_cache(maxsize=16)
@@ -152,7 +186,7 @@ def _probe(tokenizer: Any, template: str, eos: str, kwargs_json: str) -> Dialect
     def shown(messages: list[Message], words: list[str], tools: list[dict[str, Any]] | None = None) -> str:
         """The rendering if all `words` come out in it, else ""."""
         try:
-            text = render(tokenizer, messages, tools, kwargs)
+            text = render(tokenizer, messages, tools, kwargs, template=template)
         except SecurityError:
             raise
         except Exception:  # a template is somebody else's program and may raise anything; it means "cannot"
@@ -165,25 +199,37 @@ def _probe(tokenizer: Any, template: str, eos: str, kwargs_json: str) -> Dialect
     text = shown([question, answer], words)
     if not text:
         parts = True
-        text = shown(_as_parts([question, answer]), words)
+        text = shown(as_parts([question, answer]), words)
     if not text:
         raise DataError(
-            "The model's chat template does not render a user turn and an answer: " + _complaint(tokenizer, kwargs),
+            "The model's chat template does not render a user turn and an answer: "
+            + _complaint(tokenizer, kwargs, template),
             "Give the tokenizer a working chat_template, or take another model: model.name_or_path=…",
         )
-    write = _as_parts if parts else list
+    write = as_parts if parts else list
     system: Message = {"role": "system", "content": "ProbeSystem"}
-    thinking: Message = {**answer, "reasoning_content": "ProbeThought"}
+    late: Message = {"role": "system", "content": "ProbeLate"}
+    thinking = [key for key in THOUGHTS if _shows_thought(shown, write, question, {**answer, key: "ProbeThought"})]
     tail = text[text.rindex("ProbeAnswer") + len("ProbeAnswer") :]
     return Dialect(
+        template=template,
         parts=parts,
         system=bool(shown(write([system, question, answer]), [*words, "ProbeSystem"])),
+        several=bool(shown(write([system, late, question, answer]), [*words, "ProbeSystem", "ProbeLate"])),
+        late=all(
+            shown(write(turns), [*words, "ProbeLate"])
+            for turns in ([question, answer, late, question, answer], [question, late, answer])
+        ),
         tools=bool(shown(write([question, answer]), [*words, "probe_tool"], [_PROBE_TOOL])),
         calls=_probe_calls(shown, write, question, answer),
-        reasoning=bool(shown(write([question, thinking]), [*words, "ProbeThought"])),
+        reasoning=thinking[0] if thinking else "",
         tail=tail,
         end=_leading_end(tail, list(added_tokens(tokenizer))),
     )
+
+
+def _shows_thought(shown: Callable[..., str], write: Callable[..., Any], question: Message, answer: Message) -> bool:
+    return bool(shown(write([question, answer]), ["ProbeQuestion", "ProbeAnswer", "ProbeThought"]))
 
 
 _PROBE_TOOL = {
@@ -211,10 +257,10 @@ def _probe_calls(shown: Callable[..., str], write: Callable[..., Any], question:
     return "text"
 
 
-def _complaint(tokenizer: Any, kwargs: dict[str, Any]) -> str:
+def _complaint(tokenizer: Any, kwargs: dict[str, Any], template: str) -> str:
     probe = [{"role": "user", "content": "ProbeQuestion"}, {"role": "assistant", "content": "ProbeAnswer"}]
     try:
-        render(tokenizer, probe, None, kwargs)
+        render(tokenizer, probe, None, kwargs, template=template)
     except SecurityError:
         raise
     except Exception as error:  # as above: the template's own words, whatever they are
@@ -253,10 +299,49 @@ def adapt(
         note("The chat template ignores tool calls or results: they are written as <tool_call> and <tool_response>.")
     elif calls:
         messages = _with_ids(messages, as_string=dialect.calls == "string")
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if not dialect.late and any(message["role"] == "system" for message in messages[first:]):
+        messages = [*messages[:first], *_late_in_user(messages[first:])]
+        note("The chat template has no place for a late system turn: its text is put into the user turn beside it.")
+    if first > 1 and not (dialect.system and dialect.several):
+        joined = "\n\n".join(message["content"] for message in messages[:first])
+        messages = [{**messages[0], "content": joined}, *messages[first:]]
+        note("The chat template has one system turn: several in a row are joined by a blank line.")
     if not dialect.system and messages and messages[0]["role"] == "system":
         messages = _system_in_user(messages)
         note("The chat template has no system turn: its text is put at the head of the first user turn.")
-    return (_as_parts(messages) if dialect.parts else messages), tools
+    if dialect.reasoning and dialect.reasoning != THOUGHTS[0]:
+        messages = [_renamed(message, THOUGHTS[0], dialect.reasoning) for message in messages]
+    return (as_parts(messages) if dialect.parts else messages), tools
+
+
+def _renamed(message: Message, old: str, new: str) -> Message:
+    return {new if name == old else name: value for name, value in message.items()}
+
+
+def _late_in_user(messages: list[Message]) -> list[Message]:
+    """System turns as part of the user's turn that follows, or else of the one before, or else as one of the user's.
+
+    Of a prefix that stops before an assistant turn it makes the same.
+    """
+    written: list[Message] = []
+    waiting: list[str] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "system":
+            waiting.append(message["content"])
+            if index + 1 < len(messages) and messages[index + 1]["role"] in ("system", "user"):
+                continue
+            if written and written[-1]["role"] == "user":
+                written[-1] = {**written[-1], "content": "\n\n".join([written[-1]["content"], *waiting])}
+            else:
+                written.append({"role": "user", "content": "\n\n".join(waiting)})
+            waiting = []
+        elif waiting:
+            written.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
+            waiting = []
+        else:
+            written.append(message)
+    return written
 
 
 def _thought_apart(message: Message) -> Message:
@@ -267,7 +352,7 @@ def _thought_apart(message: Message) -> Message:
     return {**message, "content": after.lstrip(), "reasoning_content": before.strip().removeprefix("<think>").strip()}
 
 
-def _as_parts(messages: list[Message]) -> list[Message]:
+def as_parts(messages: list[Message]) -> list[Message]:
     return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 

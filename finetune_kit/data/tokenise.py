@@ -7,7 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_kit.config import DataConfig
-from finetune_kit.data.chat import IGNORED, Sample, render_prompt, samples_of, truncate, untrainable
+from finetune_kit.data.chat import (
+    IGNORED,
+    Sample,
+    render_prompt,
+    samples_of,
+    special_tokens,
+    truncate,
+    untrainable,
+)
 from finetune_kit.data.ledger import Ledger, content_key
 from finetune_kit.data.records import (
     LabelledCompletion,
@@ -67,16 +75,27 @@ def supervised(records: list[Record], split: str, config: DataConfig, tokenizer:
 
 
 def prompts(records: list[Record], split: str, config: DataConfig, tokenizer: Any, ledger: Ledger) -> Tokens:
-    """Columns prompt_ids and row of prompts."""
+    """Columns prompt_ids and row of prompts. Dropped and booked: special tokens in a text that may not have them."""
     import numpy as np
 
-    tokens = Tokens({"prompt_ids": [], "row": list(range(len(records)))}, records)
+    tokens = Tokens({"prompt_ids": [], "row": []})
+    counts = ledger.splits[split]
     for record in records:
         assert not isinstance(record, Text)
-        ids = render_prompt(tokenizer, prompt_of(record), record.tools, config.chat_template_kwargs)
+        turns = prompt_of(record)
+        if reason := _special(record, [turns, record.tools], config, tokenizer, ledger):
+            ledger.drop(split, record.where, reason)
+            continue
+        settings = (config.chat_template_kwargs, config.special_tokens_in_text)
+        try:
+            ids = render_prompt(tokenizer, turns, record.tools, *settings)
+        except DataError as error:
+            raise DataError(f"{record.where}: {error.message.removeprefix('prompt: ')}", error.fix) from None
         tokens.columns["prompt_ids"].append(np.asarray(ids, dtype=np.int32))
-    counts = ledger.splits[split]
-    counts.trained = counts.samples = len(records)
+        tokens.columns["row"].append(len(tokens.records))
+        tokens.records.append(record)
+        counts.trained += 1
+        counts.samples += 1
     counts.tokens = sum(len(ids) for ids in tokens.columns["prompt_ids"])
     return tokens
 
@@ -95,6 +114,8 @@ def pairs(records: list[Record], split: str, config: DataConfig, tokenizer: Any,
         assert isinstance(record, Preference)
         sides = (record.chosen, record.rejected)
         reason = record.defect or _pair_defect(record)
+        texts = [record.prompt, *sides, record.tools]
+        reason = reason or _special(record, texts, config, tokenizer, ledger)
         whole = [] if reason else [_answer(record, side, config, tokenizer, ledger) for side in sides]
         if not _fits(record, whole, reason, split, config, ledger, needs):
             continue
@@ -119,6 +140,8 @@ def labelled(records: list[Record], split: str, config: DataConfig, tokenizer: A
     for record in records:
         assert isinstance(record, LabelledCompletion)
         reason = record.defect or _answer_defect(record.completion, "completion")
+        texts = [record.prompt, record.completion, record.tools]
+        reason = reason or _special(record, texts, config, tokenizer, ledger)
         whole = [] if reason else [_answer(record, record.completion, config, tokenizer, ledger)]
         if not _fits(record, whole, reason, split, config, ledger, needs):
             continue
@@ -149,11 +172,24 @@ def sequences(row: dict[str, Any]) -> dict[str, tuple[list[int], list[int]]]:
 def _answer(
     record: Preference | LabelledCompletion, turns: list[Message], config: DataConfig, tokenizer: Any, ledger: Ledger
 ) -> tuple[list[int], list[int]]:
-    """(prompt, completion) token ids of one answer; the completion ends with its end token."""
-    conversation = PromptCompletion(record.where, [*record.prompt, {**turns[0], "train": True}], record.tools)
+    """(prompt, completion) token ids of one answer; the completion ends with its end token.
+
+    The prompt's own answers are not trained, whatever their marks say: the sample is the one of this answer.
+    """
+    prompt = [{**turn, "train": False} for turn in record.prompt]
+    conversation = PromptCompletion(record.where, [*prompt, {**turns[0], "train": True}], record.tools)
     sample = samples_of(conversation, tokenizer, replace(config, train_on="last"), ledger.note)[0]
     start, stop = sample.turns[-1]
     return sample.input_ids[:start], sample.input_ids[start:stop]
+
+
+def _special(record: Record, texts: Any, config: DataConfig, tokenizer: Any, ledger: Ledger) -> str:
+    """Book the special tokens in a row's texts; why the row cannot be trained with them, or ""."""
+    found, reason = special_tokens(tokenizer, texts, config.special_tokens_in_text)
+    if found:
+        ledger.special_tokens_in_text.update(found)
+        ledger.special_rows += 1
+    return reason
 
 
 def _pair_defect(record: Preference) -> str:
@@ -240,6 +276,8 @@ def _kept(
     """The record's samples within max_length, booked."""
     counts = ledger.splits[split]
     reason = untrainable(record.messages, config.train_on) if isinstance(record, PromptCompletion) else ""
+    texts = [record.messages, record.tools] if isinstance(record, PromptCompletion) else record.text
+    reason = reason or _special(record, texts, config, tokenizer, ledger)
     whole = [] if reason else samples_of(record, tokenizer, config, ledger.note)
     if not whole:
         ledger.drop(split, record.where, reason or "empty text")

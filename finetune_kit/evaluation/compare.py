@@ -141,7 +141,8 @@ def _answer(
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in measurement.references]
     longest = config.max_new_tokens or max(lengths, default=0) + MARGIN
     tools = [record.tools for record in records]
-    prompts = [render_prompt(tokenizer, *pair, data.chat_template_kwargs) for pair in zip(turns, tools, strict=True)]
+    rendering = (data.chat_template_kwargs, data.special_tokens_in_text)
+    prompts = [render_prompt(tokenizer, *pair, *rendering) for pair in zip(turns, tools, strict=True)]
 
     def answer(mine: list[int]) -> list[Completion]:
         return generate(

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from finetune_kit.config import ModelConfig, setting
-from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt
+from finetune_kit.data.chat import end_token_ids, render_prompt, text_ids
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
@@ -221,7 +221,7 @@ def model_score(
 
     def score(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
         rows = [
-            [*render_prompt(tokenizer, prompt_of(record), record.tools, kwargs), *ids_of(tokenizer, completion), end]
+            [*render_prompt(tokenizer, prompt_of(record), record.tools, kwargs), *text_ids(tokenizer, completion), end]
             for completion, record in zip(completions, records, strict=True)
         ]
         for row, record in zip(rows, records, strict=True):

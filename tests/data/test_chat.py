@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_kit.config import DataConfig
-from finetune_kit.data.chat import end_token_ids, render_prompt, samples_of, truncate, untrainable
+from finetune_kit.data.chat import end_token_ids, render_prompt, samples_of, text_ids, truncate, untrainable
 from finetune_kit.data.records import PromptCompletion, Text
 from finetune_kit.data.template import adapt, dialect_of
 from finetune_kit.errors import DataError
@@ -372,7 +372,7 @@ def test_whatever_is_said_each_answer_comes_back_and_each_prompt_is_the_one_serv
 @given(words, st.integers(2, 40), st.booleans())
 def test_text_is_cut_into_blocks_with_nothing_lost(text, max_length, ends):
     tokenizer = bpe_tokenizer()
-    whole = tokenizer(text)["input_ids"] + ([tokenizer.eos_token_id] if ends else [])
+    whole = text_ids(tokenizer, text) + ([tokenizer.eos_token_id] if ends else [])
     blocks = samples_of(Text("a.txt:1", text, ends), tokenizer, DataConfig(max_length=max_length))
     if len(whole) < 2:
         assert blocks == []

@@ -9,6 +9,7 @@ from finetune_kit.data.load import Data, load_data
 from finetune_kit.data.preview import preview_json
 from finetune_kit.data.records import Preference
 from finetune_kit.errors import DataError, SettingsError
+from tests.data.test_chat import shipped
 from tests.fixtures_data import bpe_tokenizer, write_jsonl
 
 TOKENIZER = bpe_tokenizer()
@@ -249,3 +250,13 @@ def test_wrong_answers_are_as_often_longer_as_shorter():
     longer = sum(len(row["rejected_ids"]) > len(row["chosen_ids"]) for row in data.train)
     shorter = sum(len(row["rejected_ids"]) < len(row["chosen_ids"]) for row in data.train)
     assert abs(longer - shorter) < 40  # of 200: two standard deviations of a fair coin are 28
+
+
+def test_marks_on_earlier_turns_train_no_earlier_answer_where_the_template_rewrites_history(tmp_path):
+    tokenizer = shipped("qwen3")
+    earlier = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "train": True}, TURNS[2]]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": earlier, "chosen": "good", "rejected": "bad"}])
+    data = load_data(DataConfig(path=path, held_out_size=0), "preference", tokenizer)
+    sides = [tokenizer.decode(data.train[0][name], skip_special_tokens=True) for name in ("chosen_ids", "rejected_ids")]
+    assert [side.strip() for side in sides] == ["good", "bad"]
+    assert "hello" in tokenizer.decode(data.train[0]["prompt_ids"])
