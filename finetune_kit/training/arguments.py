@@ -20,7 +20,7 @@ from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.evaluation.metrics import choose_metrics
 from finetune_kit.hub import push_checkpoint
 from finetune_kit.model import packed
-from finetune_kit.model.adapters import parameter_counts
+from finetune_kit.model.adapters import covered, is_adapter, parameter_counts
 from finetune_kit.model.load import computes_in_bfloat16, device
 from finetune_kit.model.proof import PROOF_ROWS
 from finetune_kit.training.batches import check_batches, check_loader, micro_batch
@@ -162,6 +162,9 @@ def announce(config: RecipeConfig, policy: Any, data: Data) -> None:
         f"{trained:,} of {total:,} parameters trained, {planned['steps']} steps of {planned['rows_in_a_step']} rows"
         f"{cut}, on {processes.where(policy)}"
     )
+    if is_adapter(policy):
+        for line in covered(policy).in_words():
+            console.print(line, markup=False)
     for note in data.ledger.notes:
         console.print(f"note: {note}")
 
