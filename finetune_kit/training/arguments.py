@@ -85,6 +85,8 @@ def build(
     rows = data.train if rows is None else rows
     folder = Path(trainer_config.output_dir).absolute()
     scratch = folder.with_name(f".{folder.name}.rows")
+    text = policy.config.get_text_config()
+    routers = getattr(text, "output_router_logits", None)
     try:
         trainer = trainer_class(
             model=policy,
@@ -95,6 +97,10 @@ def build(
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise SettingsError(f"{trainer_class.__name__} refuses these settings: {error}") from None
+    if routers is not None:
+        # TRL turns it on in the config, where generation and the saved model would have it, too; the trainers ask for
+        # it in each training pass besides
+        text.output_router_logits = routers
     if tokenises:
         trainer.train_dataset = rows
     processes.barrier()

@@ -49,6 +49,8 @@ def _shrink(config: Any) -> None:
         old = getattr(config, name, None)
         if isinstance(old, int) and not isinstance(old, bool):
             setattr(config, name, value)
+    if getattr(config, "kv_lora_rank", None):  # keys are made from the latent for each query head
+        config.num_key_value_heads = config.num_attention_heads
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     if kinds:
         with contextlib.suppress(AttributeError):  # of some it is worked out from other settings
