@@ -64,8 +64,10 @@ class LoraConfig:
     )
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", "share", within="[0, 1)")
     target_modules: str | list[str] = setting(
-        "all-linear", "module names to adapt, or all-linear (every linear layer but the head)"
+        "all-linear",
+        "module names to adapt, or all-linear: every linear layer of the layers, experts, no router, no head",
     )
+    target_parameters: list[str] = setting([], "stacked experts to adapt by PEFT's names, such as experts.down_proj")
     modules_to_save: list[str] = setting([], "modules trained and saved in full, such as lm_head")
     use_rslora: bool = setting(False, "rank-stabilised scaling (arXiv 2312.03732)")
     use_dora: bool = setting(False, "weight-decomposed LoRA (arXiv 2402.09353)")

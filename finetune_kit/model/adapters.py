@@ -8,11 +8,23 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import LoraConfig
 from finetune_kit.errors import SettingsError
+from finetune_kit.model.coverage import (
+    OUTSIDE,
+    ROUTER,
+    Coverage,
+    Matrix,
+    coverage,
+    is_linear,
+    matrices,
+    short_names,
+    without_wrappers,
+)
 from finetune_kit.model.folder import check_files, check_weights
 
 if TYPE_CHECKING:
@@ -21,53 +33,136 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REWARD_HEADS = ("classifier", "score")  # what PEFT trains and saves of a sequence-classification model
+# layers that hold several of the usual ones: people who know Llama's names look for the parts
+FUSED = {
+    "c_attn": ("q_proj", "k_proj", "v_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "query_key_value": ("q_proj", "k_proj", "v_proj"),
+    "Wqkv": ("q_proj", "k_proj", "v_proj"),
+    "att_proj": ("q_proj", "k_proj", "v_proj"),
+    "c_proj": ("o_proj", "out_proj"),
+    "dense": ("o_proj",),
+    "out_proj": ("o_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "c_fc": ("up_proj", "gate_proj", "fc1"),
+    "fc1": ("up_proj",),
+    "fc2": ("down_proj",),
+    "dense_h_to_4h": ("up_proj", "gate_proj"),
+    "dense_4h_to_h": ("down_proj",),
+}
 OTHER_BASE = "Name the base that it was trained on: model.name_or_path."
 
 
 def linear_layers(model: Any) -> list[str]:
     """Full names of the linear layers, the head left out: the language model's, or the one that gives a reward."""
-    import torch
-
     head = model.get_output_embeddings() or getattr(model, "score", None)
-    return [
-        name
-        for name, module in model.named_modules()
-        # GPT-2 keeps its linear layers as Conv1D
-        if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
-    ]
+    return [name for name, module in model.named_modules() if is_linear(module) and module is not head]
 
 
-def check_targets(model: Any, lora: LoraConfig) -> dict[str, int]:
-    """{module name: layers it matches}. Raises SettingsError for a name that matches none, naming near ones."""
-    layers = linear_layers(model)
-    linear = dict(Counter(name.rsplit(".", 1)[-1] for name in layers))
+@dataclass(frozen=True)
+class Targets:
+    """Where an adapter goes, by PEFT's names: target_modules and target_parameters of its config, and the full names of
+    the weight matrices that they match (coverage.Matrix.name)."""
+
+    modules: str | list[str]
+    parameters: list[str]
+    matched: list[str]
+
+
+def find_targets(model: Any, lora: LoraConfig) -> Targets:
+    """What `lora.target_modules` and `lora.target_parameters` mean on this model.
+
+    Raises SettingsError for a name that matches nothing, naming near ones, and for one that PEFT cannot adapt.
+    """
     _check_saved({name for name, _ in model.named_modules() if name}, lora.modules_to_save)
-    wanted = _wanted(lora)
-    if wanted == "all-linear":
-        return linear
-    matched: dict[str, int] = {}
-    for name in wanted:
+    every = list(matrices(model))
+    wanted = [*_wanted_modules(model, lora, every), *_wanted_parameters(lora, every)]
+    modules = [matrix.name for matrix in wanted if not matrix.parameter]
+    parameters = [matrix.name for matrix in wanted if matrix.parameter]
+    for name, value in (("lora_dropout", lora.lora_dropout), ("use_dora", lora.use_dora)):
+        if parameters and value:
+            stacked = ", ".join(sorted({matrix.kind for matrix in wanted if matrix.parameter}))
+            others = ",".join(sorted({matrix.kind for matrix in every if not matrix.parameter and not matrix.reason}))
+            raise SettingsError(
+                f"lora.{name}={value}: PEFT has none on parameters, such as this model's {stacked}.",
+                f"Leave lora.{name} out, or name modules alone: lora.target_modules=[{others}]",
+            )
+    linear = linear_layers(model)
+    whole = lora.target_modules == "all-linear" and not parameters and set(modules) == set(linear)
+    return Targets(
+        modules="all-linear" if whole else short_names(modules, [name for name, _ in model.named_modules()]),
+        parameters=short_names(parameters, [name for name, _ in model.named_parameters()]),
+        matched=[*modules, *parameters],
+    )
+
+
+def _wanted_modules(model: Any, lora: LoraConfig, every: list[Matrix]) -> list[Matrix]:
+    """The matrices that `lora.target_modules` names."""
+    if lora.target_modules == "all-linear":
+        return [matrix for matrix in every if not matrix.reason]
+    names = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    layers = {matrix.name.removesuffix(".weight") if matrix.parameter else matrix.name: matrix for matrix in every}
+    linear = {name: matrix for name, matrix in layers.items() if is_linear(_submodule(model, name))}
+    wanted = {}
+    for name in names:
         if name == "lm_head":
             raise SettingsError(
                 "lora.target_modules: TRL does not train an adapter on lm_head, and it merges wrong if tied.",
                 "Train the whole head instead: lora.modules_to_save=[lm_head]",
             )
-        count = sum(full == name or full.endswith("." + name) for full in layers)
-        if not count:
-            near = difflib.get_close_matches(name, linear, n=3, cutoff=0.5)
-            hint = f"Did you mean {', '.join(near)}? " if near else ""
-            found = ", ".join(f"{leaf} ({times})" for leaf, times in linear.items())
+        found = {full: matrix for full, matrix in linear.items() if full == name or full.endswith("." + name)}
+        if not found:
+            raise SettingsError(f"lora.target_modules: '{name}' is no linear layer of this model.", _meant(name, every))
+        barred = [matrix for matrix in found.values() if matrix.reason not in ("", OUTSIDE, ROUTER)]
+        if barred:
             raise SettingsError(
-                f"lora.target_modules: '{name}' is no linear layer of this model.", f"{hint}It has: {found}"
+                f"lora.target_modules: '{name}' cannot be adapted: {barred[0].reason}.", "Leave it out of the list."
             )
-        matched[name] = count
-    return matched
+        wanted.update(found)
+    return list(wanted.values())
 
 
-def _wanted(lora: LoraConfig) -> str | list[str]:
-    """A list of names, or all-linear. To PEFT a bare name is a pattern for the full one, and matches nothing."""
-    names = lora.target_modules
-    return [names] if isinstance(names, str) and names != "all-linear" else names
+def _wanted_parameters(lora: LoraConfig, every: list[Matrix]) -> list[Matrix]:
+    """The stacked parameters that `lora.target_parameters` names, besides those of all-linear."""
+    wanted = {}
+    stacked = [matrix for matrix in every if matrix.parameter]
+    for name in lora.target_parameters:
+        found = {m.name: m for m in stacked if m.name == name or m.name.endswith("." + name)}
+        if not found:
+            has = ", ".join(sorted({matrix.kind for matrix in stacked})) or "none that an adapter can cover"
+            raise SettingsError(
+                f"lora.target_parameters: '{name}' is no parameter of stacked experts in this model.", f"It has: {has}"
+            )
+        if lora.target_modules == "all-linear":
+            raise SettingsError(
+                f"lora.target_parameters: {name} has no effect beside lora.target_modules=all-linear, which covers it.",
+                "Leave it out, or name the modules: lora.target_modules=[q_proj, v_proj]",
+            )
+        wanted.update(found)
+    return list(wanted.values())
+
+
+def _submodule(model: Any, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # a parameter's name
+        return None
+
+
+def _meant(name: str, every: list[Matrix]) -> str:
+    """What the model has in place of a module that it has not: a name alike, a fused layer, stacked experts."""
+    linear = dict(Counter(matrix.kind for matrix in every if "." not in matrix.kind and matrix.reason in ("", OUTSIDE)))
+    stacked = sorted({matrix.kind for matrix in every if matrix.parameter and "." in matrix.kind})
+    near = difflib.get_close_matches(name, linear, n=3, cutoff=0.5)
+    fused = [kind for kind, parts in FUSED.items() if name in parts and kind in linear]
+    inside = [kind for kind in stacked if name.removesuffix("_proj") in kind.rsplit(".", 1)[-1]]
+    if fused:
+        hint = f"Here {name} is a part of {fused[0]}: lora.target_modules=[{fused[0]}]. "
+    elif inside and name not in near:
+        hint = f"Here {name} is a part of the experts: lora.target_parameters=[{', '.join(inside)}]. "
+    else:
+        hint = f"Did you mean {', '.join(near)}? " if near else ""
+    return f"{hint}It has: {', '.join(f'{leaf} ({times})' for leaf, times in linear.items())}"
 
 
 def _check_saved(everything: set[str], wanted: list[str]) -> None:
@@ -79,9 +174,17 @@ def _check_saved(everything: set[str], wanted: list[str]) -> None:
             raise SettingsError(f"lora.modules_to_save: '{name}' is no module of this model.", hint)
 
 
-def matched_modules(model: PeftModel) -> dict[str, int]:
-    """{module name: adapted layers} of a model with an adapter."""
-    return dict(Counter(name.rsplit(".", 1)[-1] for name in model.targeted_module_names))
+def covered(model: PeftModel) -> Coverage:
+    """What the adapter of a model covers, and what it leaves out for which reason."""
+    trained: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or "lora_magnitude" in name:
+            wrapper = model.get_submodule(name.split(".lora_")[0])
+            own = f".{wrapper.parameter_name}" if hasattr(wrapper, "parameter_name") else ""
+            home = without_wrappers(name.removeprefix("base_model.model.").split(".lora_")[0]) + own
+            trained[home] = trained.get(home, 0) + parameter.numel()
+    targeted = {*model.targeted_module_names, *model.targeted_parameter_names}
+    return coverage(list(matrices(model.get_base_model())), targeted, trained)
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
@@ -102,14 +205,14 @@ def attach(model: Any, lora: LoraConfig, task_type: str = "CAUSAL_LM") -> PeftMo
 
     from finetune_kit.model.lora_product import add_in_one_pass
 
-    check_targets(model, lora)
+    targets = find_targets(model, lora)
     empty = model.get_input_embeddings().weight.device.type == "meta"
-    adapted = peft.get_peft_model(model, peft_config(lora, task_type), low_cpu_mem_usage=empty)
+    adapted = peft.get_peft_model(model, peft_config(lora, targets, task_type), low_cpu_mem_usage=empty)
     add_in_one_pass(adapted)
     return adapted
 
 
-def peft_config(lora: LoraConfig, task_type: str = "CAUSAL_LM") -> Any:
+def peft_config(lora: LoraConfig, targets: Targets, task_type: str = "CAUSAL_LM") -> Any:
     import peft
 
     return peft.LoraConfig(
@@ -117,7 +220,8 @@ def peft_config(lora: LoraConfig, task_type: str = "CAUSAL_LM") -> Any:
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=_wanted(lora),
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
         modules_to_save=list(lora.modules_to_save) or None,  # PEFT appends the head's names to the list it is given
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,

@@ -178,6 +178,9 @@ def load_base(
         )
     if model.load_in_4bit:
         fourbit.keep_exact(base)
+    if base.base_model is base and hasattr(base, "model"):
+        # Llama 4's text model names its backbone by the word of the multimodal one, and transformers and TRL miss it
+        base.base_model_prefix = "model"
     return base.eval()
 
 

@@ -20,7 +20,7 @@ from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.evaluation.metrics import choose_metrics
 from finetune_kit.hub import push_checkpoint
 from finetune_kit.model import packed
-from finetune_kit.model.adapters import parameter_counts
+from finetune_kit.model.adapters import covered, is_adapter, parameter_counts
 from finetune_kit.model.load import computes_in_bfloat16, device
 from finetune_kit.model.proof import PROOF_ROWS
 from finetune_kit.training.batches import check_batches, check_loader, micro_batch
@@ -85,6 +85,8 @@ def build(
     rows = data.train if rows is None else rows
     folder = Path(trainer_config.output_dir).absolute()
     scratch = folder.with_name(f".{folder.name}.rows")
+    text = policy.config.get_text_config()
+    routers = getattr(text, "output_router_logits", None)
     try:
         trainer = trainer_class(
             model=policy,
@@ -95,6 +97,10 @@ def build(
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise SettingsError(f"{trainer_class.__name__} refuses these settings: {error}") from None
+    if routers is not None:
+        # TRL turns it on in the config, where generation and the saved model would have it, too; the trainers ask for
+        # it in each training pass besides
+        text.output_router_logits = routers
     if tokenises:
         trainer.train_dataset = rows
     processes.barrier()
@@ -165,6 +171,9 @@ def announce(config: RecipeConfig, policy: Any, data: Data) -> None:
         f"{trained:,} of {total:,} parameters trained, {planned['steps']} steps of {planned['rows_in_a_step']} rows"
         f"{cut}, on {processes.where(policy)}"
     )
+    if is_adapter(policy):
+        for line in covered(policy).in_words():
+            console.print(line, markup=False)
     for note in data.ledger.notes:
         console.print(f"note: {note}")
 

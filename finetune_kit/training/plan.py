@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_kit.config import RecipeConfig
 from finetune_kit.data.load import Data
 from finetune_kit.errors import ResourceError
-from finetune_kit.model.adapters import matched_modules
+from finetune_kit.model.adapters import covered, is_adapter
 from finetune_kit.model.load import empty_policy
 from finetune_kit.training.arguments import check_train, steps
 from finetune_kit.training.batches import check_batches, padded_share, plan_layout
@@ -28,6 +28,7 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
     check_batches(config, data)
     lora = getattr(config, "lora", None)
     policy = empty_policy(config.model, lora, trained_in_full=lora is None)
+    found = covered(policy) if is_adapter(policy) else None
     parameters = list(policy.parameters())
     unknown = data.packed or data.kind == "prompt"
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -36,7 +37,8 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
         "padded_share": None if unknown else padded_share(plan_layout(config.train, data, processes)),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
-        "target_modules": {} if lora is None else matched_modules(policy),
+        "target_modules": found.covered if found else {},
+        "adapter": found.in_words() if found else [],
         "memory_bytes": memory(config, data, policy),
     }
 
@@ -53,8 +55,8 @@ def print_plan(settings: RecipeConfig, planned: dict[str, Any], out: Console) ->
     table.add_row(
         "trained", f"{planned['trainable_parameters']:,} of {planned['parameters']:,} parameters ({share:.1%})"
     )
-    if planned["target_modules"]:
-        table.add_row("adapted", ", ".join(f"{name}: {count}" for name, count in planned["target_modules"].items()))
+    for line in planned["adapter"]:
+        table.add_row(*line.split(": ", 1))
     budget = settings.train.max_tokens_per_batch
     cut = f", each in {planned['passes_in_a_step']} passes of at most {budget:,} tokens" if budget else ""
     table.add_row("steps", f"{planned['steps']:,} of {planned['rows_in_a_step']} rows{cut}")

@@ -1,5 +1,6 @@
 """An adapter goes where its settings say, or the settings are refused by name."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from finetune_kit.config import LoraConfig
 from finetune_kit.errors import SettingsError
-from finetune_kit.model.adapters import attach, check_targets, is_adapter, load_adapter, restore
+from finetune_kit.model.adapters import attach, find_targets, is_adapter, load_adapter, restore
 from finetune_kit.model.lora_product import add_in_one_pass
 
 ALL = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 2)
@@ -71,9 +72,13 @@ class TestProductInOnePass:
         assert torch.allclose(logits(adapted.merge_and_unload()), expected, atol=1e-5)
 
 
+def kinds(model: Any, lora: LoraConfig) -> dict[str, int]:
+    return dict(Counter(name.rsplit(".", 1)[-1] for name in find_targets(model, lora).matched))
+
+
 class TestTargets:
     def test_all_linear_is_the_7_layers_of_each_of_2_blocks_and_not_the_head(self, model: Any) -> None:
-        assert check_targets(model, LoraConfig()) == ALL
+        assert kinds(model, LoraConfig()) == ALL
         adapted = attach(model, LoraConfig())
         assert len(adapted.targeted_module_names) == 14
         assert not any("lm_head" in name for name in adapted.targeted_module_names)
@@ -81,39 +86,46 @@ class TestTargets:
     @pytest.mark.parametrize("wanted", ["q_proj", ["q_proj"]])
     def test_one_name_may_be_given_bare_or_as_a_list(self, model: Any, wanted: str | list[str]) -> None:
         lora = LoraConfig(target_modules=wanted)
-        assert check_targets(model, lora) == {"q_proj": 2}
+        assert kinds(model, lora) == {"q_proj": 2}
         assert len(attach(model, lora).targeted_module_names) == 2
 
     def test_a_full_name_adapts_that_layer_alone(self, model: Any) -> None:
         name = "model.layers.1.mlp.down_proj"
-        assert check_targets(model, LoraConfig(target_modules=[name])) == {name: 1}
+        assert kinds(model, LoraConfig(target_modules=[name])) == {"down_proj": 1}
         assert attach(model, LoraConfig(target_modules=[name])).targeted_module_names == [name]
 
     def test_gpt2_keeps_its_layers_as_conv1d_and_they_are_found(self) -> None:
         gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32))
-        assert check_targets(gpt2, LoraConfig()) == {"c_attn": 2, "c_proj": 4, "c_fc": 2}
+        assert kinds(gpt2, LoraConfig()) == {"c_attn": 2, "c_proj": 4, "c_fc": 2}
+
+    @pytest.mark.parametrize(("given", "meant"), [("q_proj", "c_attn"), ("v_proj", "c_attn"), ("up_proj", "c_fc")])
+    def test_of_a_fused_layer_the_parts_name_the_layer_that_holds_them(self, given: str, meant: str) -> None:
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+        with pytest.raises(SettingsError, match=f"'{given}' is no linear layer") as caught:
+            find_targets(gpt2, LoraConfig(target_modules=[given]))
+        assert f"lora.target_modules=[{meant}]" in caught.value.fix
 
     def test_a_misspelt_name_among_right_ones_is_refused_with_the_near_ones(self, model: Any) -> None:
         with pytest.raises(SettingsError, match="'q_prj' is no linear layer") as caught:
-            check_targets(model, LoraConfig(target_modules=["v_proj", "q_prj"]))
+            find_targets(model, LoraConfig(target_modules=["v_proj", "q_prj"]))
         assert caught.value.fix.startswith("Did you mean q_proj")
         assert "down_proj (2)" in caught.value.fix
 
     @pytest.mark.parametrize("name", ["self_attn", "embed_tokens", "model", "Linear"])
     def test_a_module_that_is_no_linear_layer_is_refused_with_the_linear_ones(self, model: Any, name: str) -> None:
         with pytest.raises(SettingsError, match=f"'{name}' is no linear layer") as caught:
-            check_targets(model, LoraConfig(target_modules=[name]))
+            find_targets(model, LoraConfig(target_modules=[name]))
         assert "q_proj (2)" in caught.value.fix
 
     def test_an_adapter_on_the_head_is_refused_and_the_way_to_train_it_named(self, model: Any) -> None:
         with pytest.raises(SettingsError, match="lm_head") as caught:
-            check_targets(model, LoraConfig(target_modules=["q_proj", "lm_head"]))
+            find_targets(model, LoraConfig(target_modules=["q_proj", "lm_head"]))
         assert "lora.modules_to_save=[lm_head]" in caught.value.fix
 
     @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
     def test_a_misspelt_module_to_save_is_refused_whatever_the_targets(self, model: Any, targets: Any) -> None:
         with pytest.raises(SettingsError, match="'lm_haed' is no module") as caught:
-            check_targets(model, LoraConfig(target_modules=targets, modules_to_save=["lm_haed"]))
+            find_targets(model, LoraConfig(target_modules=targets, modules_to_save=["lm_haed"]))
         assert "lm_head" in caught.value.fix
 
 
