@@ -469,9 +469,11 @@ class PPOTrainer:
         layers = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
         for layer in layers:  # its own flag, not those of the dropouts in it
             layer.training = True
-        yield
-        for layer in layers:
-            layer.training = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def _announce(self) -> None:
         count = sum(parameter.numel() for parameter in self.trained.values())

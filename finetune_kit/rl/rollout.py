@@ -276,5 +276,6 @@ class Reference:
             self._swap()
 
     def _swap(self) -> None:
+        torch.clear_autocast_cache()  # it knows its casts by the parameter, not by the numbers that it holds
         for at, parameter in enumerate(self.trained):
             parameter.data, self.kept[at] = self.kept[at], parameter.data

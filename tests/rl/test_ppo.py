@@ -196,6 +196,14 @@ def test_recomputed_activations_give_the_same_weights(home: Path) -> None:
     assert without_times(plain.update()) == without_times(recomputed.update())
 
 
+def test_a_pass_that_fails_leaves_the_layers_in_evaluation_mode(home: Path) -> None:
+    made = trainer(home, "gradient_checkpointing=true")
+    with pytest.raises(RuntimeError, match="out of memory"), made._recomputing():
+        assert any(module.training for module in made.model.modules())
+        raise RuntimeError("out of memory")
+    assert not any(module.training for module in made.model.modules())
+
+
 def test_3_prompts_are_enough_for_batches_of_16(home: Path) -> None:
     (home / "few.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[:6]))
     made = trainer(home, f"data.path={home / 'few.jsonl'}", "held_out_size=3", "max_steps=2")
