@@ -91,7 +91,7 @@ def sampler(
 
 
 def row_seeds(seed: int, count: int) -> list[int]:
-    """One seed for each row, drawn from `seed`: those of neighbouring seeds have none in common, as `seed + row` would."""
+    """A seed for each row, drawn from `seed`. `seed + row` would give rows of two updates the same one."""
     import torch
 
     generator = torch.Generator().manual_seed(seed % 2**63)
