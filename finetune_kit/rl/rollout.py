@@ -156,8 +156,9 @@ def common_beginning(policy: Any, prompts: list[list[int]]) -> int:
 class Rows:
     """Prompts with their completions as the model takes them; s is the number of completion tokens.
 
-    input_ids, attention_mask: (b, w), padded on the right. before: (b, w), true where the next token is a completion's.
-    tokens: (s,), those next tokens. mask: (b, t), true where a completion, laid out alone, has a token.
+    input_ids, attention_mask: (b, w), padded on the right. before: (s,), the places among b * w whose next token is a
+    completion's. tokens: (s,), those next tokens. mask: (b, t), true where a completion, laid out alone, has a token;
+    places: (s,), of those among b * t. Places are counted on the CPU: a GPU that is asked for them is waited for.
     """
 
     input_ids: Tensor
@@ -165,10 +166,15 @@ class Rows:
     before: Tensor
     tokens: Tensor
     mask: Tensor
+    places: Tensor
 
     def spread(self, flat: Tensor) -> Tensor:
         """(s,) numbers of completion tokens -> (b, t), 0 where masked; keeps the gradient."""
-        return flat.new_zeros(self.mask.shape).masked_scatter(self.mask, flat)
+        return flat.new_zeros(self.mask.numel()).index_put((self.places,), flat).view(self.mask.shape)
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """(b, w, h) hidden states -> (s, h), those in front of each completion token."""
+        return hidden.flatten(0, 1)[self.before]
 
 
 def lay_out(prompts: Sequence[list[int]], completions: Sequence[list[int]], width: int, device: Any) -> Rows:
@@ -176,16 +182,19 @@ def lay_out(prompts: Sequence[list[int]], completions: Sequence[list[int]], widt
     longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, completions, strict=True))
     ids = torch.zeros((len(prompts), longest), dtype=torch.long)
     attention = torch.zeros_like(ids)
-    before = torch.zeros_like(ids, dtype=torch.bool)
+    before, places = [], []
     mask = torch.zeros((len(prompts), width), dtype=torch.bool)
     for row, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
         end = len(prompt) + len(answer)
         ids[row, :end] = torch.tensor([*prompt, *answer])
         attention[row, :end] = 1
-        before[row, len(prompt) - 1 : end - 1] = True
+        before += range(row * longest + len(prompt) - 1, row * longest + end - 1)
+        places += range(row * width, row * width + len(answer))
         mask[row, : len(answer)] = True
-    tokens = torch.tensor([token for answer in completions for token in answer])
-    return Rows(*(part.to(device) for part in (ids, attention, before, tokens, mask)))
+    tokens = [token for answer in completions for token in answer]
+    flat = [torch.tensor(part, dtype=torch.long) for part in (before, tokens, places)]
+    parts = [part.to(device, non_blocking=True) for part in (ids, attention, flat[0], flat[1], mask, flat[2])]
+    return Rows(*parts)
 
 
 def states(model: Any, rows: Rows, *, head: bool = True) -> tuple[Tensor, Tensor]:
@@ -197,7 +206,7 @@ def states(model: Any, rows: Rows, *, head: bool = True) -> tuple[Tensor, Tensor
     found: list[Tensor] = []
 
     def cut(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        found.append(args[0][rows.before])
+        found.append(rows.states(args[0]))
         return ((found[0] if head else found[0][:0])[None], *args[1:])
 
     causal = model.get_base_model() if is_adapter(model) else model

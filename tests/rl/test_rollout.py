@@ -140,7 +140,8 @@ def test_the_mask_counts_tokens_whatever_their_ids(home: Path) -> None:
     rows = lay_out(PROMPTS, COMPLETIONS, 5, "cpu")
     assert rows.attention_mask.sum(1).tolist() == [5, 13, 2, 7]
     assert rows.mask.sum(1).tolist() == [2, 5, 1, 3]
-    assert rows.before.sum(1).tolist() == [2, 5, 1, 3]
+    assert rows.before.tolist() == [2, 3, 20, 21, 22, 23, 24, 26, 42, 43, 44]  # 13 columns a row
+    assert rows.places.tolist() == rows.mask.flatten().nonzero()[:, 0].tolist()
     assert rows.tokens.tolist() == [token for completion in COMPLETIONS for token in completion]
     assert rows.spread(torch.arange(1.0, 12)).tolist()[0] == [1, 2, 0, 0, 0]
 
