@@ -239,12 +239,19 @@ def _answer(model: Any, prompts: list[list[int]], generation_config: Any, contro
     """New token ids of one batch, with whatever follows the end. Rows are padded on the left."""
     import torch
 
+    from finetune_kit.decoding import through_graphs
+
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), generation_config.pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, width - len(prompt) :] = 1  # by length: the pad token may occur inside a prompt
+    if ours := through_graphs(model, generation_config):
+        told = controls.pop("streamer", None)
+        if told is not None:
+            told.put(input_ids)  # as transformers does
+        controls |= {**ours, "told": told}
     output = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),

@@ -15,7 +15,7 @@ LEVELS = (
     {"errors"},
     {"values", "names", "floors", "processes"},
     {"config", "ancestry", "recipe", "run_folder", "network"},
-    {"data", "model", "generation", "rl.math"},
+    {"data", "model", "decoding", "generation", "rl.math"},
     {"training", "rl", "evaluation", "verify", "artifact", "hub"},
     {"recipes"},
     {"prompt_file", "finished", "answering", "merge", "doctor", "difference"},

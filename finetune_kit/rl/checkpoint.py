@@ -18,7 +18,7 @@ TENSORS, NUMBERS = "state.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """tensors: weights and optimizer by parameter name, on the CPU. numbers: step, KL coefficient, and what the run
+    """tensors: weights and optimizer by parameter name, on any device. numbers: step, KL coefficient, and what the run
     must have in common with the one that goes on. scheduler: its own state. record: that of metrics.jsonl."""
 
     tensors: dict[str, Tensor]
@@ -36,7 +36,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, facts: dict[str, Any]) ->
     if not (target / checkpoint.MANIFEST).is_file():
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}, target / TENSORS)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in snapshot.tensors.items()}, target / TENSORS)
         content = {**snapshot.numbers, "scheduler": snapshot.scheduler, "record": snapshot.record}
         (target / NUMBERS).write_text(json.dumps(content, indent=1), encoding="utf-8")
         checkpoint.commit(target, {"step": snapshot.numbers["step"], **facts})

@@ -63,6 +63,22 @@ class Rollout:
         return lay_out(*picked, self.mask.shape[1], self.mask.device)
 
 
+def copied(tensor: Tensor, beside: bool) -> Tensor:
+    """One copy: beside the tensor, or on the CPU."""
+    return tensor.clone() if beside or tensor.device.type == "cpu" else tensor.cpu()
+
+
+def fits_beside(state: Snapshot, device: torch.device) -> bool:
+    """Whether a GPU has room for two such states beside the most that this process has taken so far, with a tenth left
+    for what differs between updates."""
+    if device.type != "cuda":
+        return False
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return 2 * size < 0.9 * (total - others - torch.cuda.max_memory_allocated(device))
+
+
 class PPOTrainer:
     """Trains `policy` on the prompts of `data` for `rewards`; `train()` returns the lines of metrics.jsonl.
 
@@ -104,7 +120,8 @@ class PPOTrainer:
         self.constant = 0  # updates in a row in which all scores were alike
         self.varied = False  # whether they ever were not
         self.skipped = self.in_a_row = 0  # steps that moved nothing, for a gradient that is not finite
-        self.good: Snapshot | None = None  # what rollback goes back to
+        self.states: list[Snapshot] = []  # the last good one, and the one that the update began with
+        self.beside: bool | None = None  # whether they are kept on the GPU; None: no update has shown its peak yet
         self.disk = room.Disk(Path(config.train.output_dir or ""))
 
     def _sampler(self) -> Any:
@@ -138,31 +155,33 @@ class PPOTrainer:
         room.check_start(self.model, train, folder)
         if train.save_steps:
             processes.from_main(lambda: room.rehearse_save(self.model, folder))
-        good = before = self.snapshot()
+        self.states = 2 * [self.snapshot()]
         try:
             with stopping.finishing_steps():
                 if self.step < self.updates:
-                    self._fitting(before, self._try_longest)
+                    self._fitting(self._try_longest)
                 while self.step < self.updates and self.constant < self.config.max_constant_updates:
-                    self.good = before
                     try:
-                        line = self._fitting(before, self.update)
+                        line = self._fitting(self.update)
                         self._log(line)
                         if (reason := self._why_stop(line)) is not None:
                             raise NumericsError(f"{reason}, at update {self.step}.", CAUSES)
                     except (NumericsError, DataError) as error:
-                        # what is wrong with `before` shows in what it samples: the state ahead of it is the last good
-                        raise type(error)(f"{error.message} {self._leave(good)}", error.fix) from None
-                    good, before = before, self.snapshot()
+                        # what is wrong with a state shows in what it samples: the one ahead of it is the last good
+                        raise type(error)(f"{error.message} {self._leave(self.states[0])}", error.fix) from None
+                    del self.states[0]
+                    if self.beside is None:
+                        self.beside = fits_beside(self.states[0], self.model.device)
+                    self.states.append(self.snapshot())
                     if stopping.asked(self.accelerator):
-                        self._keep(before)
+                        self._keep(self.states[-1])
                         raise stopping.stopped(folder)
                     if train.save_steps and self.step % train.save_steps == 0:
-                        self._keep(before)
+                        self._keep(self.states[-1])
             if self.constant >= self.config.max_constant_updates:
                 self.record.say(f"All completions of {self.constant} updates scored alike: nothing more to learn.")
             if train.save_steps:
-                self._keep(before)
+                self._keep(self.states[-1])
         finally:
             self.record.close()
         self._put_value_aside(folder)
@@ -189,9 +208,9 @@ class PPOTrainer:
         folder = self.record.path.parent
         return read_identity(folder) if is_unfinished(folder) else {}
 
-    def _fitting(self, before: Snapshot, act: Callable[[], Result]) -> Result:
-        """What `act` gives, an update; where it runs out of memory it is made again with half as many rows in a forward
-        pass."""
+    def _fitting(self, act: Callable[[], Result]) -> Result:
+        """What `act` gives, an update; where it runs out of memory it is made again: without the states that were kept
+        on the device, then with half as many rows in a forward pass."""
         while True:
             try:
                 return act()
@@ -200,7 +219,14 @@ class PPOTrainer:
                     raise
             # here, where no traceback holds its tensors any more
             self.optimizer.zero_grad()
-            train = self.config.train
+            train, before = self.config.train, self.states[-1]
+            if self.beside and self.accelerator.num_processes == 1:
+                self.beside = False
+                for state in self.states:
+                    state.tensors.update({name: tensor.cpu() for name, tensor in state.tensors.items()})
+                room.empty_cache()
+                self.restore(before)
+                continue
             rows = train.per_device_train_batch_size
             if rows == 1 or self.accelerator.num_processes > 1:
                 raise room.too_large(rows, train.gradient_checkpointing, self.model)
@@ -411,9 +437,9 @@ class PPOTrainer:
             raise NumericsError(found + often, NOT_FINITE)
         self.optimizer.zero_grad()
         self.skipped += 1
-        if policy == "rollback" and self.good is not None:
+        if policy == "rollback" and self.states:
             kept = self.step, self.constant, self.varied, self.kl_coef, self.scheduler.state_dict()
-            self.restore(self.good)
+            self.restore(self.states[-1])
             self.step, self.constant, self.varied, self.kl_coef = kept[:4]
             self._set_schedule(kept[4])
         if self.is_main:
@@ -469,9 +495,11 @@ class PPOTrainer:
         layers = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
         for layer in layers:  # its own flag, not those of the dropouts in it
             layer.training = True
-        yield
-        for layer in layers:
-            layer.training = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def _announce(self) -> None:
         count = sum(parameter.numel() for parameter in self.trained.values())
@@ -525,20 +553,24 @@ class PPOTrainer:
         return f"The last good checkpoint is {kept}."
 
     def snapshot(self) -> Snapshot:
-        """Everything that the updates to come depend on, copied to the CPU."""
+        """Everything that the updates to come depend on, copied once: on its device where `beside`, else to the CPU."""
         tensors = {f"weights.{name}": p.detach() for name, p in self.trained.items()}
         tensors |= optimizer_tensors(self.optimizer, list(self.trained))
+        copies = {name: copied(tensor, bool(self.beside)) for name, tensor in tensors.items()}
+        return Snapshot(copies, self._numbers(), self.scheduler.state_dict(), self.record.state())
+
+    def _numbers(self) -> dict[str, Any]:
+        """Where the run is, and what it must have in common with one that goes on from a snapshot."""
         numbers = {"step": self.step, "kl_coef": self.kl_coef, "constant": self.constant, "varied": self.varied}
-        numbers |= {"batch_size": self.config.batch_size, "seed": self.config.train.seed, "prompts": len(self.prompts)}
-        copies = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-        return Snapshot(copies, numbers, self.scheduler.state_dict(), self.record.state())
+        same = {"batch_size": self.config.batch_size, "seed": self.config.train.seed, "prompts": len(self.prompts)}
+        return {**numbers, **same}
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put a snapshot back. Raises SettingsError where it is of a run with other prompts, batches or weights."""
-        here = self.snapshot()
+        here = self._numbers()
         for name in ("batch_size", "seed", "prompts"):
-            if snapshot.numbers[name] != here.numbers[name]:
-                was, now = snapshot.numbers[name], here.numbers[name]
+            if snapshot.numbers[name] != here[name]:
+                was, now = snapshot.numbers[name], here[name]
                 raise SettingsError(f"The checkpoint was made with {name} {was}, this run has {now}.", "Set it back.")
         weights = {name: snapshot.tensors.get(f"weights.{name}") for name in self.trained}
         if differing := [n for n, w in weights.items() if w is None or w.shape != self.trained[n].shape]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from finetune_kit import decoding
 from finetune_kit.errors import NumericsError
 from finetune_kit.generation import evaluation_mode, in_batches
 from finetune_kit.model.adapters import is_adapter
@@ -56,17 +57,16 @@ def sample(
     """One completion for each prompt, drawn from softmax(logits / temperature) and nothing else, in their order.
 
     Longest prompts first, `batch_size` at a time, with a KV cache; what all prompts of a batch begin with goes through
-    the model once, and rows that have ended leave the batch. A function of
-    weights, prompts, seed and batch_size; torch's random state is left alone. `generate` would keep ended rows until
-    the last one is done, and drop the end token, which is an action of the policy like any other.
+    the model once, and rows that have ended leave the batch where its cache lets them. A function of weights, prompts,
+    seed and batch_size (and of the way that decoding.py takes on a GPU); torch's random state is left alone. `generate`
+    would keep ended rows until the last one is done, and drop the end token, an action of the policy like any other.
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
-    ends = torch.tensor(end_token_ids, device=policy.device)
     found: dict[int, Sampled] = {}
 
     def run(rows: list[int]) -> None:
         chosen = [prompts[row] for row in rows]
-        completions = _sample_batch(policy, chosen, max_new_tokens, ends, temperature, generator)
+        completions = _sample_batch(policy, chosen, max_new_tokens, end_token_ids, temperature, generator)
         found.update(zip(rows, completions, strict=True))
 
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
@@ -79,10 +79,49 @@ def _sample_batch(
     policy: Any,
     prompts: list[list[int]],
     max_new_tokens: int,
-    ends: Tensor,
+    end_token_ids: list[int],
     temperature: float,
     generator: torch.Generator,
 ) -> list[Sampled]:
+    state = decoding.fastest(_begin(policy, prompts), max_new_tokens)
+    written: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))  # the prompt that each row of the batch goes on from
+    going = list(alive)  # those that have not ended
+    finite = torch.ones((), dtype=torch.bool, device=policy.device)
+    fresh: list[Tensor] = []  # (b, 1) each, drawn since the host last looked
+    every = decoding.looks_every(policy.device)
+    for at in range(max_new_tokens):
+        logits = state.logits.float()
+        finite = finite & torch.isfinite(logits.sum())
+        tokens = decoding.pick((logits / temperature).softmax(-1), generator)
+        fresh.append(tokens)
+        if len(fresh) == every or at + 1 == max_new_tokens:
+            if not bool(finite):
+                raise NumericsError("The policy's logits are not finite.", "Try a tenth of train.learning_rate.")
+            ongoing = set(going)
+            for row, new in zip(alive, torch.cat(fresh, dim=1).tolist(), strict=True):
+                if row in ongoing:
+                    written[row] += _up_to_end(new, end_token_ids)
+            fresh = []
+            going = [row for row in going if written[row][-1] not in end_token_ids]
+            if not going or at + 1 == max_new_tokens:
+                break
+            ongoing = set(going)
+            places = [place for place, row in enumerate(alive) if row in ongoing]
+            if len(places) < len(alive) and state.keep(places):
+                alive, tokens = going, tokens[places]
+        state.step(tokens)
+    return [Sampled(tokens, tokens[-1] in end_token_ids) for tokens in written]
+
+
+def _up_to_end(tokens: list[int], end_token_ids: list[int]) -> list[int]:
+    """The tokens as far as the first that ends them."""
+    end = next((place for place, token in enumerate(tokens) if token in end_token_ids), len(tokens))
+    return tokens[: end + 1]
+
+
+def _begin(policy: Any, prompts: list[list[int]]) -> decoding.Growing:
+    """The prompts through the policy, what they begin with once."""
     shared = common_beginning(policy, prompts)
     cache = None
     if shared:
@@ -96,44 +135,7 @@ def _sample_batch(
     for row, prompt in enumerate(prompts):  # padded in front of what is its own, so that all go on in the same column
         ids[row, width - len(prompt) :] = torch.tensor(prompt[shared:])
         mask[row, width - (len(prompt) - shared) :] = 1
-    ids, mask = ids.to(policy.device), mask.to(policy.device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
-    written: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
-    alive = list(range(len(prompts)))  # the prompt that each row of the batch goes on from
-    for _ in range(max_new_tokens):
-        output = policy(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            cache=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = output.cache
-        logits = output.logits[:, -1].float()
-        if not bool(torch.isfinite(logits.sum())):
-            raise NumericsError("The policy's logits are not finite.", "Try a tenth of train.learning_rate.")
-        chances = (logits / temperature).softmax(-1)
-        tokens = torch.multinomial(chances, 1, generator=generator)
-        over = torch.isin(tokens[:, 0], ends).tolist()
-        for row, token in zip(alive, tokens[:, 0].tolist(), strict=True):
-            if not ended[row]:
-                written[row].append(token)
-        for row, now in zip(alive, over, strict=True):
-            ended[row] = ended[row] or now
-        going = [place for place, row in enumerate(alive) if not ended[row]]
-        if not going:
-            break
-        ids, positions = tokens, positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-        # a smaller batch costs a copy of the cache: worth it for every quarter of the rows
-        if len(going) <= 0.75 * len(alive) and hasattr(cache, "batch_select_indices"):
-            kept = torch.tensor(going, device=ids.device)
-            cache.batch_select_indices(kept)
-            ids, positions, mask = ids[kept], positions[kept], mask[kept]
-            alive = [alive[place] for place in going]
-    return [Sampled(tokens, over) for tokens, over in zip(written, ended, strict=True)]
+    return decoding.begin(policy, ids.to(policy.device), mask.to(policy.device), cache)
 
 
 def common_beginning(policy: Any, prompts: list[list[int]]) -> int:
@@ -156,8 +158,9 @@ def common_beginning(policy: Any, prompts: list[list[int]]) -> int:
 class Rows:
     """Prompts with their completions as the model takes them; s is the number of completion tokens.
 
-    input_ids, attention_mask: (b, w), padded on the right. before: (b, w), true where the next token is a completion's.
-    tokens: (s,), those next tokens. mask: (b, t), true where a completion, laid out alone, has a token.
+    input_ids, attention_mask: (b, w), padded on the right. before: (s,), the places among b * w whose next token is a
+    completion's. tokens: (s,), those next tokens. mask: (b, t), true where a completion, laid out alone, has a token;
+    places: (s,), of those among b * t. Places are counted on the CPU: a GPU that is asked for them is waited for.
     """
 
     input_ids: Tensor
@@ -165,10 +168,15 @@ class Rows:
     before: Tensor
     tokens: Tensor
     mask: Tensor
+    places: Tensor
 
     def spread(self, flat: Tensor) -> Tensor:
         """(s,) numbers of completion tokens -> (b, t), 0 where masked; keeps the gradient."""
-        return flat.new_zeros(self.mask.shape).masked_scatter(self.mask, flat)
+        return flat.new_zeros(self.mask.numel()).index_put((self.places,), flat).view(self.mask.shape)
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """(b, w, h) hidden states -> (s, h), those in front of each completion token."""
+        return hidden.flatten(0, 1)[self.before]
 
 
 def lay_out(prompts: Sequence[list[int]], completions: Sequence[list[int]], width: int, device: Any) -> Rows:
@@ -176,16 +184,20 @@ def lay_out(prompts: Sequence[list[int]], completions: Sequence[list[int]], widt
     longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, completions, strict=True))
     ids = torch.zeros((len(prompts), longest), dtype=torch.long)
     attention = torch.zeros_like(ids)
-    before = torch.zeros_like(ids, dtype=torch.bool)
+    before: list[int] = []
+    places: list[int] = []
     mask = torch.zeros((len(prompts), width), dtype=torch.bool)
     for row, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
         end = len(prompt) + len(answer)
         ids[row, :end] = torch.tensor([*prompt, *answer])
         attention[row, :end] = 1
-        before[row, len(prompt) - 1 : end - 1] = True
+        before += range(row * longest + len(prompt) - 1, row * longest + end - 1)
+        places += range(row * width, row * width + len(answer))
         mask[row, : len(answer)] = True
-    tokens = torch.tensor([token for answer in completions for token in answer])
-    return Rows(*(part.to(device) for part in (ids, attention, before, tokens, mask)))
+    tokens = [token for answer in completions for token in answer]
+    flat = [torch.tensor(part, dtype=torch.long) for part in (before, tokens, places)]
+    parts = [part.to(device, non_blocking=True) for part in (ids, attention, flat[0], flat[1], mask, flat[2])]
+    return Rows(*parts)
 
 
 def states(model: Any, rows: Rows, *, head: bool = True) -> tuple[Tensor, Tensor]:
@@ -197,7 +209,7 @@ def states(model: Any, rows: Rows, *, head: bool = True) -> tuple[Tensor, Tensor
     found: list[Tensor] = []
 
     def cut(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        found.append(args[0][rows.before])
+        found.append(rows.states(args[0]))
         return ((found[0] if head else found[0][:0])[None], *args[1:])
 
     causal = model.get_base_model() if is_adapter(model) else model
@@ -276,5 +288,6 @@ class Reference:
             self._swap()
 
     def _swap(self) -> None:
+        torch.clear_autocast_cache()  # it knows its casts by the parameter, not by the numbers that it holds
         for at, parameter in enumerate(self.trained):
             parameter.data, self.kept[at] = self.kept[at], parameter.data

@@ -42,7 +42,7 @@ class Value(torch.nn.Module):
                 hidden = states(policy, rows, head=False)[1]
         elif self.kind == "separate":
             output = self.trunk(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
-            hidden = output.last_hidden_state[rows.before].float()
+            hidden = rows.states(output.last_hidden_state).float()
         with torch.autocast(hidden.device.type, enabled=False):
             return torch.nn.functional.linear(hidden, self.head.weight, self.head.bias)[:, 0]
 

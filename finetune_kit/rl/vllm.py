@@ -72,10 +72,10 @@ def sampler(
                 max_tokens=max_new_tokens,
                 stop_token_ids=end_token_ids,
                 ignore_eos=True,  # the ends are ours alone
-                seed=(seed + row) % 2**63,
+                seed=own,
                 detokenize=False,
             )
-            for row in range(len(prompts))
+            for own in row_seeds(seed, len(prompts))
         ]
         number = next(numbers)
         with tempfile.TemporaryDirectory() as folder:
@@ -88,6 +88,15 @@ def sampler(
         return [_sampled(answer.outputs[0], end_token_ids) for answer in answers]
 
     return sample
+
+
+def row_seeds(seed: int, count: int) -> list[int]:
+    """A seed for each row, drawn from `seed`. `seed + row` would give rows of two updates the same one."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    seeds: list[int] = torch.randint(2**63 - 1, (count,), generator=generator).tolist()
+    return seeds
 
 
 def _sampled(output: Any, end_token_ids: list[int]) -> Sampled:

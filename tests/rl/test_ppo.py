@@ -18,6 +18,8 @@ from finetune_kit.data.chat import end_token_ids
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, ResourceError, SettingsError, Stopped
 from finetune_kit.model.load import load_tokenizer
 from finetune_kit.model.reward import load_reward_model
+from finetune_kit.rl import ppo
+from finetune_kit.rl.checkpoint import read_checkpoint
 from finetune_kit.rl.ppo import PPOTrainer
 from finetune_kit.rl.rewards import Part, Rewards
 from finetune_kit.rl.rollout import lay_out, look
@@ -194,6 +196,21 @@ def test_the_entropy_bonus_keeps_entropy(home: Path) -> None:
 def test_recomputed_activations_give_the_same_weights(home: Path) -> None:
     plain, recomputed = trainer(home), trainer(home, "gradient_checkpointing=true")
     assert without_times(plain.update()) == without_times(recomputed.update())
+
+
+def test_a_pass_that_fails_leaves_the_layers_in_evaluation_mode(home: Path) -> None:
+    made = trainer(home, "gradient_checkpointing=true")
+    seen = []
+
+    def fail() -> None:
+        with made._recomputing():
+            seen.append(any(module.training for module in made.model.modules()))
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail()
+    assert seen == [True]
+    assert not any(module.training for module in made.model.modules())
 
 
 def test_3_prompts_are_enough_for_batches_of_16(home: Path) -> None:
@@ -406,6 +423,71 @@ def test_4_rows_that_do_not_fit_become_passes_of_2_and_the_run_stays_the_same_wi
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
     largest = max(float((whole.trained[name] - made.trained[name]).abs().max()) for name in whole.trained)
     assert largest < 1e-5
+
+
+def test_an_update_copies_weights_and_optimizer_once_and_a_restore_never(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = []
+
+    def counted(tensor: torch.Tensor, beside: bool) -> torch.Tensor:
+        copies.append(beside)
+        return tensor.clone()
+
+    monkeypatch.setattr(ppo, "copied", counted)
+    made = trainer(home, "max_steps=3")
+    made.train()
+    trained = len(made.trained)
+    assert len(copies) == trained + 3 * 4 * trained  # weight, two moments and a step each; at first weights alone
+    assert not any(copies)
+    assert len(made.states) == 2
+    made.restore(made.states[0])
+    assert made.step == 2
+    assert len(copies) == 13 * trained
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_failure_leaves_the_state_ahead_of_the_one_that_it_began_with_wherever_states_are_kept(
+    home: Path, monkeypatch: pytest.MonkeyPatch, beside: bool
+) -> None:
+    monkeypatch.setattr(ppo, "fits_beside", lambda state, device: beside)
+    updates = itertools.count(1)
+
+    def failing(*given: Any) -> list[float]:
+        return [math.nan] * 16 if next(updates) == 3 else lower(*given)
+
+    made = trainer(home, "max_steps=4", score=failing)
+    kept = []
+    plain = made.snapshot
+    made.snapshot = lambda: kept.append(plain()) or kept[-1]  # type: ignore[method-assign,func-returns-value]
+    with pytest.raises(FinetuneKitError, match=r"last good checkpoint is .*checkpoint-1"):
+        made.train()
+    assert made.beside is beside
+    left = read_checkpoint(home / "run" / "checkpoint-1")
+    assert left.tensors.keys() == kept[1].tensors.keys()
+    assert all(torch.equal(left.tensors[name], tensor) for name, tensor in kept[1].tensors.items())
+
+
+def test_what_does_not_fit_beside_the_states_on_the_device_moves_those_first_and_keeps_its_rows(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ppo, "fits_beside", lambda state, device: True)
+    plain, made = (trainer(home, "max_steps=3", f"output_dir={home / name}") for name in ("plain", "tight"))
+    loss, tried = made._loss, []
+
+    def tight(rollout: Any, rows: Any) -> Any:
+        if made.step == 2:
+            tried.append(len(rows))
+            if len(tried) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss(rollout, rows)
+
+    made._loss = tight  # type: ignore[method-assign]
+    expected, lines = plain.train(), made.train()
+    assert set(tried) == {4}
+    assert made.beside is False
+    assert [without_times(line) for line in lines] == [without_times(line) for line in expected]
+    assert all(torch.equal(weight, plain.trained[name]) for name, weight in made.trained.items())
 
 
 def test_the_longest_rows_are_tried_first_and_what_does_not_fit_shows_before_the_first_update(home: Path) -> None:

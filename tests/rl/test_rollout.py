@@ -140,7 +140,8 @@ def test_the_mask_counts_tokens_whatever_their_ids(home: Path) -> None:
     rows = lay_out(PROMPTS, COMPLETIONS, 5, "cpu")
     assert rows.attention_mask.sum(1).tolist() == [5, 13, 2, 7]
     assert rows.mask.sum(1).tolist() == [2, 5, 1, 3]
-    assert rows.before.sum(1).tolist() == [2, 5, 1, 3]
+    assert rows.before.tolist() == [2, 3, 20, 21, 22, 23, 24, 26, 42, 43, 44]  # 13 columns a row
+    assert rows.places.tolist() == rows.mask.flatten().nonzero()[:, 0].tolist()
     assert rows.tokens.tolist() == [token for completion in COMPLETIONS for token in completion]
     assert rows.spread(torch.arange(1.0, 12)).tolist()[0] == [1, 2, 0, 0, 0]
 
@@ -267,3 +268,40 @@ def test_other_architectures_sample_and_are_looked_at_alike(kind: str) -> None:
         found = look(policy, lay_out(PROMPTS, COMPLETIONS, 5, "cpu"), 0.7).logprobs
     for row, want in enumerate(expected):
         assert torch.allclose(found[row, : len(want)], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["fresh adapter", "adapter of a run", "full"])
+def test_the_kl_of_a_moved_policy_under_bfloat16_autocast_is_float32s_within_5_percent(
+    home: Path, tmp_path: Path, start: str
+) -> None:
+    words: tuple[str, ...] = ("lora.r=0",) if start == "full" else ()
+    if start == "adapter of a run":
+        first = policy_of(home)
+        with torch.no_grad():
+            for parameter in first.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.02)
+        first.save_pretrained(tmp_path / "sft")
+        words = (f"lora.init_from={tmp_path / 'sft'}",)
+    policy = policy_of(home, *words)
+    for module in policy.modules():  # the product in one pass is the CPU's: a GPU has PEFT's own, two linear layers
+        if hasattr(module, "lora_variant"):
+            module.lora_variant.clear()
+    reference, value = Reference(policy), build_value("shared", policy, settings(home).model)
+    assert reference.is_adapter_off == (start == "fresh adapter")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    rows = lay_out(PROMPTS * 4, [[*range(40 + row, 52 + row)] for row in range(16)], 12, "cpu")
+    kl = []
+    for mixed in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            ours = look(policy, rows, 1.0, value).logprobs
+            with reference():
+                theirs = look(policy, rows, 1.0).logprobs
+            assert torch.equal(look(policy, rows, 1.0).logprobs, ours)  # and the policy is itself again
+        kl.append(float((ours - theirs).abs().sum()))
+    assert kl[0] > 10
+    assert kl[1] == pytest.approx(kl[0], rel=0.05)

@@ -128,3 +128,10 @@ def test_without_a_gpu_or_without_vllm_it_says_so(home: Path, monkeypatch: pytes
     with pytest.raises(ResourceError, match="vLLM, which is not installed") as caught:
         trainer(home, "use_vllm=true")
     assert "finetune-kit[vllm]" in caught.value.fix
+
+
+def test_the_seeds_of_256_rows_in_20_updates_have_none_in_common() -> None:
+    updates = [vllm.row_seeds(seed, 256) for seed in range(1, 41, 2)]  # an update's seed is 2 above the one before
+    assert len({seed for seeds in updates for seed in seeds}) == 20 * 256
+    assert vllm.row_seeds(1, 256) == updates[0]
+    assert all(0 <= seed < 2**63 for seeds in updates for seed in seeds)
