@@ -35,6 +35,7 @@ from finetune_kit.data.records import (
     Text,
     last_assistant,
     prompt_of,
+    reference_of,
 )
 from finetune_kit.errors import DataError, SettingsError
 
@@ -49,6 +50,20 @@ PAIRS = (
     ("query", "response"),
     ("query", "answer"),
     ("question", "response"),
+)
+# beside a prompt alone: what a right completion says, the shortest first
+ANSWERS = (
+    "completion",
+    "response",
+    "answer",
+    "final_answer",
+    "expected_answer",
+    "ground_truth",
+    "reference",
+    "reference_answer",
+    "target",
+    "solution",
+    "output",
 )
 NAMES_WE_KNOW = sorted(
     {name for pair in PAIRS for name in pair}
@@ -247,7 +262,27 @@ def _transcript(row: Row, where: str) -> list[Record]:
 
 def _prompt(row: Row, where: str) -> list[Record]:
     name = next((name for name in ("prompt", "question", "query", "instruction") if name in row), "prompt")
-    return [Prompt(where, asked(row, name, where), _tools(row, where))]
+    turns = asked(row, name, where)
+    column = next((name for name in ANSWERS if _answer_of(row.get(name))), None)
+    answer = _answer_of(row.take(column)) if column else ""
+    return [Prompt(where, turns, _tools(row, where), completion=answer)]
+
+
+def _answer_of(value: Any) -> str:
+    """The text of an answer column: text, a number, or turns of which the last one answers; "" for anything else."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    value = _number_as_text(value)
+    return value if isinstance(value, str) else ""
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def answers_as_text(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of prompts whose answer is a number has it as text, which a reward compares with a completion."""
+    return {name: _number_as_text(value) if name in ANSWERS else value for name, value in row.items()}
 
 
 def as_kind(record: Record, kind: str) -> list[Record]:
@@ -255,7 +290,7 @@ def as_kind(record: Record, kind: str) -> list[Record]:
     a pair as a liked and a disliked answer; any other record unchanged.
     """
     if kind == "prompt" and isinstance(record, PromptCompletion | Preference):
-        return [Prompt(record.where, prompt_of(record), record.tools, record.metadata)]
+        return [Prompt(record.where, prompt_of(record), record.tools, record.metadata, reference_of(record))]
     if kind == "labelled_completion" and isinstance(record, Preference):
         sides = ((record.chosen, True), (record.rejected, False))
         return [

@@ -7,9 +7,20 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
 
-from finetune_kit.data.records import LabelledCompletion, Message, Preference, PromptCompletion, Record, Text, prompt_of
+from finetune_kit.data.records import (
+    LabelledCompletion,
+    Message,
+    Preference,
+    Prompt,
+    PromptCompletion,
+    Record,
+    Text,
+    prompt_of,
+)
 from finetune_kit.errors import DataError
 
 
@@ -107,9 +118,18 @@ class Ledger:
 def content_of(record: Record) -> str:
     """A record's content as canonical JSON: equal for equal rows, wherever they came from."""
     content = asdict(record)
-    for name in ("where", "metadata", "as_strings", "defect"):
+    # rewards judge by a prompt's other columns; a task's are made anew from its question
+    judged = isinstance(record, Prompt) and not record.where.startswith("reasoning_gym/")
+    for name in ("where", "as_strings", "defect", *([] if judged else ["metadata"])):
         content.pop(name, None)
-    return json.dumps([type(record).__name__, content], sort_keys=True, ensure_ascii=False)
+    # a column store has dates, numbers of other kinds and bytes; what has no text of its own is known by its type
+    texts = (date, time, timedelta, Decimal, bytes)
+    return json.dumps(
+        [type(record).__name__, content],
+        sort_keys=True,
+        ensure_ascii=False,
+        default=lambda value: str(value) if isinstance(value, texts) else type(value).__name__,
+    )
 
 
 def fingerprint_of(records: Iterable[Record]) -> str:

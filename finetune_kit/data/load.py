@@ -27,7 +27,7 @@ from finetune_kit.data.files import (
     refuse,
     row_at,
 )
-from finetune_kit.data.formats import as_kind, check_columns, displaced, recognise, rename
+from finetune_kit.data.formats import answers_as_text, as_kind, check_columns, displaced, recognise, rename
 from finetune_kit.data.ledger import Ledger, fingerprint_of
 from finetune_kit.data.messages import check_media, in_turn
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
@@ -354,17 +354,21 @@ def _records(
         column for _, row in rows for column in displaced(row, config.columns) if row[column] not in (None, "", [], {})
     )
     complete = [(number, Row({column: row.get(column) for column in columns})) for number, row in named]
+    if kind == "prompt":
+        complete = [(number, Row(answers_as_text(row))) for number, row in complete]
     found = recognise(columns, complete[0][1], kind, name)
     if config.pairs == "all" and not found.ranked:
         raise SettingsError(f"data.pairs=all has no effect: {name} has one pair a row ({found.name}).", "Leave it out.")
     records: list[Record] = []
-    for number, row in complete:
+    for (number, row), (_, as_read) in zip(complete, rows, strict=True):
         with row_at(f"{name}:{number}", bad):
             check_media(row, f"{name}:{number}")
             converted = found.convert(row, f"{name}:{number}")
             unused.update(unused_in(row))
             for record in converted:
                 _settle_turns(record, config.merge_turns)
+                if kind == "prompt" and not isinstance(record, Text):  # what rewards judge by; no other kind is judged
+                    record.metadata = as_read
             records += converted[:1] if found.ranked and config.pairs == "best_worst" else converted
     return [same for record in records for same in as_kind(record, kind)]
 
@@ -467,9 +471,9 @@ def _prepare(config: DataConfig, tokenizer: Any, records: list[Record], ledger: 
 
 
 def _scorer(held_out: list[Record], config: DataConfig) -> Callable[[str, dict[str, Any]], float] | None:
-    names = {record.metadata.get("task") for record in held_out if not isinstance(record, Text)}
-    if not names or None in names or len(held_out) == 0:
+    if not held_out or not all(record.where.startswith(tasks.PREFIX) for record in held_out):
         return None
+    names = {record.metadata["task"] for record in held_out if not isinstance(record, Text)}
     scorers = {str(name): tasks.scorer(str(name), config.options) for name in names}
     return lambda completion, metadata: scorers[metadata["task"]](completion, metadata)
 

@@ -40,12 +40,17 @@ class PromptCompletion:
 
 @dataclass(slots=True)
 class Prompt:
-    """A conversation that waits for an answer."""
+    """A conversation that waits for an answer.
+
+    `completion`: the row's own answer as text, "" where it has none. `metadata`: all columns of the row as they were
+    read, under their own names; rewards judge by these two.
+    """
 
     where: str
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    completion: str = ""
 
 
 @dataclass(slots=True)
@@ -104,7 +109,10 @@ def prompt_of(record: Record) -> list[Message]:
 
 
 def reference_of(record: Record) -> str:
-    """Text of the last assistant turn (of the chosen side in a preference); "" if there is none."""
+    """Text of the last assistant turn (of the chosen side in a preference), or a prompt's own answer; "" if there is
+    none."""
+    if isinstance(record, Prompt):
+        return record.completion
     turns: list[Message] = []
     if isinstance(record, PromptCompletion):
         turns = record.messages

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
-from finetune_kit.data.records import reference_of
+from finetune_kit.data.records import Prompt, reference_of
 from finetune_kit.errors import NumericsError, ResourceError, SettingsError
 
 RowScore = Callable[[str, str, dict[str, Any]], float]  # prediction, reference, metadata -> [0, 1]
@@ -63,7 +63,7 @@ def _what_the_data_allow(data: Any) -> list[str]:
     if data.score is not None:
         return ["task_score"]
     references = [reference_of(record) for record in data.held_out_records]
-    if not references:
+    if not references or isinstance(data.held_out_records[0], Prompt):  # prompts are judged by their reward
         return []
     if sum("####" in text and final_number(text) is not None for text in references) >= NUMBERED_SHARE * len(
         references

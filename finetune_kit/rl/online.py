@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,16 +37,17 @@ def prompt_rows(data: Data, tokenizer: Any) -> Any:
     return type(data.train).from_dict({"prompt": turns, "row": data.train["row"]})
 
 
-def reward_functions(rewards: Rewards, data: Data) -> list[Callable[..., list[float]]]:
+def reward_functions(rewards: Rewards, data: Data) -> list[Callable[..., list[float | None]]]:
     """One function for each reward, as TRL calls it, named as in the log; their weights are `rewards`' own."""
     return [_function(part, data) for part in rewards.parts]
 
 
-def _function(part: Part, data: Data) -> Callable[..., list[float]]:
-    def score(prompts: list[Any], completions: list[Any], row: list[int], **other: Any) -> list[float]:
+def _function(part: Part, data: Data) -> Callable[..., list[float | None]]:
+    def score(prompts: list[Any], completions: list[Any], row: list[int], **other: Any) -> list[float | None]:
         texts = [str(turns[0]["content"]) for turns in completions]
         records = [data.train_records[index] for index in row]
-        return checked(part, [str(turns[-1]["content"]) for turns in prompts], texts, records)
+        last = [str(turns[-1]["content"]) for turns in prompts]
+        return [None if math.isnan(found) else found for found in checked(part, last, texts, records, **other)]
 
     score.__name__ = part.name
     return score

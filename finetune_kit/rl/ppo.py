@@ -120,6 +120,7 @@ class PPOTrainer:
         self.constant = 0  # updates in a row in which all scores were alike
         self.varied = False  # whether they ever were not
         self.skipped = self.in_a_row = 0  # steps that moved nothing, for a gradient that is not finite
+        self.logged: dict[str, list[float]] = {}  # what reward functions gave to log_metric in this update
         self.states: list[Snapshot] = []  # the last good one, and the one that the update began with
         self.beside: bool | None = None  # whether they are kept on the GPU; None: no update has shown its peak yet
         self.disk = room.Disk(Path(config.train.output_dir or ""))
@@ -319,29 +320,46 @@ class PPOTrainer:
                 assert seen.values is not None
                 rollout.logprobs[rows], rollout.values[rows], entropy[rows] = seen.logprobs, seen.values, seen.entropy
         ended = torch.tensor([completion.ended for completion in sampled], device=mask.device)
-        penalised = scores - config.missing_eos_penalty * (~ended)
+        scored = ~scores.isnan()
+        penalised = scores.nan_to_num() - config.missing_eos_penalty * (~ended)
         kl = ppo.KL_ESTIMATORS[config.kl_estimator](rollout.logprobs, ref_logprobs)
         rewards = ppo.token_rewards(penalised, kl, mask, self.kl_coef)
         if config.whiten_rewards:
-            rewards = ppo.whiten(rewards, mask, shift_mean=False, total=self._total)
+            rewards = ppo.whiten(rewards, mask & scored[:, None], shift_mean=False, total=self._total)
         rollout.advantages, rollout.returns = ppo.gae(rewards, rollout.values, mask, config.gamma, config.lam)
         if config.whiten_advantages:
-            rollout.advantages = ppo.whiten(rollout.advantages, mask, total=self._total)
+            rollout.advantages = ppo.whiten(rollout.advantages, mask & scored[:, None], total=self._total)
+        # to which no reward applies: it moves neither policy nor value
+        rollout.advantages[~scored], rollout.returns[~scored] = 0.0, rollout.values[~scored]
 
         def mean(values: Tensor) -> float:
             """Over completions; `values` (b,)."""
             return float(self._total(values.float().sum()) / config.batch_size)
 
-        far, per_row = mean((kl * mask).sum(1)), mean(scores)
+        def of_scored(values: Tensor) -> float:
+            """Over completions that have a score; `values` (b,), NaN where they have none. NaN where none has."""
+            found = ~values.isnan()
+            sums = self._total(torch.stack([values[found].float().sum(), found.float().sum()]))
+            return float(sums[0] / sums[1]) if sums[1] else math.nan
+
+        far, per_row = mean((kl * mask).sum(1)), of_scored(scores)
+        if math.isnan(per_row):
+            raise DataError(
+                f"No reward applies to any completion of update {self.step + 1}: each gave None.",
+                "Let a reward apply to most rows: docs/ppo.md says what None does.",
+            )
+        means = {f"reward/{name}": of_scored(values) for name, values in parts.items()}
+        own = {name: sum(values) / len(values) for name, values in self.logged.items()}
         line = {
+            **{name: number for name, number in own.items() if math.isfinite(number)},
             "objective/kl": far,
             "objective/kl_coef": self.kl_coef,
             "objective/entropy": mean(-(rollout.logprobs * mask).sum(1)),
             "objective/scores": per_row,
-            "objective/scores_std": math.sqrt(max(0.0, mean((scores - per_row) ** 2))),
+            "objective/scores_std": math.sqrt(max(0.0, of_scored((scores - per_row) ** 2))),
             "objective/non_score_reward": -self.kl_coef * far,
-            "objective/rlhf_reward": mean(penalised) - self.kl_coef * far,
-            **{f"reward/{name}": mean(values) for name, values in parts.items()},
+            "objective/rlhf_reward": of_scored(penalised.masked_fill(~scored, math.nan)) - self.kl_coef * far,
+            **{name: number for name, number in means.items() if not math.isnan(number)},
             "policy/entropy_avg": float(ppo.masked_mean(entropy, mask, self._total)),
             "val/explained_variance": ppo.explained_variance(rollout.values, rollout.returns, mask, self._total),
             "completions/mean_length": mean(mask.sum(1)),
@@ -447,15 +465,24 @@ class PPOTrainer:
             self.record.say(f"note: a step of update {self.step} is skipped{back}: a gradient is not finite. {rows}")
 
     def _score(self, chosen: list[int], sampled: list[Sampled]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(b,) scores, and those of each reward by name, of the completions' texts without their end tokens."""
+        """(b,) scores, and those of each reward by name, of the completions' texts without their end tokens; NaN where
+        no reward applies."""
+        from transformers import TrainerState
+
         ids = [completion.ids[:-1] if completion.ended else completion.ids for completion in sampled]
         texts = [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in ids]
         records = [self.data.train_records[self.data.train[row]["row"]] for row in chosen]
         turns = [prompt_of(record) for record in records]
         prompts = [str(before[-1]["content"]) if before else "" for before in turns]
         where, failed = self.model.device, None
+        self.logged.clear()
+        more = {
+            "completion_ids": [completion.ids for completion in sampled],
+            "trainer_state": TrainerState(global_step=self.step, max_steps=self.updates),
+            "log_metric": lambda name, value: self.logged.setdefault(str(name), []).append(float(value)),
+        }
         try:
-            scores, parts = self.rewards(prompts, texts, records)
+            scores, parts = self.rewards(prompts, texts, records, **more)
         except FinetuneKitError as error:
             failed = error
         processes.stop_together(failed)

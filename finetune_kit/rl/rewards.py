@@ -1,16 +1,16 @@
 """Rewards: what a completion is worth. Each is a function score(prompts, completions, records) -> one number a row.
 
 `prompts` are the last turns before the answers, `completions` the answers without their end token, `records` the rows
-themselves (data/records.py: messages, tools, metadata). What a reward gives back is checked before it moves a weight.
+themselves (data/records.py: messages, tools, metadata, completion). None: the reward does not apply to that row. What
+a reward gives back is checked before it moves a weight. Functions of the user's: rl/reward_function.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, Sett
 from finetune_kit.model.adapters import REWARD_HEADS, is_adapter
 from finetune_kit.model.load import BASE_RECORD, check_base, load_model_config, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer, score_rows
+from finetune_kit.rl.reward_function import Ended, bind, import_function, numbers_of, raised, read_from_turns
 
-Score = Callable[[list[str], list[str], list[Any]], Sequence[float]]
+Score = Callable[..., Any]  # what it returns is looked at by `checked`
+ModelScore = Callable[[list[str], list[str], list[Any]], list[float]]
 QUANTISED = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 KNOWN = "Known: task (the data's own scorer), path/to/file.py:function, or a reward model's folder or Hub id."
 
@@ -37,16 +39,19 @@ class RewardConfig:
     )
     weights: list[float] = setting([], "with several sources: what each is multiplied with; unset: 1 each")
     batch_size: int = setting(16, "completions in one forward pass of a reward model", "rows", within="[1, inf)")
+    timeout: float = setting(1800.0, "longest call of a reward function", "seconds", within="(0, inf)")
     ignore_gate: bool = setting(False, "use a reward model although it did not pass its own test")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One reward: its name in the log, its weight, and its function."""
+    """One reward: its name in the log, its weight, and its function. `in_full`: that takes completion_ids,
+    trainer_state, log_extra and log_metric, too, by name."""
 
     name: str
     weight: float
     score: Score
+    in_full: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,56 +61,70 @@ class Rewards:
     parts: tuple[Part, ...]
 
     def __call__(
-        self, prompts: list[str], completions: list[str], records: list[Any]
+        self, prompts: list[str], completions: list[str], records: list[Any], **more: Any
     ) -> tuple[list[float], dict[str, list[float]]]:
-        """(the weighted sum of each row, each part's own scores by name).
+        """(the weighted sum of each row, each part's own scores by name), NaN where a part does not apply.
 
+        Parts that do not apply to a row are left out of its sum, as TRL does; it is NaN where none applies. `more`:
+        completion_ids, trainer_state, log_extra, log_metric, for functions that take them.
         Raises DataError where a part raises or gives another number of scores than rows, NumericsError for a score
         that is not finite; both name the row.
         """
-        found = {part.name: checked(part, prompts, completions, records) for part in self.parts}
+        found = {part.name: checked(part, prompts, completions, records, **more) for part in self.parts}
         weights = [part.weight for part in self.parts]
-        rows = zip(*found.values(), strict=True)
-        return [sum(w * score for w, score in zip(weights, row, strict=True)) for row in rows], found
+        return [_sum(weights, row) for row in zip(*found.values(), strict=True)], found
 
     def judge(self, prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
-        """The weighted sum of each row, for the report."""
-        return self(prompts, completions, records)[0]
+        """The weighted sum of each row, for the report; 0 where no reward applies, before as after."""
+        return [0.0 if math.isnan(score) else score for score in self(prompts, completions, records)[0]]
 
 
-def checked(part: Part, prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
-    """The part's scores as floats, one a row."""
+def _sum(weights: list[float], scores: Sequence[float]) -> float:
+    applied = [(weight, score) for weight, score in zip(weights, scores, strict=True) if not math.isnan(score)]
+    return sum(weight * score for weight, score in applied) if applied else math.nan
+
+
+def checked(part: Part, prompts: list[str], completions: list[str], records: list[Any], **more: Any) -> list[float]:
+    """The part's scores as floats, one a row; NaN where it does not apply."""
     try:
-        given = part.score(list(prompts), list(completions), list(records))
-        scores = [float(score) for score in given]
+        given = part.score(list(prompts), list(completions), list(records), **(more if part.in_full else {}))
+        found = numbers_of(given, part.name, records)
     except FinetuneKitError:
         raise
     except Exception as error:  # it is the user's function, and may raise anything
-        at = _first_refused(part, prompts, completions, records)
+        slow = isinstance(error, Ended) and "reward.timeout" in str(error)
+        at = None if slow else _first_refused(part, prompts, completions, records, **more)
         where = f"at {records[at].where} (completion {completions[at][:80]!r})" if at is not None else "on the batch"
+        detail = "" if isinstance(error, Ended) else f": {error}"
         raise DataError(
-            f"reward {part.name} raised {type(error).__name__} {where}: {error}",
-            "It must return one number for any completion, an empty one included.",
+            f"reward {part.name} {raised(error)} {where}{detail}",
+            "Mend what it waits for, or allow it more: reward.timeout=…"
+            if slow
+            else "It must return one number for any completion, an empty one included.",
         ) from error
-    if len(scores) != len(completions):
+    if len(found) != len(completions):
         raise DataError(
-            f"reward {part.name} returned {len(scores)} scores for {len(completions)} completions.",
+            f"reward {part.name} returned {len(found)} scores for {len(completions)} completions.",
             "Return one number a completion, in their order.",
         )
-    for score, completion, record in zip(scores, completions, records, strict=True):
-        if not math.isfinite(score):
+    for score, completion, record in zip(found, completions, records, strict=True):
+        if score is not None and not math.isfinite(score):
             raise NumericsError(
                 f"reward {part.name} is {score} at {record.where} (completion {completion[:80]!r}).",
-                "Let it return a finite number for any completion.",
+                "Let it return a finite number for any completion, or None where it does not apply.",
             )
-    return scores
+    return [math.nan if score is None else score for score in found]
 
 
-def _first_refused(part: Part, prompts: list[str], completions: list[str], records: list[Any]) -> int | None:
+def _first_refused(
+    part: Part, prompts: list[str], completions: list[str], records: list[Any], **more: Any
+) -> int | None:
     """The first row that makes the part raise alone, too."""
+    ids = more.get("completion_ids")
     for row, (prompt, completion, record) in enumerate(zip(prompts, completions, records, strict=True)):
+        alone = {**more, "completion_ids": ids and [ids[row]], "log_extra": None, "log_metric": None}
         try:
-            [float(score) for score in part.score([prompt], [completion], [record])]
+            part.score([prompt], [completion], [record], **(alone if part.in_full else {}))
         except Exception:
             return row
     return None
@@ -132,7 +151,7 @@ def load_rewards(config: RewardConfig, data: Data, model: ModelConfig, policy: A
     ]
     names = [part.name for part in parts]
     parts = [
-        part if names.count(part.name) == 1 else Part(f"{part.name}_{at}", part.weight, part.score)
+        part if names.count(part.name) == 1 else replace(part, name=f"{part.name}_{at}")
         for at, part in enumerate(parts, start=1)
     ]
     return Rewards(tuple(parts))
@@ -143,7 +162,7 @@ def _part(source: str, weight: float, config: RewardConfig, data: Data, model: M
         return Part("task", weight, task_score(data))
     path, colon, function = source.rpartition(":")
     if colon and path.endswith(".py"):
-        return Part(function, weight, python_score(path, function))
+        return Part(function, weight, python_score(path, function, config, data, model), in_full=True)
     if source.endswith(".py"):
         raise SettingsError(f"reward.sources: {source} names no function.", f"Write {source}:score")
     return Part(Path(source).name, weight, model_score(source, config, model, data.chat_template_kwargs, policy))
@@ -163,27 +182,33 @@ def task_score(data: Data) -> Score:
     ]
 
 
-def python_score(path: str, function: str) -> Score:
-    """`function` of the Python file `path`. Raises SettingsError where there is no such file or function."""
+def python_score(path: str, function: str, config: RewardConfig, data: Data, model: ModelConfig) -> Score:
+    """`function` of the Python file `path`, called by the names of its parameters.
+
+    Raises SettingsError where there is no such file or function, or it has another signature than the two.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise SettingsError(f"reward.sources: {path}: no such file.", KNOWN)
-    spec = importlib.util.spec_from_file_location(f"finetune_kit_reward_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise SettingsError(f"reward.sources: {path} cannot be imported: {type(error).__name__}: {error}") from error
-    score = getattr(module, function, None)
-    if not callable(score):
-        raise SettingsError(
-            f"reward.sources: {path} has no function {function}.",
-            f"Write in it: def {function}(prompts, completions, records): return [0.0 for text in completions]",
-        )
-    found: Score = score
-    return found
+    found, own = import_function(path, function, config.timeout)
+    rows = [record for record in (*data.train_records, *data.held_out_records) if hasattr(record, "metadata")]
+    tokenizers: list[Any] = []
+
+    def tokenize(text: str) -> list[int]:
+        if not tokenizers:
+            tokenizers.append(load_tokenizer(model))
+        return ids_of(tokenizers[0], text)
+
+    return bind(
+        found,
+        function,
+        columns=list(dict.fromkeys(column for record in rows for column in record.metadata)),
+        conversational=any(read_from_turns(record) for record in rows),
+        tokenize=tokenize,
+        limit=config.timeout,
+        own=own,
+        folder=file.parent,
+    )
 
 
 def check_gate(folder: Path, ignore: bool) -> None:
@@ -201,7 +226,7 @@ def check_gate(folder: Path, ignore: bool) -> None:
 
 def model_score(
     source: str, config: RewardConfig, model: ModelConfig, kwargs: dict[str, Any], policy: Any = None
-) -> Score:
+) -> ModelScore:
     """A sequence-classification model with one label, read at the end token behind prompt and completion.
 
     The texts are rendered and tokenised by the reward model's own template and tokenizer, whatever the policy has.

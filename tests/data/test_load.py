@@ -282,3 +282,58 @@ def test_preferences_and_prompts_are_found_and_counted(tmp_path):
     prompts = load(tmp_path, pairs(20), kind="prompt")
     assert prompts.kind == "prompt"
     assert not any(isinstance(record, PromptCompletion) for record in prompts.train_records)
+
+
+ROW = {"question": "how many apples?", "answer": "4", "level": 2, "source": {"name": "a", "tags": ["x", "y"]}}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet", "folder", "hub"])
+def test_a_prompt_keeps_every_column_of_its_row_and_the_answer_wherever_it_was_read(tmp_path, name, monkeypatch):
+    import datasets
+
+    rows = [{**ROW, "question": f"{number} apples?"} for number in range(20)]
+    path = tmp_path / name
+    if name == "folder":
+        write_jsonl(path.mkdir() or path / "train.jsonl", rows)
+    elif name == "hub":
+        monkeypatch.setattr("finetune_kit.data.load.hub_reachable", lambda: True)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: datasets.Dataset.from_list(rows))
+        path = "someone/apples"
+    elif name == "rows.parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif name == "rows.json":
+        path.write_text(json.dumps(rows))
+    else:
+        write_jsonl(path, rows)
+    data = load_data(DataConfig(path=str(path)), "prompt", bpe_tokenizer())
+    assert data.score is None
+    for record in [*data.train_records, *data.held_out_records]:
+        assert record.metadata == {**ROW, "question": record.messages[-1]["content"]}
+        assert record.completion == reference_of(record) == "4"
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "answer"),
+    [
+        ({"prompt": "2+2", "answer": 4}, {}, "4"),
+        ({"question": "2+2", "answer": 4.5}, {}, "4.5"),
+        ({"prompt": "2+2", "ground_truth": "4", "solution": "two and two"}, {}, "4"),
+        ({"instruction": "add", "input": "2+2", "output": "4"}, {}, "4"),
+        ({"prompt": [user("2+2")], "completion": [assistant("4")]}, {}, "4"),
+        ({"messages": [user("2+2"), assistant("4")]}, {}, "4"),
+        ({"prompt": "2+2", "chosen": "4", "rejected": "5"}, {}, "4"),
+        ({"frage": "2+2", "antwort": "4"}, {"frage": "prompt", "antwort": "completion"}, "4"),
+        ({"prompt": "2+2", "answer": ["4", "four"]}, {}, ""),
+        ({"prompt": "2+2", "task": "gsm8k"}, {}, ""),
+    ],
+)
+def test_the_answer_beside_a_prompt_is_found_under_its_usual_names(tmp_path, row, columns, answer):
+    data = load(tmp_path, [row] * 3, "prompt", columns=columns, held_out_size=0)
+    assert [record.completion for record in data.train_records] == [answer] * 3
+    assert [record.metadata for record in data.train_records] == [row] * 3  # as read, under their own names
+
+
+def test_the_fingerprint_of_prompts_sees_the_columns_that_a_reward_may_judge_by(tmp_path):
+    rows = [{"prompt": f"{number}", "level": 1} for number in range(4)]
+    one, other = (load(tmp_path, [*rows, {"prompt": "last", "level": level}], "prompt") for level in (1, 2))
+    assert one.ledger.fingerprint != other.ledger.fingerprint

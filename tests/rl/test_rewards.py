@@ -2,10 +2,13 @@
 
 import json
 import math
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -41,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_of(score: Any = None) -> Any:
-    return SimpleNamespace(score=score, chat_template_kwargs={})
+    return SimpleNamespace(score=score, chat_template_kwargs={}, train_records=RECORDS, held_out_records=[])
 
 
 def loaded(home: Path, score: Any = None, **settings: Any) -> Rewards:
@@ -91,16 +94,52 @@ def test_a_wrong_number_of_scores_is_refused_with_both_numbers(scores: list[floa
         single(lambda p, c, r: scores)(PROMPTS, ANSWERS, RECORDS)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, pytest.param(10**400, id="10**400")])
 def test_a_score_that_is_no_number_is_refused_with_its_row(bad: float) -> None:
-    with pytest.raises(NumericsError, match=f"is {bad} at rows.jsonl:3"):
+    with pytest.raises(NumericsError, match=r"is (nan|inf) at rows.jsonl:3"):
         single(lambda p, c, r: [0, 1, bad])(PROMPTS, ANSWERS, RECORDS)
 
 
-@pytest.mark.parametrize("answer", [None, 3.0, ["a", "b", "c"], [None, None, None]])
-def test_what_is_no_list_of_numbers_is_refused(answer: Any) -> None:
-    with pytest.raises(DataError, match=r"raised (TypeError|ValueError)"):
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "returned None; expected a list"),
+        (3.0, r"returned float \('3.0'\); expected a list"),
+        ({"a": 1, "b": 2, "c": 3}, "returned dict"),
+        ("123", "returned str"),
+        (torch.ones(3, 1), r"shape \(3, 1\)"),
+        ([0, "b", 0], r"returned str \('b'\) at rows.jsonl:2; expected a number"),
+        ([0, 0, [1]], r"returned list \('\[1\]'\) at rows.jsonl:3"),
+        ([1j, 0, 0], r"returned complex \('1j'\) at rows.jsonl:1"),
+    ],
+)
+def test_what_is_no_list_of_numbers_is_refused(answer: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         single(lambda p, c, r: answer)(PROMPTS, ANSWERS, RECORDS)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (True, 0, 2),
+        np.array([1.0, 0.0, 2.0]),
+        torch.tensor([1.0, 0.0, 2.0]),
+        [np.float32(1), torch.tensor(0.0), Decimal(2)],
+        [np.bool_(True), np.int64(0), Fraction(2)],
+    ],
+)
+def test_numbers_of_python_numpy_and_torch_are_scores(answer: Any) -> None:
+    assert single(lambda p, c, r: answer)(PROMPTS, ANSWERS, RECORDS)[0] == [1, 0, 2]
+
+
+def test_where_a_reward_gives_none_the_others_alone_count_and_where_all_do_there_is_no_score() -> None:
+    one = Part("one", 2.0, lambda p, c, r: [None, 1.0, None])
+    other = Part("other", 1.0, lambda p, c, r: [5.0, 3.0, None])
+    total, parts = Rewards((one, other))(PROMPTS, ANSWERS, RECORDS)
+    assert total[:2] == [5.0, 5.0]
+    assert math.isnan(total[2])
+    assert [math.isnan(score) for score in parts["one"]] == [True, False, True]
+    assert Rewards((one, other)).judge(PROMPTS, ANSWERS, RECORDS) == [5.0, 5.0, 0.0]
 
 
 @pytest.mark.parametrize(
