@@ -91,6 +91,7 @@ def uncached(model: Any, prompts: list[list[int]], ends: list[int], new: int) ->
         ids, mask = torch.zeros(len(going), width, dtype=torch.long), torch.zeros(len(going), width, dtype=torch.long)
         for place, row in enumerate(going):
             ids[place, : len(rows[row])], mask[place, : len(rows[row])] = torch.tensor(rows[row]), 1
+        ids, mask = ids.to(model.device), mask.to(model.device)
         with torch.no_grad():
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             logits = model.get_output_embeddings()(hidden[torch.arange(len(going)), mask.sum(1) - 1])

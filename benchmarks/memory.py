@@ -4,7 +4,8 @@
     python benchmarks/memory.py --holes
 
 Measured is the kernel's high-water mark of the process's resident memory (VmHWM; Linux) from its start to the end of
-the second step. Predicted is `finetune_kit check`'s, made in a process that loads no weights. Every row of data is cut
+the second step. On a GPU it is torch.cuda.max_memory_allocated, and what CUDA's own context takes, as `check` has it, is
+added. Predicted is `finetune_kit check`'s, made in a process that loads no weights. Every row of data is cut
 at the length in the table. --holes measures on other models, of random weights, what HEAP_HOLES of training/memory.py
 says; the embedded model has no part in that number.
 """
@@ -183,6 +184,12 @@ def measure(recipe: str, *words: str) -> dict[str, int]:
     lora = getattr(config, "lora", None)
     policy = load_policy(config.model, lora, trained_in_full=lora is None)
     fit(build(SFTTrainer, SFTConfig, config, policy, tokenizer, data), config.train, dict)
+    if policy.device.type == "cuda":
+        import torch
+
+        from finetune_kit.training.memory import GPU_CONTEXT
+
+        return {"peak": torch.cuda.max_memory_allocated() + GPU_CONTEXT}
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {"peak": int(status["VmHWM"].split()[0]) * 1024}
 

@@ -12,7 +12,7 @@ or pays for. `bare` is the leanest loop over the same work: no library but torch
 alone, nothing shared. Ours computes the reference of DPO once, which is in its time and not in its multiplications; the
 others compute it in each step.
 
-benchmarks/gpu.py makes the same comparison on a GPU, with other sides.
+benchmarks/gpu_trl.py makes the same comparison on a GPU, with other sides.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 JOBS = {"sft_lora": "lora_sft", "sft_full": "full_sft", "dpo": "dpo", "reward": "reward_model"}
+RECIPES = {**JOBS, "sft_qlora": "qlora_sft"}
+ADAPTED = ("sft_lora", "sft_qlora", "dpo")
 RATE, RANK, ALPHA = 2e-4, 16, 32
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")  # whose operations the profiler counts
 
@@ -42,8 +45,9 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(*arguments.child, arguments, MAKERS)))
         return
+    own = partial(child, CUDA_VISIBLE_DEVICES="")  # the comparison of a CPU, on a machine with a GPU, too
     for job in arguments.jobs:
-        show(job, turns(job, arguments.who, arguments.rounds, child))
+        show(job, turns(job, arguments.who, arguments.rounds, own))
 
 
 def options() -> argparse.ArgumentParser:
@@ -113,12 +117,14 @@ def show_spent(found: dict[str, list[dict[str, Any]]]) -> None:
             print(f"{who}, the last step: {rounds[-1]['spent']}", flush=True)
 
 
-def measure(job: str, who: str, arguments: argparse.Namespace, sides: dict[str, Any]) -> dict[str, Any]:
-    """One side's figures for a job, in this process."""
+def measure(
+    job: str, who: str, arguments: argparse.Namespace, sides: dict[str, Any], by_formula: bool = False
+) -> dict[str, Any]:
+    """One side's figures for a job, in this process. `by_formula`: multiplications are those of benchmarks/flop.py."""
     import torch
 
     torch.set_num_threads(1)
-    clock = Clock(arguments.steps, arguments.profile)
+    clock = Clock(arguments.steps, arguments.profile, by_formula)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         config, tokenizer, data = rows_of(job, arguments, Path(scratch))
         before, losses = sides[who](job, config, tokenizer, data, clock)
@@ -140,7 +146,7 @@ class Clock:
     """Seconds of the steps after the first, of the CPU or, on a GPU, of the clock; the first one's matrix
     multiplications; and what the batches hold."""
 
-    def __init__(self, steps: int, profile: bool) -> None:
+    def __init__(self, steps: int, profile: bool, by_formula: bool = False) -> None:
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as profiler
         from torch.utils.flop_counter import FlopCounterMode
@@ -148,8 +154,11 @@ class Clock:
         from finetune_kit.model.load import device
 
         self.on_gpu = device().type == "cuda"
-        self.counter, self.steps, self.step, self.seconds = FlopCounterMode(display=False), steps, 0, 0.0
+        # which does not know all that is called on a GPU
+        self.counter = None if by_formula or self.on_gpu else FlopCounterMode(display=False)
+        self.steps, self.step, self.seconds = steps, 0, 0.0
         self.batches: list[tuple[int, int]] = []  # (real tokens, slots)
+        self.first: tuple[list[int], int] | None = None  # lengths of the rows of the first batch, and its labels
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
         self.profiler = profiler(activities=activities, record_shapes=True, with_flops=True) if profile else None
         self.flop, self.spent = 0, ""
@@ -177,14 +186,15 @@ class Clock:
                 import torch
 
                 torch.cuda.reset_peak_memory_stats()
-            self.counter.__enter__()
+            if self.counter:
+                self.counter.__enter__()
         if self.step == 1:
             self.started = self.now()
         if self.step == self.steps and self.profiler:
             self.profiler.__enter__()
 
     def end(self, *args: Any, **kwargs: Any) -> None:
-        if self.step == 0:
+        if self.step == 0 and self.counter:
             self.counter.__exit__(None, None, None)
             self.flop = self.counter.get_total_flops()
         if self.step == self.steps:
@@ -202,9 +212,28 @@ class Clock:
             slots = batch["input_ids"].numel()
             mask = batch.get("attention_mask")  # there is none where rows lie end to end
             self.batches.append((slots if mask is None else int(mask.sum()), slots))
+            if self.first is None:
+                self.first = row_lengths(batch), count_labels(batch)
             return batch
 
         return collated
+
+
+def row_lengths(batch: dict[str, Any]) -> list[int]:
+    """Real tokens of each row; of rows that lie end to end, from one position 0 to the next."""
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return [int(length) for length in mask.sum(dim=1)]
+    places = batch["position_ids"].flatten()
+    starts = [*(places == 0).nonzero()[:, 0].tolist(), len(places)]
+    return [end - start for start, end in zip(starts, starts[1:], strict=False)]
+
+
+def count_labels(batch: dict[str, Any]) -> int:
+    """Positions whose logits the loss wants; 0 of rewards, which have one number a row."""
+    if "labels" in batch and batch["labels"].dim() == 2:
+        return int((batch["labels"][:, 1:] != -100).sum())
+    return int(batch["completion_mask"].sum()) if "completion_mask" in batch else 0
 
 
 def spent(events: Sequence[Any], on_gpu: bool) -> str:
@@ -238,7 +267,7 @@ def rows_of(job: str, arguments: argparse.Namespace, scratch: Path) -> tuple[Any
         words += ["center_rewards_coefficient=0"]
     path = arguments.answers if job.startswith("sft") else arguments.pairs
     words += [f"data.path={path}", "held_out_size=64", f"data.size={size * 8}"] if path else [f"data.size={size}"]
-    found = recipes.load(JOBS[job])
+    found = recipes.load(RECIPES[job])
     config = resolve(found.config_class, found.name, None, words)
     config.model.name_or_path = model
     tokenizer = load_tokenizer(config.model)
@@ -327,7 +356,7 @@ def theirs(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock, **bes
         args=config_class(config.train.output_dir, **settings),
         train_dataset=placeholder(data.kind, Path(config.train.output_dir).parent) if job == "dpo" else rows,
         processing_class=tokenizer,
-        peft_config=adapter if job in ("sft_lora", "dpo") else None,
+        peft_config=adapter if job in ADAPTED else None,
     )
     started = clock.now()
     if job == "dpo":
@@ -344,6 +373,11 @@ def train(trainer: Any, clock: Clock) -> list[float]:
     trainer.data_collator = clock.counting(trainer.data_collator)
     trainer.add_callback(hooks(on_step_begin=clock.begin, on_step_end=clock.end))
     trainer.train()
+    if clock.counter is None:
+        from flop import step_flop
+
+        assert clock.first is not None
+        clock.flop = step_flop(trainer.model, *clock.first)
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 

@@ -49,6 +49,7 @@ def main() -> None:
         if name == "compiled":
             for layer in policy.get_base_model().model.layers:
                 layer.compile(dynamic=True)
+    where = policies["padded"].device
     masks = [batch["attention_mask"] for batch in batches]
     plans = [packed.make_plan(batch["input_ids"], batch["attention_mask"], share=True) for batch in batches]
     slots, real, unique = (
@@ -62,10 +63,13 @@ def main() -> None:
     for batch in batches:
         for name, policy in policies.items():
             policy.train().zero_grad()
+            given = {name: part.to(where) for name, part in batch.items()}
+            wait(where)
             started = time.perf_counter()
-            outputs = policy(**batch, fused_lm_head=True, use_cache=False)
-            loss = -outputs.log_probs.sum() / (batch["labels"] != -100).sum()
+            outputs = policy(**given, fused_lm_head=True, use_cache=False)
+            loss = -outputs.log_probs.sum() / (given["labels"] != -100).sum()
             loss.backward()
+            wait(where)
             seconds[name].append(time.perf_counter() - started)
             gradients = [parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None]
             found[name] = loss.item(), torch.cat(gradients)
@@ -74,6 +78,14 @@ def main() -> None:
     (one, padded), (other, gradient) = found["padded"], found["packed"]
     relative = float((padded - gradient).norm() / padded.norm())
     print(f"loss {one:.6f} and {other:.6f}, gradients differ by {relative:.1e} of their norm")
+
+
+def wait(device: Any) -> None:
+    """Until a GPU has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -143,34 +143,48 @@ def check(
         str | None, typer.Option("--memory", help="What there is, such as 24GiB: exit 5 and say what fits instead.")
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="How many will share the run, each with that memory.")] = 1,
+    on: Annotated[
+        str | None, typer.Option("--device", help="Plan for cuda, cpu or mps; unset: what this machine has.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Plan a run: data, masks, memory, steps.
 
     Reads the data, shows what is trained in them, and counts. Nothing is trained.
     """
+    if on not in (None, "cuda", "cpu", "mps"):
+        raise SettingsError(f"--device {on}: expected cuda, cpu or mps.")
     recipe, settings = _read(word, config, words)
     from finetune_kit.data.load import load_data
     from finetune_kit.data.preview import preview_json, print_preview
-    from finetune_kit.model.load import load_tokenizer
+    from finetune_kit.model.load import device, planning_for
     from finetune_kit.training import budget
     from finetune_kit.training.plan import command_on_devices, does_not_fit, plan, print_plan, print_ways_on_devices
+    from finetune_kit.training.plan import tokenizer_to_count_with as count_with
 
     room = budget.read_size(memory) if memory is not None else None
-    tokenizer = load_tokenizer(settings.model, weights=measure)
-    data = load_data(settings.data, settings.kind, tokenizer, seed=settings.train.seed)
-    planned = plan(settings, data, devices)
+    here = device().type
+    if measure and on not in (None, here):
+        raise SettingsError(f"--measure trains two steps here, on {here}, not on {on}.", "Leave one of them out.")
+    tokenizer, assumed = count_with(settings.model, weights=measure)
+    given = (config or recipe.settings, words or [])
+    ways: list[budget.Way] = []
+    with planning_for(on):
+        data = load_data(settings.data, settings.kind, tokenizer, seed=settings.train.seed)
+        planned = {**plan(settings, data, devices), "assumed": assumed}
+        if devices > 1:
+            spread = budget.ways_on_devices(recipe, settings, given, data, devices, room)
+            planned |= {"devices": devices, "memory_room": room, "ways_on_devices": [vars(way) for way in spread]}
+        elif room is not None:
+            ways = budget.ways(recipe, settings, given, data, sum(planned["memory_bytes"].values()), room)
+            planned["memory_room"], planned["ways"] = room, [vars(way) for way in ways]
+    if on is None and here == "cpu" and ways and not ways[0].fits:
+        with planning_for("cuda"):
+            planned["on_cuda"] = sum(plan(settings, data)["memory_bytes"].values())
     if measure:
         from finetune_kit.training.trial import measure_step
 
         planned["measured"] = measure_step(recipe, settings)
-    given = (config or recipe.settings, words or [])
-    if devices > 1:
-        spread = budget.ways_on_devices(recipe, settings, given, data, devices, room)
-        planned |= {"devices": devices, "memory_room": room, "ways_on_devices": [vars(way) for way in spread]}
-    elif room is not None:
-        ways = budget.ways(recipe, settings, given, data, sum(planned["memory_bytes"].values()), room)
-        planned["memory_room"], planned["ways"] = room, [vars(way) for way in ways]
     if as_json:
         print(json.dumps({**preview_json(data, tokenizer), "plan": planned}, ensure_ascii=False, indent=1))
     else:
@@ -182,7 +196,7 @@ def check(
     if devices > 1:
         command = command_on_devices(planned, typed)
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"Try: {command}", markup=False)
-    elif room is not None and not ways[0].fits:
+    elif ways and not ways[0].fits:
         raise does_not_fit(planned, typed)
 
 

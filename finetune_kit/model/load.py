@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 ITS_OWN = {"local_files_only": True, "trust_remote_code": False}  # a run's folder is never asked for code
 TRUST = "model.trust_remote_code=true model.revision=<its commit, 40 digits>, both on the command line"
+PLANNED: ContextVar[str | None] = ContextVar("PLANNED", default=None)  # the kind of device that a plan is for
 BASE_RECORD = "base.json"  # beside an adapter: which base it belongs to
 OFFLINE_DEFAULT = f"Without a network, the embedded default works: model.name_or_path={EMBEDDED}"
 
@@ -78,6 +80,11 @@ def load_tokenizer(model: ModelConfig, saved: Path | None = None, weights: bool 
         check_files(saved)
     with _said_plainly(model):
         source = {"pretrained_model_name_or_path": saved, **ITS_OWN} if saved else _from(model, weights)
+        if lacks_tokenizer(folder := Path(source["pretrained_model_name_or_path"])):
+            raise SettingsError(
+                f"{folder} has no tokenizer: there is neither a tokenizer.json nor another vocabulary file.",
+                "Put the model's tokenizer.json and tokenizer_config.json there.",
+            )
         tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.eos_token is None:
         raise SettingsError(f"The tokenizer of {model.name_or_path} has no end token.", "Set eos_token in its config.")
@@ -87,6 +94,12 @@ def load_tokenizer(model: ModelConfig, saved: Path | None = None, weights: bool 
         tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def lacks_tokenizer(folder: Path) -> bool:
+    """Whether a folder of a model is here, and no vocabulary in it."""
+    patterns = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json")
+    return folder.is_dir() and not any(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
@@ -124,16 +137,35 @@ def _has_bfloat16_units() -> bool:
     """Where a test puts another device's answer."""
     import torch
 
+    if (kind := PLANNED.get()) is not None:
+        return kind == "cuda"
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def device() -> torch.device:
-    """CUDA, else MPS, else the CPU."""
+    """CUDA, else MPS, else the CPU; inside `planning_for`, what is planned for."""
     import torch
 
+    if (kind := PLANNED.get()) is not None:
+        return torch.device(kind)
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def planning_for(kind: str | None) -> Iterator[None]:
+    """In here `device` and `computes_in_bfloat16` answer for a machine with a cuda, cpu or mps device, to count what it
+    would need: nothing may be put on it. cuda is a GPU with bfloat16 units, unless the one here is asked for. None, or
+    the kind that is here: this machine.
+    """
+    token = PLANNED.set(None)
+    if kind not in (None, device().type):
+        PLANNED.set(kind)
+    try:
+        yield
+    finally:
+        PLANNED.reset(token)
 
 
 def load_base(

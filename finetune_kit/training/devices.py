@@ -64,7 +64,7 @@ def shares(config: RecipeConfig, data: Data, policy: Any, devices: int) -> list[
     rest = sum(parts.values()) - weights - gradients - state
     trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
     others = (devices - 1) / devices
-    loaded = parts["libraries"] + weights + parts["evaluation"]
+    loaded = sum(parts.get(name, 0) for name in ("libraries", "cuda_context", "workspaces", "evaluation")) + weights
 
     def way(sharding: str, training: int, sent: float) -> Share:
         return Share(sharding, max(training, loaded), training, int(sent))

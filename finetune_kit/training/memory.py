@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# In use before a weight is there: Python, torch, transformers, TRL and what they import; on a GPU its context.
+# In use before a weight is there: Python, torch, transformers, TRL and what they import; on a GPU the context of CUDA
+# with its loaded kernels (0.4 to 0.6 GiB by card and driver) and cuBLAS's workspaces, 32 MiB each for it and cuBLASLt.
 LIBRARIES = 560 * 2**20
 GPU_CONTEXT = 512 * 2**20
+WORKSPACES = 64 * 2**20
 # On a CPU, glibc keeps freed tensors of up to 32 MiB in a heap. Small objects that live longer come to lie between
 # them, so that holes stay which no tensor of the next layer fits into. They follow what a step allocates, which
 # gradient checkpointing does not make less: a share of the activations without it. On six models of random weights the
@@ -47,15 +49,17 @@ def memory(config: RecipeConfig, data: Data, policy: Any) -> dict[str, int]:
     `policy`: the empty one of `config`; its types become those of training.
     """
     quantised = settle_types(policy, config.model)
+    on_cuda = device().type == "cuda"
     gradients = sum(parameter.numel() * 4 for parameter in policy.parameters() if parameter.requires_grad)
     batch = longest_batch(config, data, policy)
     checkpointing = config.train.gradient_checkpointing
     step = allocated = step_beyond(config, data, policy, quantised, batch, checkpointing)
+    step = max(step, gradients + optimizer_scratch(policy, config.train.optim))
     in_heap = lies_in_heap(batch, policy)
     if in_heap and checkpointing:
         allocated = step_beyond(config, data, policy, quantised, batch, checkpointing=False)
     return {
-        "libraries": GPU_CONTEXT if device().type == "cuda" else LIBRARIES,
+        **({"cuda_context": GPU_CONTEXT, "workspaces": WORKSPACES} if on_cuda else {"libraries": LIBRARIES}),
         "file_pages": file_pages(policy, config.model, quantised),
         "weights": weights(policy, config.model, quantised),
         "gradients": gradients,
@@ -167,6 +171,14 @@ def optimizer_state(policy: Any, optim: str) -> int:
     return total + (4 * 256 * min(moments, 2) if "8bit" in name else 0)  # a table of 256 values with and without sign
 
 
+def optimizer_scratch(policy: Any, optim: str) -> int:
+    """Bytes that an optimizer step needs for the moment, beside gradients and state: on CUDA unfused AdamW takes
+    the roots of all second moments at once; the fused one, and bitsandbytes', go through each weight in place."""
+    if device().type != "cuda" or optim != "adamw_torch":
+        return 0
+    return sum(4 * parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+
+
 def _adafactor(shape: Any) -> int:
     """A float32 for each row and each column of a matrix, for each element of a vector; and the weights' mean size."""
     if len(shape) < 2:
@@ -179,8 +191,7 @@ def step_beyond(
 ) -> int:
     """Most bytes that a training step of `batch` needs beyond weights and optimizer state.
 
-    Of a model whose code cannot run without numbers, such as a mixture of experts, the gradients alone: a warning
-    says so.
+    Of a model whose code cannot run without numbers the gradients alone: a warning says so.
     """
     from finetune_kit.training.rehearsal import Setting, step_bytes
 
@@ -221,15 +232,58 @@ def longest_batch(config: RecipeConfig, data: Data, policy: Any) -> Batch:
     width = max(lengths)
     scored = sum(label != IGNORED for _, labels in longest for label in labels[1:])
     plan = None
-    unpadded = config.train.padding_free and not config.train.neftune_noise_alpha
-    unpadded = unpadded and not kernel.refusal(device(), torch.bfloat16, policy.config)
-    if unpadded and policy.config._attn_implementation == "sdpa":
+    if not padded_because(config, policy):
         padded = torch.tensor([list(ids) + [0] * (width - len(ids)) for ids, _ in longest])
         mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
         plan = make_plan(padded, mask, share=True)
         if (attends := kernel.varlen_kernel(device())) is not None:
             plan = replace(plan, varlen=kernel.make_varlen(plan.segments, attends, padded.device))
     return Batch(len(longest), width, min(lengths) < width, scored, plan=plan)
+
+
+def padded_because(config: RecipeConfig, policy: Any) -> str:
+    """Why rows are planned padded on the device that is planned for; "" where they are packed. What only the loaded
+    model can show is not known here."""
+    import torch
+
+    if not config.train.padding_free:
+        return "train.padding_free=false"
+    if config.train.neftune_noise_alpha:
+        return "NEFTune scales its noise by the padded length"
+    if (attention := policy.config._attn_implementation) != "sdpa":
+        return f"the packed forward needs sdpa attention, not {attention}"
+    return kernel.refusal(device(), torch.bfloat16, policy.config)
+
+
+def planned_for(config: RecipeConfig, data: Data, policy: Any) -> dict[str, str]:
+    """What a plan takes for granted: device, the types of frozen and of trained weights and of the arithmetic, how rows
+    go through the layers, and what attends. `policy`: in the types of training."""
+    import torch
+
+    quantised = bool(config.model.load_in_4bit)
+    trained_in_full = getattr(config, "lora", None) is None
+    arithmetic = compute_dtype(device(), computes_in_bfloat16()) if quantised else torch.float32
+    if not quantised:
+        frozen = weight_dtype(config.model, trained_in_full)
+        arithmetic = torch.bfloat16 if computes_in_bfloat16() else frozen
+    names = {"frozen": "4-bit" if quantised else _name(frozen), "trained": "float32", "arithmetic": _name(arithmetic)}
+    if all(parameter.requires_grad for parameter in policy.parameters()):
+        del names["frozen"]
+    reason = padded_because(config, policy)
+    rows = "end to end, by TRL" if data.packed else f"padded ({reason})" if reason else "packed"
+    by_segment = not reason and not data.packed
+    varlen = by_segment and kernel.varlen_kernel(device()) is not None
+    attention = "torch's varlen kernel" if varlen else "sdpa, segment by segment" if by_segment else ""
+    return {
+        "device": device().type,
+        **names,
+        "rows": rows,
+        "attention": attention or str(policy.config._attn_implementation),
+    }
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def evaluation(config: RecipeConfig, data: Data, policy: Any) -> int:

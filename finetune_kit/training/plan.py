@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_kit.config import RecipeConfig
+from finetune_kit.config import ModelConfig, RecipeConfig
 from finetune_kit.data.load import Data
 from finetune_kit.errors import ResourceError
 from finetune_kit.model.adapters import covered, is_adapter
-from finetune_kit.model.load import empty_policy
+from finetune_kit.model.embedded import NAME as EMBEDDED
+from finetune_kit.model.load import empty_policy, lacks_tokenizer, load_tokenizer, resolve_name
 from finetune_kit.training.arguments import check_train, steps
 from finetune_kit.training.batches import check_batches, padded_share, plan_layout
-from finetune_kit.training.memory import memory
+from finetune_kit.training.memory import memory, planned_for
 from finetune_kit.values import sized
 
 if TYPE_CHECKING:
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]:
-    """Steps, parameters, matched modules and memory by part (bytes). Nothing is trained and no weight is loaded.
+    """Steps, parameters, matched modules and memory by part (bytes), and the device and arithmetic that it is for.
+
+    Nothing is trained and no weight is loaded.
 
     padded_share: of the slots of a padded batch, those without a token; None where rows are packed, or sampled.
     """
@@ -30,6 +34,7 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
     policy = empty_policy(config.model, lora, trained_in_full=lora is None)
     found = covered(policy) if is_adapter(policy) else None
     parameters = list(policy.parameters())
+    sizes = memory(config, data, policy)  # which gives the policy the types of training
     unknown = data.packed or data.kind == "prompt"
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return {
@@ -39,8 +44,18 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
         "target_modules": found.covered if found else {},
         "adapter": found.in_words() if found else [],
-        "memory_bytes": memory(config, data, policy),
+        "planned_for": planned_for(config, data, policy),
+        "memory_bytes": sizes,
     }
+
+
+def tokenizer_to_count_with(model: ModelConfig, weights: bool) -> tuple[Any, list[str]]:
+    """(tokenizer, what is assumed, in words): the model's own, or, to plan for a folder with shapes and no vocabulary,
+    the embedded model's. `weights`: as in load_tokenizer."""
+    if not weights and lacks_tokenizer(Path(resolve_name(model.name_or_path))):
+        assumed = f"{model.name_or_path} has no tokenizer: tokens are counted, and rows rendered, by {EMBEDDED}'s"
+        return load_tokenizer(ModelConfig(name_or_path=EMBEDDED)), [assumed]
+    return load_tokenizer(model, weights=weights), []
 
 
 def print_plan(settings: RecipeConfig, planned: dict[str, Any], out: Console) -> None:
@@ -62,6 +77,8 @@ def print_plan(settings: RecipeConfig, planned: dict[str, Any], out: Console) ->
     table.add_row("steps", f"{planned['steps']:,} of {planned['rows_in_a_step']} rows{cut}")
     if planned["padded_share"] is not None:
         table.add_row("padding", f"{planned['padded_share']:.0%} of a padded batch")
+    for place, line in enumerate(said_for(planned["planned_for"], planned.get("assumed", []))):
+        table.add_row("" if place else "planned for", escape(line))
     sizes = planned["memory_bytes"]
     parts = ", ".join(f"{name.replace('_', ' ')} {sized(size)}" for name, size in sizes.items() if size)
     table.add_row("memory", f"about {sized(sum(sizes.values()))}: {parts}")
@@ -80,6 +97,15 @@ def print_plan(settings: RecipeConfig, planned: dict[str, Any], out: Console) ->
         for way in planned["ways"]:
             table.add_row("yes" if way["fits"] else "no", sized(way["bytes"]), way["recipe"], " ".join(way["words"]))
         out.print(table)
+
+
+def said_for(known: dict[str, str], assumed: list[str]) -> list[str]:
+    """What a plan is for, in lines."""
+    names = {"cuda": "a CUDA GPU", "cpu": "a CPU", "mps": "MPS"}
+    frozen = f"frozen weights {known['frozen']}, " if "frozen" in known else ""
+    types = f"{frozen}trained weights {known['trained']}, arithmetic {known['arithmetic']}"
+    rows = f"rows {known['rows']}, attention by {known['attention']}"
+    return [f"{names[known['device']]}: {types}", rows, *assumed]
 
 
 def print_ways_on_devices(planned: dict[str, Any], out: Console) -> None:
@@ -125,7 +151,13 @@ def command_on_devices(planned: dict[str, Any], typed: list[str]) -> str:
 def does_not_fit(planned: dict[str, Any], typed: list[str]) -> ResourceError:
     """The error of a run that needs more than there is, with the command of the first way that fits."""
     asked, *others = planned["ways"]
-    message = f"{asked['recipe']} needs about {sized(asked['bytes'])}; there is {sized(planned['memory_room'])}."
+    known = planned["planned_for"]
+    where = f"on {known['device']}, computing in {known['arithmetic']}"
+    message = (
+        f"{asked['recipe']} needs about {sized(asked['bytes'])} {where}; there is {sized(planned['memory_room'])}."
+    )
+    if "on_cuda" in planned:  # who names a memory on a laptop may mean a card's
+        message += f"\nOn a CUDA GPU it needs about {sized(planned['on_cuda'])}: plan for one with --device cuda."
     way = next((way for way in others if way["fits"]), None)
     if way is None:
         least = min(planned["ways"], key=lambda way: way["bytes"])

@@ -13,7 +13,7 @@ import logging
 import types
 import warnings
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,17 @@ from finetune_kit.model import packed
 from finetune_kit.model.head import is_plain, label_log_probs
 from finetune_kit.model.layout import Plan
 
+log = logging.getLogger(__name__)
+
 # TRL's head works on tiles of this many tokens and words, and measures these besides the loss
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 MEASURED = ("log_probs", "entropy", "is_top1")
+MOST_OPERATIONS = 20_000  # of a rehearsed step: some 5 s; a Llama takes 1,000 to 3,000
+SHORT = (32, 64)  # tokens of the rows in the place of those that take more
+
+
+class TooLong(RuntimeError):
+    """A step of more operations than can be waited for."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +71,44 @@ class Setting:
 def step_bytes(policy: Any, batch: Batch, setting: Setting) -> int:
     """Most bytes alive in one forward and backward pass beyond the weights: activations, gradients, logits.
 
-    `policy`: on the meta device, in the types that training has; it is left as it is. The blocks of a model are alike,
-    so two and three of them are run and the rest is a straight line: until the gradient has left the last block the
-    most grows with each block's activations, from then on with each block's gradients.
+    `policy`: on the meta device, in the types that training has; it is left as it is. Blocks of one kind are alike, so
+    two and three of each are run and the rest is a straight line: until the gradient has left the last block the most
+    grows with each block's activations, from then on with each block's gradients. Where a step takes more operations
+    than can be waited for, as in a loop over a row's tokens, two short rows are run, and that is a straight line, too.
     Raises RuntimeError where the model's code cannot run on tensors without content.
     """
-    count = len(blocks_of(policy))
-    if count <= 3:
-        return max(_rehearse(policy, count, batch, setting))
-    two, three = (_rehearse(policy, number, batch, setting) for number in (2, 3))
-    return max(many + (count - 3) * (many - few) for few, many in zip(two, three, strict=True))
+    try:
+        return _by_blocks(policy, batch, setting)
+    except TooLong as error:
+        tokens = batch.rows * batch.width if batch.plan is None else len(batch.plan.tokens)
+        log.warning("activations are those of rows of %d and %d tokens, drawn out: %s", *SHORT, error)
+        few, many = (
+            _by_blocks(policy, Batch(1, width, False, max(1, width * batch.scored // tokens)), setting)
+            for width in SHORT
+        )
+        return many + (many - few) * (tokens - SHORT[1]) // (SHORT[1] - SHORT[0])
+
+
+def _by_blocks(policy: Any, batch: Batch, setting: Setting) -> int:
+    kinds = _kinds(blocks_of(policy))
+    first = sorted(place for places in kinds for place in places[:2])
+    most = _rehearse(policy, first, batch, setting)
+    growth = [0] * len(most)
+    for places in kinds:
+        if len(places) > 2:
+            more = _rehearse(policy, sorted([*first, places[2]]), batch, setting)
+            growth = [g + (len(places) - 2) * (b - a) for g, a, b in zip(growth, most, more, strict=True)]
+    return max(a + g for a, g in zip(most, growth, strict=True))
+
+
+def _kinds(blocks: Iterable[Any]) -> list[list[int]]:
+    """The places of the blocks that are built alike, for each way that they are built."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for place, block in enumerate(blocks):
+        parts = tuple((name, type(part).__name__) for name, part in block.named_modules())
+        weights = tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
+        found.setdefault((parts, weights), []).append(place)
+    return list(found.values())
 
 
 def blocks_of(policy: Any) -> torch.nn.ModuleList:
@@ -82,14 +118,14 @@ def blocks_of(policy: Any) -> torch.nn.ModuleList:
     return next((modules for modules in lists if len(modules) == count), torch.nn.ModuleList())
 
 
-def _rehearse(policy: Any, count: int, batch: Batch, setting: Setting) -> tuple[int, int]:
-    """(most bytes until the gradient has left the last of `count` blocks, most from then on)."""
-    policy, blocks = _copy(policy, count)
+def _rehearse(policy: Any, places: Sequence[int], batch: Batch, setting: Setting) -> tuple[int, int]:
+    """(most bytes until the gradient has left the last of the blocks at `places`, most from then on)."""
+    policy, blocks = _copy(policy, places)
     causal = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     _as_in_training(policy, causal, batch, setting)
     with _quiet_torch(), FakeTensorMode(allow_non_fake_inputs=True):
         _give_shapes(policy)
-        live = Live(policy)
+        live = Live(policy, bound=MOST_OPERATIONS)
         if len(blocks):
             blocks[-1].register_forward_pre_hook(live.watch)
         with live:
@@ -113,15 +149,25 @@ def _quiet_torch() -> Iterator[None]:
         logger.disabled = before
 
 
-def _copy(policy: Any, count: int) -> tuple[Any, torch.nn.ModuleList]:
-    """A policy of its own with the first `count` blocks only, and those."""
+def _copy(policy: Any, places: Sequence[int]) -> tuple[Any, torch.nn.ModuleList]:
+    """A policy of its own with the blocks at `places` only, and those."""
     blocks = blocks_of(policy)
-    others = list(blocks[count:])
-    del blocks[count:]
+    every = list(blocks)
+    del blocks[:]
+    blocks.extend(every[place] for place in places)
     fewer = copy.deepcopy(policy)
     kept = fewer.get_submodule(next(name for name, module in policy.named_modules() if module is blocks))
-    blocks.extend(others)
+    del blocks[:]
+    blocks.extend(every)
+    _name_kinds(fewer.config.get_text_config(), places, len(every))
     return fewer, kept
+
+
+def _name_kinds(config: Any, places: Sequence[int], count: int) -> None:
+    """Keep what a config says of each block, such as layer_types: some models ask it by a block's place."""
+    for value in vars(config).values():
+        if isinstance(value, list) and len(value) == count:
+            value[:] = [value[place] for place in places]
 
 
 def _as_in_training(policy: Any, causal: Any, batch: Batch, setting: Setting) -> None:
@@ -199,10 +245,14 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is on; `most` has one maximum a phase."""
+    """Counts the bytes of all storages made while it is on; `most` has one maximum a phase.
 
-    def __init__(self, policy: Any) -> None:
+    `bound`: of a rehearsal, the operations after which it raises TooLong; None: what runs is real.
+    """
+
+    def __init__(self, policy: Any, bound: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
+        self.bound, self.operations = bound, 0
         self.now = 0
         self.most = [0, 0]
         self.phase = 0
@@ -210,7 +260,15 @@ class Live(TorchDispatchMode):
         self.known = {tensor.untyped_storage()._cdata for tensor in weights}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
+        if self.bound is None:
+            outputs = func(*args, **(kwargs or {}))
+        else:
+            self.operations += 1
+            if self.operations > self.bound:
+                raise TooLong(f"a step of a few blocks takes more than {self.bound:,} operations")
+            # the products of a mixture's experts: torch's own, without content, take bfloat16 alone
+            grouped = str(func).startswith("aten._grouped_mm")
+            outputs = _grouped_product(*args[:3]) if grouped else func(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
@@ -236,6 +294,14 @@ class Live(TorchDispatchMode):
 
     def _turn(self, gradient: torch.Tensor) -> None:
         self.phase = 1
+
+
+def _grouped_product(one: torch.Tensor, other: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """What a grouped product makes, in shape and type: (s, k) by (e, k, n) is (s, n); (m, s) by (s, n), cut along s at
+    the e ends, is (e, m, n)."""
+    if other.dim() == 3:
+        return one.new_empty(one.shape[0], other.shape[-1])
+    return one.new_empty(len(ends), one.shape[0], other.shape[-1])
 
 
 class TritonHead(torch.autograd.Function):

@@ -90,10 +90,12 @@ def test_the_nearest_way_is_a_command_to_type(folder: Path) -> None:
     sizes = {recipe: sum(planned(recipe)[1]["memory_bytes"].values()) for recipe in ("full_sft", "lora_sft")}
     said = check("full_sft", "train.optim=auto", "--memory", f"{sizes['lora_sft'] // 2**20 + 1}MiB")
     assert said.code == 5
-    message, command = said.err.splitlines()[-2:]
+    message, other, command = said.err.splitlines()[-3:]
     assert message.startswith("error: full_sft needs about ")
     assert "python -m finetune_kit run lora_sft model.name_or_path=shapes" in command
     assert "train.optim=auto" in command
+    assert other.startswith("On a CUDA GPU it needs about ")
+    assert other.endswith("plan for one with --device cuda.")
     assert "What fits into" in said.out
 
 
@@ -114,3 +116,38 @@ def test_a_model_without_weights_can_be_checked_but_not_measured_or_run(folder: 
     for said in (check("lora_sft", "--measure"), cli("run", "lora_sft", "model.name_or_path=shapes")):
         assert said.code == 2
         assert "shapes holds no *.safetensors file." in said.err
+
+
+def test_for_another_device_the_plan_says_so_and_nothing_is_measured_here(folder: Path) -> None:
+    said = check("lora_sft", "--device", "cuda", "--memory", "80GiB")
+    assert said.code == 0, said.err
+    words = " ".join(said.out.split())
+    assert "planned for a CUDA GPU: frozen weights bfloat16, trained weights float32, arithmetic bfloat16" in words
+    assert "rows packed, attention by torch's varlen kernel" in words
+    for words, message in (
+        (("--device", "cuda", "--measure"), "--measure trains two steps here, on cpu, not on cuda."),
+        (("--device", "tpu"), "--device tpu: expected cuda, cpu or mps."),
+    ):
+        refused = check("lora_sft", *words)
+        assert refused.code == 2
+        assert message in refused.err
+
+
+def test_of_config_json_alone_a_run_is_planned_with_the_embedded_tokenizer_and_says_so(folder: Path) -> None:
+    for path in (folder / "shapes").iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    said = check("lora_sft", "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["plan"]["assumed"] == [
+        "shapes has no tokenizer: tokens are counted, and rows rendered, by smollm2-135m's"
+    ]
+
+
+def test_a_model_without_a_tokenizer_is_not_run_and_the_error_names_what_is_missing(folder: Path) -> None:
+    (folder / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / "bare" / name).write_bytes((folder / "tiny" / name).read_bytes())
+    said = cli("run", "lora_sft", "model.name_or_path=bare", "data.path=rows.jsonl")
+    assert said.code == 2
+    assert "bare has no tokenizer: there is neither a tokenizer.json nor another vocabulary file." in said.err

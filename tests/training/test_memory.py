@@ -8,15 +8,31 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from transformers import LlamaConfig, MixtralConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    RecurrentGemmaConfig,
+    TrainerCallback,
+)
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.data.load import load_data
-from finetune_kit.model import kernel
-from finetune_kit.model.load import empty_policy, load_tokenizer
-from finetune_kit.training import memory as training_memory
-from finetune_kit.training.memory import four_bit, longest_batch, memory, optimizer_state, settle_types, weights
-from finetune_kit.training.rehearsal import Batch, Live, Setting, _rehearse, step_bytes
+from finetune_kit.model.load import device, empty_policy, load_tokenizer, planning_for
+from finetune_kit.training import rehearsal
+from finetune_kit.training.memory import (
+    four_bit,
+    longest_batch,
+    memory,
+    optimizer_scratch,
+    optimizer_state,
+    settle_types,
+    weights,
+)
+from finetune_kit.training.plan import plan
+from finetune_kit.training.rehearsal import Batch, Live, Setting, _loss, _rehearse, step_bytes
 from tests.fixtures_training import Trained, prepare, settings, write_rows
 
 
@@ -147,7 +163,9 @@ def test_three_blocks_tell_what_six_need(
 ) -> None:
     policy, _ = empty(shapes(tmp_path, tiny_model, LlamaConfig(**{**LLAMA, "num_hidden_layers": 6})), lora)
     setting = Setting(checkpointing, accumulates=lora is None and batch.rows == 8, on_gpu=False)
-    assert step_bytes(policy, batch, setting) == pytest.approx(max(_rehearse(policy, 6, batch, setting)), rel=0.005)
+    assert step_bytes(policy, batch, setting) == pytest.approx(
+        max(_rehearse(policy, range(6), batch, setting)), rel=0.005
+    )
     assert len(list(policy.parameters())) == (57 if lora is None else 57 + 2 * 6 * 7)  # the policy is as it was
 
 
@@ -161,16 +179,12 @@ def test_on_a_gpu_a_step_keeps_half_the_activations_and_one_tile_of_logits(tmp_p
     assert on_gpu - short == pytest.approx(500 * 32768 * 2, rel=0.1)  # logits only where a label is, in bfloat16
 
 
-def test_on_a_gpu_rows_are_planned_without_padding_and_by_the_varlen_kernel(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_gpu_rows_are_planned_without_padding_and_by_the_varlen_kernel(home: Path) -> None:
     run = prepare("lora_sft", home, "data.size=8")
     policy, _ = empty(run.config.model, run.config.lora)  # type: ignore[attr-defined]
     on_cpu = longest_batch(run.config, run.data, policy).plan
-    for module in (training_memory, kernel):
-        monkeypatch.setattr(module, "computes_in_bfloat16", lambda: True)
-    monkeypatch.setattr(training_memory, "device", lambda: torch.device("cuda"))
-    on_gpu = longest_batch(run.config, run.data, policy).plan
+    with planning_for("cuda"):
+        on_gpu = longest_batch(run.config, run.data, policy).plan
     assert on_cpu is not None
     assert on_gpu is not None
     assert on_gpu.segments == on_cpu.segments
@@ -178,7 +192,8 @@ def test_on_a_gpu_rows_are_planned_without_padding_and_by_the_varlen_kernel(
     assert on_gpu.varlen is not None
     assert on_gpu.varlen.kernel is varlen_attn
     padded = replace(run.config, train=replace(run.config.train, padding_free=False))
-    free, whole = (memory(config, run.data, policy)["activations"] for config in (run.config, padded))
+    with planning_for("cuda"):
+        free, whole = (memory(config, run.data, policy)["activations"] for config in (run.config, padded))
     assert 0 < free < whole
 
 
@@ -219,16 +234,107 @@ def sizes(home: Path, *words: str) -> dict[str, int]:
     return memory(config, data, empty_policy(config.model, config.lora, trained_in_full=False))  # type: ignore[attr-defined]
 
 
-def test_a_mixture_of_experts_is_counted_without_activations_and_said_so(
-    home: Path, tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
+def alive(config: Any, batch: Batch) -> int:
+    """Most bytes alive in a real step of a model of random weights, all of it trained."""
+    model = AutoModelForCausalLM.from_config(config).train()
+    with Live(model) as live:
+        _loss(model, batch, Setting(False, False, on_gpu=False)).backward()
+    return max(live.most)
+
+
+MOE = {"num_hidden_layers": 5, "moe_intermediate_size": 32, "head_dim": 16}
+DEEPSEEK = {
+    **{"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4, "q_lora_rank": None},
+    **{"head_dim": 8, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [(MixtralConfig, {"num_local_experts": 4}), (Qwen3MoeConfig, {"num_experts": 8}), (DeepseekV3Config, DEEPSEEK)],
+    ids=["Mixtral", "Qwen3-MoE", "DeepSeek-V3"],
+)
+def test_a_step_of_a_mixture_of_experts_is_the_real_one_within_2_percent(kind: Any, own: dict[str, Any]) -> None:
+    # the first three blocks of DeepSeek-V3 are dense: blocks of each kind are rehearsed
+    config, batch = kind(**{**LLAMA, **MOE, **own}), Batch(4, 64, False, 200)
+    with torch.device("meta"):
+        policy = AutoModelForCausalLM.from_config(config)
+    rehearsed = step_bytes(policy, batch, Setting(False, False, on_gpu=False))
+    assert rehearsed == pytest.approx(alive(config, batch), rel=0.02)
+    assert policy.config.num_hidden_layers == len(policy.model.layers) == 5  # it is as it was
+
+
+def test_a_loop_over_the_tokens_of_long_rows_is_told_from_short_ones_within_5_percent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = prepare("lora_sft", home)
-    run.config.model = shapes(tmp_path, tiny_model, MixtralConfig(**LLAMA, num_local_experts=4))
-    run.config.lora.target_modules = ["q_proj"]  # type: ignore[attr-defined]  # lora_sft has them
-    parts = planned(run)
-    assert parts["activations"] == parts["heap"] == 0
-    assert "activations are not counted" in caplog.text
-    assert parts["weights"] > 4 * 4 * 4 * 3 * 64 * 128  # four blocks of four experts of three float32 matrices
+    own = {"lru_width": 64, "head_dim": 16, "num_hidden_layers": 4}
+    config, batch = RecurrentGemmaConfig(**{**LLAMA, **own}), Batch(2, 96, False, 190)
+    with torch.device("meta"):
+        policy = AutoModelForCausalLM.from_config(config)
+    monkeypatch.setattr(rehearsal, "SHORT", (16, 32))
+    monkeypatch.setattr(rehearsal, "MOST_OPERATIONS", 9000)
+    found = step_bytes(policy, batch, Setting(False, False, on_gpu=False))
+    assert (
+        "activations are those of rows of 16 and 32 tokens, drawn out: a step of a few blocks takes more than 4,000"
+        in caplog.text
+    )
+    assert found == pytest.approx(alive(config, batch), rel=0.05)
+
+
+# another device
+
+
+def for_cuda(home: Path, recipe: str, *words: str, kind: str | None = "cuda") -> dict[str, Any]:
+    with planning_for(kind):
+        config = settings(recipe, home, *words)
+        data = load_data(config.data, "prompt_completion", load_tokenizer(config.model))
+        return plan(config, data)
+
+
+def test_on_a_laptop_a_plan_for_cuda_halves_frozen_weights_and_says_bfloat16_and_the_kernel(home: Path) -> None:
+    here, there = (for_cuda(home, "lora_sft", kind=kind) for kind in (None, "cuda"))
+    assert here["planned_for"] == {
+        **{"device": "cpu", "frozen": "float32", "trained": "float32", "arithmetic": "float32"},
+        **{"rows": "packed", "attention": "sdpa, segment by segment"},
+    }
+    assert there["planned_for"] == {
+        **{"device": "cuda", "frozen": "bfloat16", "trained": "float32", "arithmetic": "bfloat16"},
+        **{"rows": "packed", "attention": "torch's varlen kernel"},
+    }
+    frozen = here["parameters"] - here["trainable_parameters"]
+    assert here["memory_bytes"]["weights"] - there["memory_bytes"]["weights"] == 2 * frozen
+    for part in ("gradients", "optimizer_state"):
+        assert here["memory_bytes"][part] == there["memory_bytes"][part]
+    assert there["memory_bytes"]["cuda_context"] == 512 * 2**20
+    assert "libraries" not in there["memory_bytes"]
+    assert there["memory_bytes"]["heap"] == 0
+    assert device().type == "cpu"  # planned for no longer
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "frozen", "rows"),
+    [
+        ("qlora_sft", (), "4-bit", "packed"),
+        ("full_sft", (), None, "packed"),
+        ("lora_sft", ("padding_free=false",), "bfloat16", "padded (train.padding_free=false)"),
+        ("lora_sft", ("model.attn_implementation=eager",), "bfloat16", "padded (the packed forward needs sdpa"),
+        ("lora_sft", ("packing=true",), "bfloat16", "end to end, by TRL"),
+    ],
+)
+def test_what_a_plan_for_cuda_takes_for_granted_is_named(
+    home: Path, recipe: str, words: tuple[str, ...], frozen: str | None, rows: str
+) -> None:
+    known = for_cuda(home, recipe, *words)["planned_for"]
+    assert (known.get("frozen"), known["arithmetic"]) == (frozen, "bfloat16")
+    assert known["rows"].startswith(rows)
+
+
+def test_on_cuda_the_unfused_adamw_needs_the_roots_of_all_second_moments_for_the_moment(home: Path) -> None:
+    policy = empty(settings("full_sft", home).model, None)[0]
+    with planning_for("cuda"):
+        found = [optimizer_scratch(policy, optim) for optim in ("adamw_torch", "adamw_torch_fused", "auto")]
+    assert found == [4 * sum(p.numel() for p in policy.parameters()), 0, 0]
+    assert optimizer_scratch(policy, "adamw_torch") == 0  # here, on a CPU, it goes weight by weight
 
 
 # published shapes
