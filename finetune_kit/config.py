@@ -274,6 +274,7 @@ def resolve(
         if entry:
             value = values.coerce(node, typing.get_args(leaf.annotation)[1], f"{leaf.key}.{entry} ({origin})")
             setattr(target, name, {**getattr(target, name), entry: value})
+            config.origins[f"{leaf.key}.{entry}"] = origin
             origin = ", ".join(dict.fromkeys([config.origins.get(leaf.key, origin), origin]))
         else:
             setattr(target, name, values.coerce(node, leaf.annotation, f"{leaf.key} ({origin})"))
@@ -320,12 +321,12 @@ def check(config: RecipeConfig) -> None:
             )
     for name in ("lr_scheduler_type", "optim"):
         _check_name(name, getattr(train, name), _named(config, f"train.{name}"))
-    _check_code(config)
+    _check_trust(config)
     _check_output_dir(config)
     _check_hub(config)
 
 
-def _check_code(config: RecipeConfig) -> None:
+def _check_trust(config: RecipeConfig) -> None:
     """Raises SecurityError where settings would run a stranger's code, or hold a secret that run.yaml would show."""
     model = config.model
     if model.trust_remote_code and config.origins.get("model.trust_remote_code") != COMMAND_LINE:
@@ -350,6 +351,40 @@ def _check_code(config: RecipeConfig) -> None:
             raise SecurityError(
                 f"{_named(config, leaf.key)} holds what looks like a token; it would stand in the run's files.",
                 "Take it out. The Hub's token is read from HF_TOKEN, or put away by: hf auth login",
+            )
+
+
+# arguments of the trainers that lead to other files, programs or machines where they are a text
+LEADS_ELSEWHERE = (
+    *("deepspeed", "fsdp_config", "accelerator_config", "torch_compile_backend", "vllm_server_base_url"),
+    *(
+        "vllm_server_host",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "log_completions_hub_repo",
+    ),
+)
+
+
+def check_code(config: RecipeConfig) -> None:
+    """Raises SecurityError where a settings file, and not the person who starts the run, names code: a reward's
+    function, a metric script, or an argument of the trainer that leads elsewhere."""
+    named: dict[str, str] = {}
+    for leaf in leaves(config):
+        if leaf.key == "evaluate.hub_metrics" and leaf.value:
+            named[leaf.key] = f"[{', '.join(leaf.value)}]"
+        if leaf.key == "reward.sources" and any(".py" in source for source in leaf.value):
+            named[leaf.key] = f"[{', '.join(leaf.value)}]"
+    for name, value in config.train.extra.items():
+        if name in LEADS_ELSEWHERE and isinstance(value, str):
+            named[f"train.extra.{name}"] = value
+    for key, value in named.items():
+        origin = config.origins.get(key) or config.origins.get(key.rpartition(".")[0], COMMAND_LINE)
+        if origin != COMMAND_LINE:
+            raise SecurityError(
+                f"{key} ({origin}): {value} would be run or followed, and a file names it, not you.",
+                f"If you trust it, say so on the command line: '{key}={value}'",
             )
 
 

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from finetune_kit import recipe as recipes
+from finetune_kit import values
 from finetune_kit.artifact import is_here
-from finetune_kit.config import COMMAND_LINE, ModelConfig, RecipeConfig, leaves, recipe_of_yaml, resolve
+from finetune_kit.config import (
+    COMMAND_LINE,
+    DataConfig,
+    ModelConfig,
+    RecipeConfig,
+    TrainConfig,
+    recipe_of_yaml,
+    resolve,
+)
 from finetune_kit.data.load import load_data
 from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.evaluation.compare import Report, compare
 from finetune_kit.evaluation.compare import measure as measure_model
 from finetune_kit.evaluation.rewards import compare_rewards, measure_rewards
 from finetune_kit.floors import check_floors
+from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.adapters import as_started, detach
 from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer
+from finetune_kit.names import near_path
 from finetune_kit.run_folder import is_unfinished
 from finetune_kit.training.progress import telling
 
@@ -44,16 +55,22 @@ class FinishedRun:
     @property
     def is_reward_model(self) -> bool:
         """Its model scores answers and writes none."""
-        saved = self.folder / ("adapter_config.json" if self.is_adapter else "config.json")
+        if self.is_adapter:
+            return is_classifier(read_adapter_config(self.folder))
+        saved = self.folder / "config.json"
         return saved.is_file() and is_classifier(json.loads(saved.read_text(encoding="utf-8")))
 
 
-def open_run(folder: Path, words: list[str]) -> FinishedRun:
-    """Read a run's settings. Raises SettingsError where the folder is no finished run."""
+def open_run(folder: Path, words: list[str], recipe: str | None = None) -> FinishedRun:
+    """Read a run's settings. `recipe`: the recipe's file, where the run was not made by a built-in one.
+
+    Raises SettingsError where the folder is no finished run, SecurityError where its run.yaml alone names a file.
+    """
     check_floors()
     if not (folder / "run.yaml").is_file():
         raise SettingsError(
-            f"{folder} is no run's folder: it has no run.yaml.", "A run is made by: python -m finetune_kit run RECIPE"
+            f"{folder} is no run's folder: it has no run.yaml.",
+            f"{'' if folder.is_dir() else near_path(str(folder))}A run is made by: python -m finetune_kit run RECIPE",
         )
     if is_unfinished(folder):
         raise SettingsError(
@@ -67,12 +84,11 @@ def open_run(folder: Path, words: list[str]) -> FinishedRun:
                 f"{word} has no effect on a finished run.",
                 "Only data.… and evaluate.… settings act here, and model.name_or_path where its base has moved.",
             )
-    _refuse_its_code(folder)
-    recipe = recipes.load(str(folder / "run.yaml"))
-    config = resolve(recipe.config_class, recipe.word, recipe.settings, words)
+    made_by, settings = _recipe_of(folder, recipe), folder / "run.yaml"
+    config = resolve(made_by.config_class, made_by.word, settings, words)
     if config.origins.get("data.path") == COMMAND_LINE:
         # the rows to measure on; the rows trained on stay known, so that an overlap is found
-        trained = resolve(recipe.config_class, recipe.word, recipe.settings)
+        trained = resolve(made_by.config_class, made_by.word, settings)
         if not isinstance(config.data.path, str):
             raise SettingsError("data.path: expected one path to measure on, found a list.")
         if config.origins.get("data.held_out_path") == COMMAND_LINE:
@@ -113,17 +129,22 @@ def model_of(run: FinishedRun) -> Any:
     return load_adapted(run.config.model, run.folder) if run.is_adapter else load_base(own_model(run))
 
 
-def _refuse_its_code(folder: Path) -> None:
-    """A folder that somebody else made may hold a recipe: its run.yaml must not be able to name it. A run of one's own
-    recipe names that by an absolute path outside."""
-    named = recipe_of_yaml(folder / "run.yaml")
-    if named in recipes.BUILTIN:
-        return
-    if not Path(named).is_absolute() or Path(named).resolve().is_relative_to(folder.resolve()):
+def _recipe_of(folder: Path, named: str | None) -> recipes.Recipe:
+    """The recipe that made a run: a built-in one, or the file that the user names now. A folder may come from somebody
+    else, so its run.yaml alone leads to no file, wherever that lies."""
+    wrote = recipe_of_yaml(folder / "run.yaml")
+    if wrote in recipes.BUILTIN:
+        if named is not None and recipes.load(named).word != wrote:
+            raise SettingsError(f"--recipe {named}: {folder} was made by {wrote}.", "Leave --recipe out.")
+        return recipes.load(wrote)
+    if named is None:
         raise SecurityError(
-            f"{folder / 'run.yaml'} names the recipe {named}, which would be run as code.",
-            "Read it; if you trust it, move it out of the folder and name it in run.yaml by its absolute path.",
+            f"{folder / 'run.yaml'} names the recipe {wrote}, which would be run as code.",
+            "Name that file yourself, if you have read it: --recipe FILE.py",
         )
+    if Path(named).stem != Path(wrote).stem:
+        raise SettingsError(f"--recipe {named}: {folder} was made by {wrote}.", "Name the file that made it.")
+    return recipes.load(named)
 
 
 def _refuse_its_metrics(run: FinishedRun) -> None:
@@ -157,11 +178,11 @@ def compare_run(run: FinishedRun) -> Report:
     if run.is_adapter:
         model = model_of(run)
         with as_started(model, config.lora.init_from):  # type: ignore[attr-defined]  # a run of an adapter has it
-            before = measure_model(model, tokenizer, data, config.evaluate)
+            before = measure_model(model, tokenizer, data, config.evaluate, telling("before"))
     else:
-        before = measure_model(load_base(config.model), tokenizer, data, config.evaluate)
+        before = measure_model(load_base(config.model), tokenizer, data, config.evaluate, telling("before"))
         model = model_of(run)
-    after = measure_model(model, tokenizer, data, config.evaluate)
+    after = measure_model(model, tokenizer, data, config.evaluate, telling("after"))
     return compare(before, after, config.evaluate, getattr(config, "beta", 1.0))
 
 
@@ -243,6 +264,7 @@ def check_adapter(folder: Path) -> None:
     """Raises SettingsError for a folder without an adapter in it, SecurityError for one whose weights are a pickle."""
     if not (folder / "adapter_config.json").is_file():
         raise SettingsError(f"{folder} is no adapter: it has no adapter_config.json.", "Give the folder of an adapter.")
+    read_adapter_config(folder)
     if not (folder / "adapter_model.safetensors").is_file():
         if (folder / "adapter_model.bin").is_file():
             raise SecurityError(
@@ -255,10 +277,10 @@ def check_adapter(folder: Path) -> None:
 def _other_data(run: FinishedRun, folders: list[Path]) -> list[str]:
     """Which adapters were trained on other rows, or on other tokens, than this run: where a comparison is not fair."""
     notes = []
-    mine = _data_settings(run)
+    mine = _data_settings(run.folder)
     for folder in folders:
         if (folder / "run.yaml").is_file():
-            theirs = _data_settings(open_run(folder, []))
+            theirs = _data_settings(folder)
             differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
             if differing:
                 notes.append(
@@ -268,12 +290,12 @@ def _other_data(run: FinishedRun, folders: list[Path]) -> list[str]:
     return notes
 
 
-def _data_settings(run: FinishedRun) -> dict[str, Any]:
-    """What decides which rows a run was trained on, and as which tokens."""
-    trained = open_run(run.folder, []).config  # without the settings of this measurement
-    kept = {
-        leaf.key: leaf.value for leaf in leaves(trained) if leaf.key.startswith("data.") or leaf.key == "train.seed"
-    }
+def _data_settings(folder: Path) -> dict[str, Any]:
+    """What decides which rows a run was trained on, and as which tokens; read without its recipe."""
+    written = values.load_file(folder / "run.yaml")
+    data, train = (written.get(name) or {} for name in ("data", "train"))
+    kept = {f"data.{name}": value for name, value in {**asdict(DataConfig()), **data}.items()}
+    kept["train.seed"] = train.get("seed", TrainConfig.seed)
     for harmless in ("data.size", "data.weights", "data.max_length", "data.packing", "data.train_on", "data.max_lost"):
         del kept[harmless]
     return kept

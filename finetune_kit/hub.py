@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune_kit import values
 from finetune_kit.artifact import is_here, without_paths
 from finetune_kit.config import HubConfig, RecipeConfig, is_hub_name, leaves, to_yaml
 from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
@@ -285,6 +286,8 @@ def _card(folder: Path, repo_id: str, config: RecipeConfig | None, notes: list[s
     from huggingface_hub import ModelCard, ModelCardData
 
     text = (folder / "README.md").read_text(encoding="utf-8")
+    if len(parts := text.split("---\n", 2)) == 3 and not parts[0].strip():
+        values.load_text(parts[1], str(folder / "README.md"))  # small enough to be read by the Hub's client
     try:
         card = ModelCard(text)
         metadata: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]

@@ -58,17 +58,22 @@ class Merged:
 
 
 def merge(
-    folder: Path, out: Path, candidate: str = AUTO, max_shard_size: str = "5GB", size: int | None = None
+    folder: Path,
+    out: Path,
+    candidate: str = AUTO,
+    max_shard_size: str = "5GB",
+    size: int | None = None,
+    recipe: str | None = None,
 ) -> Merged:
     """Write the run in `folder` to `out` as a plain model, proven by a fresh process; `out` appears when it is whole.
 
     With a 4-bit base, `candidate` is base, dequantised or auto (see above), and `size` the number of held-out rows to
-    measure on (None: all of them, with the run's own evaluate.size answers).
+    measure on (None: all of them, with the run's own evaluate.size answers). `recipe`: as `open_run` takes it.
 
     Raises SettingsError (nothing to merge, `out` not empty, an argument without effect, an adapter of another base),
     NumericsError (what was merged or saved is not what was trained), ResourceError (disk).
     """
-    run = _open(folder, out, candidate, max_shard_size, size)
+    run = _open(folder, out, candidate, max_shard_size, size, recipe)
     tokenizer = tokenizer_of(run)
     probe = list(general_rows(tokenizer)[0][0][:PROBE])
     if run.config.model.load_in_4bit:
@@ -98,14 +103,16 @@ def merge(
     return Merged(out, results)
 
 
-def _open(folder: Path, out: Path, candidate: str, max_shard_size: str, size: int | None) -> FinishedRun:
+def _open(
+    folder: Path, out: Path, candidate: str, max_shard_size: str, size: int | None, recipe: str | None
+) -> FinishedRun:
     """The run, with all that can be refused before anything is loaded."""
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise SettingsError(
             f"{folder} holds a whole model, no adapter: nothing to merge.",
             f"Use it as it is: model.name_or_path={folder}",
         )
-    run = open_run(folder, [])
+    run = open_run(folder, [], recipe)
     if not run.is_adapter:
         raise SettingsError(f"{folder} holds no adapter: nothing to merge.")
     check_writes(run)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 from finetune_kit.errors import SettingsError
 
@@ -102,3 +104,14 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     names = {spelling: name for name in known for spelling in (name, _last(name))}
     near = difflib.get_close_matches(key, names, n=1) or difflib.get_close_matches(_last(key), names, n=1)
     return names[near[0]] if near else ""
+
+
+def near_path(path: str) -> str:
+    """ "Did you mean runs/lora_sft? " for a path that is not there, where one beside it is spelled like it; else ""."""
+    place, there = Path(path).expanduser(), []
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        there = sorted(entry.name for entry in place.parent.iterdir() if not entry.name.startswith("."))
+    near = difflib.get_close_matches(place.name, there, n=1, cutoff=0.75)
+    if not near:  # another ending, or another case
+        near = [name for name in there if Path(name).stem.lower() == place.stem.lower()][:1]
+    return f"Did you mean {Path(path).parent / near[0]}? " if near else ""

@@ -17,8 +17,9 @@ from types import ModuleType
 from typing import Any
 
 from finetune_kit.ancestry import start_from_run
-from finetune_kit.config import RecipeConfig, check, recipe_of_yaml
-from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.config import RecipeConfig, check, check_code, recipe_of_yaml
+from finetune_kit.errors import ResourceError, SecurityError, SettingsError
+from finetune_kit.names import near_path
 
 LIST = "python -m finetune_kit list"
 BUILTIN = (
@@ -56,6 +57,7 @@ class Recipe:
     def run(self, config: RecipeConfig) -> Any:
         """The recipe's artifact. Settings that cannot be are refused before anything is read."""
         check(config)
+        check_code(config)
         start_from_run(config)
         return self.module.run(config)
 
@@ -74,14 +76,19 @@ def find(word: str) -> tuple[Path, Path | None]:
         named = recipe_of_yaml(settings)
         if named.endswith((".yaml", ".yml")):
             raise SettingsError(f"{word}: 'recipe: {named}' is a settings file; expected a recipe.", f"See: {LIST}")
-        # a path in a YAML file is relative to that file
-        return find(str(settings.parent / named) if "/" in named or named.endswith(".py") else named)[0], settings
+        if "/" in named or "\\" in named or named.startswith("~") or named.endswith(".py"):
+            raise SecurityError(
+                f"{word} names the recipe {named}, which would be run as code; a settings file names built-ins alone.",
+                f"If you have read it, name it yourself: python -m finetune_kit run FILE.py --config {word}",
+            )
+        return find(named)[0], settings
     if "/" in word or word.endswith(".py"):
         path = Path(word)
         if not path.is_file():
             target = word if word.endswith(".py") else "mine.py"
             raise SettingsError(
-                f"{word}: no such recipe file.", f"Start from a built-in: python -m finetune_kit copy lora_sft {target}"
+                f"{word}: no such recipe file.",
+                f"{near_path(word)}Start from a built-in: python -m finetune_kit copy lora_sft {target}",
             )
         return path, None
     if word in BUILTIN:
