@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, check_code, full_key, leaves, resolve
 from finetune_kit.errors import FinetuneKitError, NumericsError, SettingsError, Stopped
 from finetune_kit.floors import check_floors
+from finetune_kit.names import COMMANDS, KNOWN_ELSEWHERE
 from finetune_kit.terminal import Console, as_json, doing, escaped, guard
 
 app = typer.Typer(
@@ -59,8 +61,31 @@ def main() -> NoReturn:
             sys.exit(1)
         if not hasattr(error, "format_message"):
             raise
-        _say_error(error.format_message(), "Settings are written key=value. See: python -m finetune_kit --help")
+        _say_error(error.format_message(), _meant(sys.argv[1:]))
         sys.exit(getattr(error, "exit_code", 2))
+
+
+def _meant(words: list[str]) -> str:
+    """What a command line may have meant that typer cannot read: another tool's command or option."""
+    command = "python -m finetune_kit"
+    known = {item.name or getattr(item.callback, "__name__", "") for item in app.registered_commands}
+    first = words[0] if words else ""
+    if first and not first.startswith("-") and first not in known:
+        rest = " ".join(words[1:])
+        if first in recipes.BUILTIN or first.endswith((".py", ".yaml", ".yml")):
+            return f"{command} run {first} {rest}".rstrip()
+        near = COMMANDS.get(first.lower()) or next(iter(difflib.get_close_matches(first, known, n=1)), "")
+        if near:
+            return f"Did you mean {near}? {command} {near} {rest or '…'}"
+    if first in ("run", "check", "show"):
+        for at, word in enumerate(words):
+            if word.startswith("--") and word.split("=")[0] not in ("--config", "--json", "--debug"):
+                name, _, value = word[2:].partition("=")
+                value = value or next(iter(words[at + 1 : at + 2]), "…")
+                key = "model.name_or_path" if name == "model" else name.replace("-", "_")
+                key = KNOWN_ELSEWHERE.get(key, key)
+                return f"Settings are written key=value, such as {key}={value}. See: {command} show lora_sft"
+    return f"Settings are written key=value. See: {command} --help"
 
 
 def _say_error(message: str, fix: str, what: str = "error") -> None:
@@ -225,7 +250,7 @@ def run(
         from finetune_kit.model.load import device
 
         processes.start(on_cpu=device().type != "cuda")
-    from finetune_kit.run_folder import claim, is_unfinished
+    from finetune_kit.run_folder import claim, is_unfinished, same_finished
 
     keys = [word.strip() for word in (allow_changed or "").split(",") if word.strip()]
     settings.allow_changed = tuple(full_key(settings, key, "--allow-changed") for key in keys)
@@ -236,6 +261,8 @@ def run(
         processes.from_main(lambda: check_access(settings.hub.model_id or "", settings.hub.private))
     what = f"{recipe.name} of {settings.model.name_or_path} on {settings.data.path}, into {folder}"
     out.print(what, style="bold", markup=False)
+    if (twin := same_finished(settings, folder)) is not None:
+        out.print(f"note: {twin} holds a finished run of these very settings; this one trains again.", markup=False)
     from finetune_kit.training import checkpoint, room, stopping
 
     if is_unfinished(folder):

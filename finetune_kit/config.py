@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from finetune_kit import values
 from finetune_kit.errors import SecurityError, SettingsError
-from finetune_kit.names import SHOW, find_name
+from finetune_kit.names import SHOW, find_name, near_path, together
 
 
 def setting(default: Any, help: str, unit: str = "", within: str = "") -> Any:
@@ -267,21 +267,35 @@ def resolve(
     config.recipe, config.recipe_word = Path(recipe).stem, recipe
     known = {leaf.key: leaf for leaf in leaves(config)}
     given = list(_read_yaml(yaml_path, known)) if yaml_path else []
+    problems: list[SettingsError] = []
     for written, node, origin in [*given, *(_read_word(word, recipe) for word in overrides)]:
-        leaf, entry = _find(written, known, recipe, origin)
-        section, _, name = leaf.key.rpartition(".")
-        target = getattr(config, section) if section else config
-        if entry:
-            value = values.coerce(node, typing.get_args(leaf.annotation)[1], f"{leaf.key}.{entry} ({origin})")
-            setattr(target, name, {**getattr(target, name), entry: value})
-            config.origins[f"{leaf.key}.{entry}"] = origin
-            origin = ", ".join(dict.fromkeys([config.origins.get(leaf.key, origin), origin]))
-        else:
-            setattr(target, name, values.coerce(node, leaf.annotation, f"{leaf.key} ({origin})"))
-        config.origins[leaf.key] = origin
+        try:
+            _lay_over(config, known, recipe, written, node, origin)
+        except SettingsError as error:
+            problems.append(error)
+    problems += out_of_range(config)
+    if problems:
+        raise together(problems)
     _measure_whole_answers(config)
     check(config)
     return config
+
+
+def _lay_over(
+    config: RecipeConfig, known: dict[str, Leaf], recipe: str, written: str, node: values.Node, origin: str
+) -> None:
+    """Put one setting that was given into its place."""
+    leaf, entry = _find(written, known, recipe, origin)
+    section, _, name = leaf.key.rpartition(".")
+    target = getattr(config, section) if section else config
+    if entry:
+        value = values.coerce(node, typing.get_args(leaf.annotation)[1], f"{leaf.key}.{entry} ({origin})")
+        setattr(target, name, {**getattr(target, name), entry: value})
+        config.origins[f"{leaf.key}.{entry}"] = origin
+        origin = ", ".join(dict.fromkeys([config.origins.get(leaf.key, origin), origin]))
+    else:
+        setattr(target, name, values.coerce(node, leaf.annotation, f"{leaf.key} ({origin})"))
+    config.origins[leaf.key] = origin
 
 
 def _measure_whole_answers(config: RecipeConfig) -> None:
@@ -295,12 +309,8 @@ def _measure_whole_answers(config: RecipeConfig) -> None:
 def check(config: RecipeConfig) -> None:
     """Raises SettingsError for a number out of range, a name unknown to transformers, a setting that cannot act;
     SecurityError for a setting that would run a stranger's code, or holds a token."""
-    for leaf in leaves(config):
-        for number in leaf.value if isinstance(leaf.value, list) else [leaf.value]:
-            if leaf.within and number is not None and not _inside(number, leaf.within):
-                raise SettingsError(
-                    f"{_named(config, leaf.key)}: expected a number in {leaf.within}, found {number:g}."
-                )
+    if found := out_of_range(config):
+        raise together(found)
     lora, train = getattr(config, "lora", None), config.train
     if lora is not None and lora.r == 0 and config.kind == "prompt_completion":
         raise SettingsError(f"{_named(config, 'lora.r')}: 0 trains all weights.", "Run full_sft")
@@ -324,6 +334,16 @@ def check(config: RecipeConfig) -> None:
     _check_trust(config)
     _check_output_dir(config)
     _check_hub(config)
+
+
+def out_of_range(config: RecipeConfig) -> list[SettingsError]:
+    """An error for each number that does not lie in its interval."""
+    return [
+        SettingsError(f"{_named(config, leaf.key)}: expected a number in {leaf.within}, found {number:g}.")
+        for leaf in leaves(config)
+        for number in (leaf.value if isinstance(leaf.value, list) else [leaf.value])
+        if leaf.within and number is not None and not _inside(number, leaf.within)
+    ]
 
 
 def _check_trust(config: RecipeConfig) -> None:
@@ -464,7 +484,8 @@ def recipe_of_yaml(path: Path) -> str:
     if not isinstance(recipe, str):
         raise SettingsError(
             f"{path} does not say which recipe it is for.",
-            f"Begin it with 'recipe: lora_sft', or: python -m finetune_kit run RECIPE --config {path}",
+            "Begin it with 'recipe: lora_sft'. Of another toolkit's file this says all names at once: "
+            f"python -m finetune_kit check lora_sft --config {path}",
         )
     return recipe
 
@@ -490,8 +511,25 @@ def _read_yaml(path: Path, known: dict[str, Leaf]) -> Iterator[tuple[str, values
 def _read_word(word: str, recipe: str) -> tuple[str, values.Node, str]:
     key, equals, text = word.partition("=")
     if not equals:
-        raise SettingsError(f"'{word}' is not a setting: expected key=value.", f"See: {SHOW} {recipe}")
+        raise SettingsError(f"'{word}' is not a setting: expected key=value.", _meant_by(word, recipe))
     return key.strip(), values.read_word(text, COMMAND_LINE), COMMAND_LINE
+
+
+def _meant_by(word: str, recipe: str) -> str:
+    """What a word without = may have meant: a file, a model, or key: value."""
+    see = f"See: {SHOW} {recipe}"
+    if word.lower().endswith((".yaml", ".yml")):
+        return f"A settings file is given as: --config {word}"
+    if Path(word).expanduser().is_dir() and any(Path(word).expanduser().glob("*config.json")):
+        return f"A model's folder is given as: model.name_or_path={word}"
+    if word.lower().endswith((".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")) or Path(word).is_dir():
+        return f"{'' if Path(word).exists() else near_path(word)}Rows are given as: data.path={word}"
+    if is_hub_name(word):
+        return f"A model is given as model.name_or_path={word}, rows as data.path={word}"
+    key, colon, text = word.partition(":")
+    if colon and text and key.replace(".", "_").replace("-", "_").isidentifier():
+        return f"Write it with an equals sign: {key}={text.strip()}"
+    return see
 
 
 def _find(written: str, known: dict[str, Leaf], recipe: str, origin: str) -> tuple[Leaf, str]:

@@ -23,6 +23,7 @@ from finetune_kit import values
 from finetune_kit.artifact import is_here, without_paths
 from finetune_kit.config import HubConfig, RecipeConfig, is_hub_name, leaves, to_yaml
 from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
+from finetune_kit.model.load import hub_name
 from finetune_kit.network import hub_reachable
 from finetune_kit.run_folder import versions
 
@@ -190,7 +191,7 @@ def push_checkpoint(config: RecipeConfig, checkpoint: Path) -> str:
     adapter = f"{checkpoint.name}/adapter_config.json"
     if adapter in files:
         content = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-        content["base_model_name_or_path"] = without_paths(config).model.name_or_path  # PEFT writes the whole path
+        content["base_model_name_or_path"] = hub_name(config.model.name_or_path)  # PEFT writes the whole path
         files[adapter] = json.dumps(content, indent=2).encode()
     try:
         _refuse_leaks(Push(checkpoint, repo_id, files), config)

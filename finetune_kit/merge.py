@@ -36,6 +36,7 @@ from finetune_kit.evaluation.loss import general_rows
 from finetune_kit.finished import FinishedRun, check_writes, open_run, tokenizer_of
 from finetune_kit.model.load import base_record, load_adapted, load_dequantised
 from finetune_kit.run_folder import versions
+from finetune_kit.terminal import doing
 from finetune_kit.training.progress import telling
 
 if TYPE_CHECKING:
@@ -79,14 +80,16 @@ def merge(
     if run.config.model.load_in_4bit:
         model, results = _best(run, tokenizer, candidate, size)
     else:
-        model, results = _exact(run, tokenizer, probe)
+        with doing("merging"):
+            model, results = _exact(run, tokenizer, probe)
     # written beside its final name and renamed, so that a folder of that name is always whole
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         whole = Path(scratch) / "model"
         expected, dtype, device = probe_logits(model, probe), model.dtype, model.device
         results["tied_embeddings"] = bool(model.config.get_text_config().tie_word_embeddings)
-        _save(model, tokenizer, run, whole, max_shard_size)
+        with doing("saving the merged model"):
+            _save(model, tokenizer, run, whole, max_shard_size)
         del model
         _release()
         got = reload_logits(replace(run.config.model, revision=None), whole, probe, dtype, device)

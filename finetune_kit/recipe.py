@@ -19,7 +19,7 @@ from typing import Any
 from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, check, check_code, recipe_of_yaml
 from finetune_kit.errors import ResourceError, SecurityError, SettingsError
-from finetune_kit.names import near_path
+from finetune_kit.names import RECIPES, near_path
 
 LIST = "python -m finetune_kit list"
 BUILTIN = (
@@ -93,7 +93,12 @@ def find(word: str) -> tuple[Path, Path | None]:
         return path, None
     if word in BUILTIN:
         return folder() / f"{word}.py", None
-    near = difflib.get_close_matches(word, BUILTIN, n=1, cutoff=0.4)
+    near = [RECIPES[word.lower()]] if word.lower() in RECIPES else []
+    near = near or difflib.get_close_matches(word.replace("-", "_"), BUILTIN, n=1, cutoff=0.4)
+    if word.lower().endswith((".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")):
+        raise SettingsError(
+            f"'{word}' is no recipe; it looks like rows.", f"python -m finetune_kit run lora_sft data.path={word}"
+        )
     hint = f"Did you mean {near[0]}? " if near else ""
     own = f" A file of your own is written with its folder: ./{word}.py" if Path(f"{word}.py").is_file() else ""
     raise SettingsError(f"'{word}' is not a recipe: {', '.join(BUILTIN)}.", f"{hint}See: {LIST}.{own}")

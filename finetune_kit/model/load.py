@@ -15,9 +15,9 @@ from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
 from finetune_kit.model import adapters, fourbit
 from finetune_kit.model.adapter_config import read_adapter_config
+from finetune_kit.model.embedded import HUB_ID, embedded_folder
 from finetune_kit.model.embedded import LICENSE as EMBEDDED_LICENSE
 from finetune_kit.model.embedded import NAME as EMBEDDED
-from finetune_kit.model.embedded import embedded_folder
 from finetune_kit.model.folder import check_files, check_model
 from finetune_kit.names import near_path
 from finetune_kit.network import hub_reachable
@@ -373,6 +373,11 @@ def public_name(name_or_path: str) -> str:
     """The model's name for others: a Hub id or the embedded default as it is, a local folder without its path."""
     folder = Path(name_or_path).expanduser()
     return folder.resolve().name if folder.is_dir() else name_or_path
+
+
+def hub_name(name_or_path: str) -> str:
+    """The name that other tools load the base by: the Hub id of the embedded default, else as `public_name`."""
+    return HUB_ID if name_or_path == EMBEDDED else public_name(name_or_path)
 
 
 def base_license(model: ModelConfig) -> str | None:

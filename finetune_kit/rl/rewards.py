@@ -22,7 +22,7 @@ from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
 from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.adapters import REWARD_HEADS, is_adapter
-from finetune_kit.model.load import BASE_RECORD, check_base, load_model_config, load_tokenizer, public_name
+from finetune_kit.model.load import BASE_RECORD, check_base, hub_name, load_model_config, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer, score_rows
 
 Score = Callable[[list[str], list[str], list[Any]], Sequence[float]]
@@ -300,6 +300,6 @@ def _base_of(folder: Path, policy: ModelConfig) -> ModelConfig:
         return ModelConfig(**{name: named[name] for name in ("name_or_path", "revision", *QUANTISED)})
     saved = read_adapter_config(folder)
     name = saved["base_model_name_or_path"]
-    if name == public_name(policy.name_or_path):
+    if name in (public_name(policy.name_or_path), hub_name(policy.name_or_path)):
         return ModelConfig(name_or_path=policy.name_or_path, revision=policy.revision)
     return ModelConfig(name_or_path=name, revision=saved.get("revision"))
