@@ -40,7 +40,7 @@ def start_from_run(config: RecipeConfig) -> None:
         )
     if lora.init_from:
         raise SettingsError(f"model.name_or_path={named} and lora.init_from are both adapters.", "Give one of them.")
-    base = _model_of(folder / "run.yaml")
+    base = model_of(folder / "run.yaml")
     for name in INHERITED:
         if f"model.{name}" not in config.origins or name == "name_or_path":
             setattr(config.model, name, base[name])
@@ -49,7 +49,7 @@ def start_from_run(config: RecipeConfig) -> None:
     config.origins["lora.init_from"] = "model.name_or_path"
 
 
-def _model_of(path: Path) -> dict[str, Any]:
+def model_of(path: Path) -> dict[str, Any]:
     """The model section of a run.yaml; what it lacks is as in ModelConfig."""
     root = values.read_file(path)
     sections = {name: node for name, node, _ in values.pairs(root, str(path))} if root else {}

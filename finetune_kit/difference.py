@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from finetune_kit import values
 from finetune_kit.errors import SettingsError
+from finetune_kit.terminal import Console
 
 ABSENT = "absent"
 PLACES = ("train.output_dir",)  # differs between any two runs

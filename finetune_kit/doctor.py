@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from finetune_kit import recipe as recipes
@@ -21,6 +20,8 @@ from finetune_kit.floors import reason
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
+
+    from finetune_kit.terminal import Console
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from finetune_kit import recipe as recipes
+from finetune_kit import values
 from finetune_kit.artifact import is_here
-from finetune_kit.config import COMMAND_LINE, ModelConfig, RecipeConfig, leaves, recipe_of_yaml, resolve
+from finetune_kit.config import (
+    COMMAND_LINE,
+    DataConfig,
+    ModelConfig,
+    RecipeConfig,
+    TrainConfig,
+    recipe_of_yaml,
+    resolve,
+)
 from finetune_kit.data.chat import end_token_ids
 from finetune_kit.data.load import Data, load_data
 from finetune_kit.errors import SecurityError, SettingsError
@@ -19,9 +28,11 @@ from finetune_kit.evaluation.compare import measure as measure_model
 from finetune_kit.evaluation.loss import general_rows
 from finetune_kit.evaluation.rewards import compare_rewards, measure_rewards
 from finetune_kit.floors import check_floors
+from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.adapters import as_started, detach
 from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer
+from finetune_kit.names import near_path
 from finetune_kit.rl.rewards import RewardConfig, load_rewards
 from finetune_kit.run_folder import is_unfinished
 from finetune_kit.training.progress import telling
@@ -51,16 +62,22 @@ class FinishedRun:
     @property
     def is_reward_model(self) -> bool:
         """Its model scores answers and writes none."""
-        saved = self.folder / ("adapter_config.json" if self.is_adapter else "config.json")
+        if self.is_adapter:
+            return is_classifier(read_adapter_config(self.folder))
+        saved = self.folder / "config.json"
         return saved.is_file() and is_classifier(json.loads(saved.read_text(encoding="utf-8")))
 
 
-def open_run(folder: Path, words: list[str]) -> FinishedRun:
-    """Read a run's settings. Raises SettingsError where the folder is no finished run."""
+def open_run(folder: Path, words: list[str], recipe: str | None = None) -> FinishedRun:
+    """Read a run's settings. `recipe`: the recipe's file, where the run was not made by a built-in one.
+
+    Raises SettingsError where the folder is no finished run, SecurityError where its run.yaml alone names a file.
+    """
     check_floors()
     if not (folder / "run.yaml").is_file():
         raise SettingsError(
-            f"{folder} is no run's folder: it has no run.yaml.", "A run is made by: python -m finetune_kit run RECIPE"
+            f"{folder} is no run's folder: it has no run.yaml.",
+            f"{'' if folder.is_dir() else near_path(str(folder))}A run is made by: python -m finetune_kit run RECIPE",
         )
     if is_unfinished(folder):
         raise SettingsError(
@@ -69,17 +86,17 @@ def open_run(folder: Path, words: list[str]) -> FinishedRun:
     if not any(folder.glob("*.safetensors")):
         raise SettingsError(f"{folder} is a run that has not finished: it holds no weights.")
     for word in words:
-        if word.split(".")[0] not in ("data", "evaluate") and word.split("=")[0] not in OF_ITS_BASE:
+        if word.split(".")[0] not in ("data", "evaluate") and word.split("=")[0] not in (*OF_ITS_BASE, "reward.sources"):
             raise SettingsError(
                 f"{word} has no effect on a finished run.",
-                "Only data.… and evaluate.… settings act here, and model.name_or_path where its base has moved.",
+                "Only data.… and evaluate.… settings act here, reward.sources, and model.name_or_path where its base "
+                "has moved.",
             )
-    _refuse_its_code(folder)
-    recipe = recipes.load(str(folder / "run.yaml"))
-    config = resolve(recipe.config_class, recipe.word, recipe.settings, words)
+    made_by, settings = _recipe_of(folder, recipe), folder / "run.yaml"
+    config = resolve(made_by.config_class, made_by.word, settings, words)
     if config.origins.get("data.path") == COMMAND_LINE:
         # the rows to measure on; the rows trained on stay known, so that an overlap is found
-        trained = resolve(recipe.config_class, recipe.word, recipe.settings)
+        trained = resolve(made_by.config_class, made_by.word, settings)
         if not isinstance(config.data.path, str):
             raise SettingsError("data.path: expected one path to measure on, found a list.")
         if config.origins.get("data.held_out_path") == COMMAND_LINE:
@@ -120,17 +137,22 @@ def model_of(run: FinishedRun) -> Any:
     return load_adapted(run.config.model, run.folder) if run.is_adapter else load_base(own_model(run))
 
 
-def _refuse_its_code(folder: Path) -> None:
-    """A folder that somebody else made may hold a recipe: its run.yaml must not be able to name it. A run of one's own
-    recipe names that by an absolute path outside."""
-    named = recipe_of_yaml(folder / "run.yaml")
-    if named in recipes.BUILTIN:
-        return
-    if not Path(named).is_absolute() or Path(named).resolve().is_relative_to(folder.resolve()):
+def _recipe_of(folder: Path, named: str | None) -> recipes.Recipe:
+    """The recipe that made a run: a built-in one, or the file that the user names now. A folder may come from somebody
+    else, so its run.yaml alone leads to no file, wherever that lies."""
+    wrote = recipe_of_yaml(folder / "run.yaml")
+    if wrote in recipes.BUILTIN:
+        if named is not None and recipes.load(named).word != wrote:
+            raise SettingsError(f"--recipe {named}: {folder} was made by {wrote}.", "Leave --recipe out.")
+        return recipes.load(wrote)
+    if named is None:
         raise SecurityError(
-            f"{folder / 'run.yaml'} names the recipe {named}, which would be run as code.",
-            "Read it; if you trust it, move it out of the folder and name it in run.yaml by its absolute path.",
+            f"{folder / 'run.yaml'} names the recipe {wrote}, which would be run as code.",
+            "Name that file yourself, if you have read it: --recipe FILE.py",
         )
+    if Path(named).stem != Path(wrote).stem:
+        raise SettingsError(f"--recipe {named}: {folder} was made by {wrote}.", "Name the file that made it.")
+    return recipes.load(named)
 
 
 def _refuse_its_metrics(run: FinishedRun) -> None:
@@ -165,15 +187,15 @@ def compare_run(run: FinishedRun) -> Report:
         model = model_of(run)
         judge = _judge(run, data, model)
         with as_started(model, config.lora.init_from):  # type: ignore[attr-defined]  # a run of an adapter has it
-            before = measure_model(model, tokenizer, data, config.evaluate, judge=judge)
+            before = measure_model(model, tokenizer, data, config.evaluate, telling("before"), judge=judge)
     else:  # one after the other, in the types of training
         judge = _judge(run, data)
         base = load_base(config.model, trained_in_full=True)
-        before = measure_model(base, tokenizer, data, config.evaluate, judge=judge)
+        before = measure_model(base, tokenizer, data, config.evaluate, telling("before"), judge=judge)
         del base
         release()
         model = load_base(own_model(run), trained_in_full=True)
-    after = measure_model(model, tokenizer, data, config.evaluate, judge=judge)
+    after = measure_model(model, tokenizer, data, config.evaluate, telling("after"), judge=judge)
     return compare(before, after, config.evaluate, getattr(config, "beta", 1.0))
 
 
@@ -181,19 +203,20 @@ def _judge(run: FinishedRun, data: Data, policy: Any = None) -> Judge | None:
     """What scored the run's answers, beside the data's own scores: the rewards it was trained for. None where it has
     none, where evaluate.reward_model takes their place, and, with a warning, where one of them is not here.
 
-    `policy`: see rl.rewards.load_rewards. Raises SecurityError for a function in the run's own folder.
+    `policy`: see rl.rewards.load_rewards. A folder may come from somebody else: its run.yaml alone has no function run.
     """
     config = run.config
     reward = getattr(config, "reward", None)
     if not isinstance(reward, RewardConfig) or config.evaluate.reward_model or not config.evaluate.size:
         return None
-    for source in reward.sources:
-        path = source.rpartition(":")[0]
-        if path.endswith(".py") and Path(path).expanduser().resolve().is_relative_to(run.folder.resolve()):
-            raise SecurityError(
-                f"{run.folder / 'run.yaml'} names the reward {source}, which would be run as code.",
-                "Read it; if you trust it, move it out of the folder and name it in run.yaml by its absolute path.",
-            )
+    functions = [source for source in reward.sources if source.rpartition(":")[0].endswith(".py")]
+    if functions and config.origins.get("reward.sources") != COMMAND_LINE:
+        log.warning(
+            "answers are measured without %s, which run.yaml names and you do not; if you trust it: reward.sources=[%s]",
+            ", ".join(functions),
+            ",".join(reward.sources),
+        )
+        return None
     try:
         return load_rewards(reward, data, config.model, policy).judge
     except SettingsError as error:
@@ -308,6 +331,7 @@ def check_adapter(folder: Path) -> None:
     """Raises SettingsError for a folder without an adapter in it, SecurityError for one whose weights are a pickle."""
     if not (folder / "adapter_config.json").is_file():
         raise SettingsError(f"{folder} is no adapter: it has no adapter_config.json.", "Give the folder of an adapter.")
+    read_adapter_config(folder)
     if not (folder / "adapter_model.safetensors").is_file():
         if (folder / "adapter_model.bin").is_file():
             raise SecurityError(
@@ -320,10 +344,10 @@ def check_adapter(folder: Path) -> None:
 def _other_data(run: FinishedRun, folders: list[Path]) -> list[str]:
     """Which adapters were trained on other rows, or on other tokens, than this run: where a comparison is not fair."""
     notes = []
-    mine = _data_settings(run)
+    mine = _data_settings(run.folder)
     for folder in folders:
         if (folder / "run.yaml").is_file():
-            theirs = _data_settings(open_run(folder, []))
+            theirs = _data_settings(folder)
             differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
             if differing:
                 notes.append(
@@ -333,12 +357,12 @@ def _other_data(run: FinishedRun, folders: list[Path]) -> list[str]:
     return notes
 
 
-def _data_settings(run: FinishedRun) -> dict[str, Any]:
-    """What decides which rows a run was trained on, and as which tokens."""
-    trained = open_run(run.folder, []).config  # without the settings of this measurement
-    kept = {
-        leaf.key: leaf.value for leaf in leaves(trained) if leaf.key.startswith("data.") or leaf.key == "train.seed"
-    }
+def _data_settings(folder: Path) -> dict[str, Any]:
+    """What decides which rows a run was trained on, and as which tokens; read without its recipe."""
+    written = values.load_file(folder / "run.yaml")
+    data, train = (written.get(name) or {} for name in ("data", "train"))
+    kept = {f"data.{name}": value for name, value in {**asdict(DataConfig()), **data}.items()}
+    kept["train.seed"] = train.get("seed", TrainConfig.seed)
     for harmless in ("data.size", "data.weights", "data.max_length", "data.packing", "data.train_on", "data.max_lost"):
         del kept[harmless]
     return kept

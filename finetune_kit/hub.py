@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune_kit import values
 from finetune_kit.artifact import is_here, without_paths
 from finetune_kit.config import HubConfig, RecipeConfig, is_hub_name, leaves, to_yaml
 from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
+from finetune_kit.model.load import hub_name
 from finetune_kit.network import hub_reachable
 from finetune_kit.run_folder import versions
 
@@ -189,7 +191,7 @@ def push_checkpoint(config: RecipeConfig, checkpoint: Path) -> str:
     adapter = f"{checkpoint.name}/adapter_config.json"
     if adapter in files:
         content = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-        content["base_model_name_or_path"] = without_paths(config).model.name_or_path  # PEFT writes the whole path
+        content["base_model_name_or_path"] = hub_name(config.model.name_or_path)  # PEFT writes the whole path
         files[adapter] = json.dumps(content, indent=2).encode()
     try:
         _refuse_leaks(Push(checkpoint, repo_id, files), config)
@@ -285,6 +287,8 @@ def _card(folder: Path, repo_id: str, config: RecipeConfig | None, notes: list[s
     from huggingface_hub import ModelCard, ModelCardData
 
     text = (folder / "README.md").read_text(encoding="utf-8")
+    if len(parts := text.split("---\n", 2)) == 3 and not parts[0].strip():
+        values.load_text(parts[1], str(folder / "README.md"))  # small enough to be read by the Hub's client
     try:
         card = ModelCard(text)
         metadata: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]

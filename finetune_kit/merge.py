@@ -36,6 +36,7 @@ from finetune_kit.evaluation.preferences import sides
 from finetune_kit.finished import FinishedRun, check_writes, open_run, tokenizer_of
 from finetune_kit.model.load import base_record, load_adapted, load_dequantised
 from finetune_kit.run_folder import versions
+from finetune_kit.terminal import doing
 from finetune_kit.training.progress import telling
 from finetune_kit.verify import (
     PROBE,
@@ -70,31 +71,38 @@ class Merged:
 
 
 def merge(
-    folder: Path, out: Path, candidate: str = AUTO, max_shard_size: str = "5GB", size: int | None = None
+    folder: Path,
+    out: Path,
+    candidate: str = AUTO,
+    max_shard_size: str = "5GB",
+    size: int | None = None,
+    recipe: str | None = None,
 ) -> Merged:
     """Write the run in `folder` to `out` as a plain model, proven by a fresh process; `out` appears when it is whole.
 
     With a 4-bit base, `candidate` is base, dequantised or auto (see above), and `size` the number of held-out rows to
-    measure on (None: all of them, with the run's own evaluate.size answers).
+    measure on (None: all of them, with the run's own evaluate.size answers). `recipe`: as `open_run` takes it.
 
     Raises SettingsError (nothing to merge, `out` not empty, an argument without effect, an adapter of another base),
     NumericsError (what was merged or saved is not what was trained), ResourceError (disk).
     """
-    run = _open(folder, out, candidate, max_shard_size, size)
+    run = _open(folder, out, candidate, max_shard_size, size, recipe)
     tokenizer = tokenizer_of(run)
     probe = list(general_rows(tokenizer)[0][0][:PROBE])
     if run.config.model.load_in_4bit:
         model, results = _best(run, tokenizer, candidate, size)
     else:
-        model, results = _exact(run, tokenizer, probe)
+        with doing("merging"):
+            model, results = _exact(run, tokenizer, probe)
     # written beside its final name and renamed, so that a folder of that name is always whole
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         whole = Path(scratch) / "model"
         expected, dtype, device = outputs(model, probe), model.dtype, model.device
         results["tied_embeddings"] = bool(model.config.get_text_config().tie_word_embeddings)
-        _save(model, tokenizer, run, whole, max_shard_size)
-        check_files(model, whole)
+        with doing("saving the merged model"):
+            _save(model, tokenizer, run, whole, max_shard_size)
+            check_files(model, whole)
         del model
         release()
         named = str(dtype).removeprefix("torch.")
@@ -114,14 +122,16 @@ def merge(
     return Merged(out, results)
 
 
-def _open(folder: Path, out: Path, candidate: str, max_shard_size: str, size: int | None) -> FinishedRun:
+def _open(
+    folder: Path, out: Path, candidate: str, max_shard_size: str, size: int | None, recipe: str | None
+) -> FinishedRun:
     """The run, with all that can be refused before anything is loaded."""
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise SettingsError(
             f"{folder} holds a whole model, no adapter: nothing to merge.",
             f"Use it as it is: model.name_or_path={folder}",
         )
-    run = open_run(folder, [])
+    run = open_run(folder, [], recipe)
     if not run.is_adapter:
         raise SettingsError(f"{folder} holds no adapter: nothing to merge.")
     check_writes(run)

@@ -17,8 +17,9 @@ from types import ModuleType
 from typing import Any
 
 from finetune_kit.ancestry import start_from_run
-from finetune_kit.config import RecipeConfig, check, recipe_of_yaml
-from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.config import RecipeConfig, check, check_code, recipe_of_yaml
+from finetune_kit.errors import ResourceError, SecurityError, SettingsError
+from finetune_kit.names import RECIPES, near_path
 
 LIST = "python -m finetune_kit list"
 BUILTIN = (
@@ -56,6 +57,7 @@ class Recipe:
     def run(self, config: RecipeConfig) -> Any:
         """The recipe's artifact. Settings that cannot be are refused before anything is read."""
         check(config)
+        check_code(config)
         start_from_run(config)
         return self.module.run(config)
 
@@ -74,19 +76,29 @@ def find(word: str) -> tuple[Path, Path | None]:
         named = recipe_of_yaml(settings)
         if named.endswith((".yaml", ".yml")):
             raise SettingsError(f"{word}: 'recipe: {named}' is a settings file; expected a recipe.", f"See: {LIST}")
-        # a path in a YAML file is relative to that file
-        return find(str(settings.parent / named) if "/" in named or named.endswith(".py") else named)[0], settings
+        if "/" in named or "\\" in named or named.startswith("~") or named.endswith(".py"):
+            raise SecurityError(
+                f"{word} names the recipe {named}, which would be run as code; a settings file names built-ins alone.",
+                f"If you have read it, name it yourself: python -m finetune_kit run FILE.py --config {word}",
+            )
+        return find(named)[0], settings
     if "/" in word or word.endswith(".py"):
         path = Path(word)
         if not path.is_file():
             target = word if word.endswith(".py") else "mine.py"
             raise SettingsError(
-                f"{word}: no such recipe file.", f"Start from a built-in: python -m finetune_kit copy lora_sft {target}"
+                f"{word}: no such recipe file.",
+                f"{near_path(word)}Start from a built-in: python -m finetune_kit copy lora_sft {target}",
             )
         return path, None
     if word in BUILTIN:
         return folder() / f"{word}.py", None
-    near = difflib.get_close_matches(word, BUILTIN, n=1, cutoff=0.4)
+    near = [RECIPES[word.lower()]] if word.lower() in RECIPES else []
+    near = near or difflib.get_close_matches(word.replace("-", "_"), BUILTIN, n=1, cutoff=0.4)
+    if word.lower().endswith((".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")):
+        raise SettingsError(
+            f"'{word}' is no recipe; it looks like rows.", f"python -m finetune_kit run lora_sft data.path={word}"
+        )
     hint = f"Did you mean {near[0]}? " if near else ""
     own = f" A file of your own is written with its folder: ./{word}.py" if Path(f"{word}.py").is_file() else ""
     raise SettingsError(f"'{word}' is not a recipe: {', '.join(BUILTIN)}.", f"{hint}See: {LIST}.{own}")

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +101,22 @@ def _choose(config: RecipeConfig) -> Path:
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise SettingsError(f"train.output_dir={folder} cannot be made: {above} is no folder that can be written to.")
     return folder
+
+
+def same_finished(config: RecipeConfig, folder: Path) -> Path | None:
+    """A finished run of the same settings beside the folder that a run is given, such as runs/lora_sft for
+    runs/lora_sft-2; None for none."""
+    stem = folder.with_name(re.sub(r"-\d+$", "", folder.name))
+    for other in _numbered(stem, itself_first=False):
+        if other == folder or not (other / IDENTITY).is_file() or is_unfinished(other):
+            continue
+        try:
+            known = read_identity(other)["settings"]
+        except (OSError, ValueError, KeyError, TypeError):  # of another release, or torn: not the same
+            continue
+        if isinstance(known, dict) and not changed(known, settings_of(config)):
+            return other
+    return None
 
 
 def is_unfinished(folder: Path) -> bool:

@@ -17,8 +17,13 @@ from typing import Any, Literal
 import yaml
 
 from finetune_kit.errors import SecurityError, SettingsError
+from finetune_kit.names import near_path
 
 Node = yaml.Node
+LARGEST = 256 * 2**10  # bytes of YAML; a run.yaml has about 3,000
+DEEPEST = 32  # lists and dicts inside one another
+MOST_ALIASES = 64
+MOST_NODES = 20_000  # values, those that aliases repeat counted as often as they are repeated
 NULL, BOOL = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
 
 
@@ -50,11 +55,19 @@ def dump(content: dict[str, Any]) -> str:
 def read_file(path: Path) -> Node | None:
     """The tree of a YAML file, None for an empty one. Raises SettingsError, SecurityError (a tag that builds)."""
     try:
-        return _compose(path.read_text(encoding="utf-8"), str(path))
+        with path.open("rb") as file:
+            return _compose(file.read(LARGEST + 1).decode("utf-8"), str(path))
     except (FileNotFoundError, IsADirectoryError):
-        raise SettingsError(f"{path}: no such file.", "Write one, or give settings as key=value.") from None
+        fix = f"{near_path(str(path))}Write one, or give settings as key=value."
+        raise SettingsError(f"{path}: no such file.", fix) from None
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: not UTF-8 (byte {error.start}).") from None
+
+
+def load_text(text: str, where: str) -> dict[str, Any]:
+    """The values of YAML that holds a mapping, such as a card's metadata. Raises as `read_file` and `pairs` do."""
+    root = _compose(text, where)
+    return {} if root is None else {name: _any(value, where) for name, value, _ in pairs(root, where)}
 
 
 def load_file(path: Path) -> dict[str, Any]:
@@ -81,13 +94,50 @@ def _plain(text: str) -> Node:
 
 def _compose(text: str, where: str) -> Node | None:
     try:
+        _check_size(text, where)
         _Loader(text).get_single_data()  # building the values is what refuses a tag that would build an object
         return _Loader(text).get_single_node()
     except yaml.constructor.ConstructorError as error:
         refused = SecurityError if "tag" in str(error.problem) else SettingsError
         raise refused(f"{where}: {error.problem}.", "Use plain values only.") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise SettingsError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def _check_size(text: str, where: str) -> None:
+    """Raises SecurityError for YAML that would take hours or all memory to build: too large, nested too deep, or with
+    aliases that repeat one another (ten lines of them can stand for thousands of millions of values)."""
+    if len(text) > LARGEST:
+        raise SecurityError(
+            f"{where}: more than {LARGEST >> 10} KiB of YAML.", "Settings are short: take the rest out."
+        )
+    sizes: dict[str, int] = {}  # values below each anchor
+    open_: list[tuple[str | None, int]] = []  # the lists and dicts that are being read: anchor, values before them
+    count = aliases = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        what = ""
+        if isinstance(event, yaml.AliasEvent):
+            aliases += 1
+            what = "" if event.anchor in sizes else f"the alias *{event.anchor} stands for what it is part of"
+            count += sizes.get(event.anchor or "", 0)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_.pop()
+            if anchor:
+                sizes[anchor] = count - before
+        elif isinstance(event, yaml.NodeEvent):
+            count += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                sizes.pop(event.anchor or "", None)
+                open_.append((event.anchor, count - 1))
+            elif event.anchor:
+                sizes[event.anchor] = 1
+        if len(open_) > DEEPEST:
+            what = f"lists and dicts nested more than {DEEPEST} deep"
+        elif aliases > MOST_ALIASES or count > MOST_NODES:
+            what = f"more than {MOST_ALIASES} aliases, or {MOST_NODES:,} values"
+        if what:
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            raise SecurityError(f"{where}:{line}: {what}.", "Write the values out, without & and *.")
 
 
 def pairs(node: Node, where: str) -> Iterator[tuple[str, Node, int]]:

@@ -187,9 +187,11 @@ class Run:
 def run(shared_home: Path) -> Run:
     (shared_home / "settings").mkdir()
     assert python("-m", "finetune_kit", "copy", "lora_sft", "settings/mine.py", cwd=shared_home).code == 0
-    text = "recipe: ./mine.py\nmodel:\n  name_or_path: tiny\ndata:\n  path: rows.jsonl\ntrain:\n  learning_rate: 1e-3\n"
+    text = "model:\n  name_or_path: tiny\ndata:\n  path: rows.jsonl\ntrain:\n  learning_rate: 1e-3\n"
     (shared_home / "settings" / "mine.yaml").write_text(text)
-    said = python("-m", "finetune_kit", "run", "settings/mine.yaml", *FAST, cwd=shared_home)
+    said = python(
+        "-m", "finetune_kit", "run", "settings/mine.py", "--config", "settings/mine.yaml", *FAST, cwd=shared_home
+    )
     return Run(shared_home, shared_home / "runs" / "mine", said)
 
 

@@ -13,7 +13,7 @@ from tests.fixtures_cli import ROOT, python
 # lower may not import higher; modules of one level may import each other, but not in a circle
 LEVELS = (
     {"errors"},
-    {"values", "names", "floors", "processes"},
+    {"values", "names", "floors", "processes", "terminal"},
     {"config", "ancestry", "recipe", "run_folder", "network"},
     {"data", "model", "decoding", "generation", "rl.math"},
     {"training", "rl", "evaluation", "verify", "artifact", "hub"},

@@ -7,7 +7,7 @@ import pytest
 
 from finetune_kit import recipe as recipes
 from finetune_kit.config import resolve
-from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.errors import ResourceError, SecurityError, SettingsError
 from tests.fixtures_cli import ROOT
 
 OWN = '''"""Mine."""
@@ -63,18 +63,29 @@ def test_a_path_is_a_recipe_of_one_s_own_and_is_found_again_from_anywhere(folder
         assert recipe.run(resolve(recipe.config_class, recipe.word, None, ["beta=2"])) == 2
 
 
-def test_a_yaml_file_names_its_recipe_by_name_or_by_a_path_beside_itself(folder: Path) -> None:
+def test_a_yaml_file_names_a_built_in_recipe_and_no_file_whatever_the_path(folder: Path) -> None:
     below = folder / "below"
     below.mkdir()
     (below / "mine.py").write_text(OWN)
     (below / "a.yaml").write_text("recipe: ./mine.py\nbeta: 3\n")
     (below / "b.yml").write_text("recipe: lora_sft\n")
-    (below / "c.yaml").write_text(f"recipe: {below / 'mine.py'}\n")
-    recipe = recipes.load("below/a.yaml")
-    assert (recipe.name, recipe.settings) == ("mine", Path("below/a.yaml"))
-    assert recipe.run(resolve(recipe.config_class, recipe.word, recipe.settings)) == 3
     assert recipes.load("below/b.yml").name == "lora_sft"
-    assert recipes.load("below/c.yaml").word == str(below / "mine.py")
+    (below / "link").symlink_to(below / "mine.py")
+    for path in (
+        "./mine.py",
+        "mine.py",
+        "../below/mine.py",
+        below / "mine.py",
+        "~/mine.py",
+        "/proc/self/cwd/x",
+        "./link",
+    ):
+        (below / "a.yaml").write_text(f"recipe: {path}\nbeta: 3\n")
+        with pytest.raises(SecurityError, match=r"a settings file names built-ins alone") as error:
+            recipes.load("below/a.yaml")
+        assert error.value.fix.endswith("run FILE.py --config below/a.yaml")
+    recipe = recipes.load("below/mine.py")  # named by the user
+    assert recipe.run(resolve(recipe.config_class, recipe.word, below / "a.yaml")) == 3
 
 
 def test_run_refuses_settings_that_cannot_be_before_the_recipe_s_own_code(folder: Path) -> None:

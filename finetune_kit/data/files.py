@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_kit.errors import DataError, SecurityError
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Numbered = list[tuple[int, Row]]  # (1-based number people find the row by, row)
@@ -82,9 +87,21 @@ def read_jsonl(path: Path, bad: Bad = refuse) -> Numbered:
                 )
             with row_at(f"{path.name}:{number}", bad):
                 text = _decode(raw, path, number)
+                if number == 1 and text.lstrip().startswith("["):
+                    _refuse_list(path, text)
                 if text.strip():
                     rows.append((number, _object(_parse(text.rstrip("\r\n"), path, number), f"{path}:{number}")))
     return rows
+
+
+def _refuse_list(path: Path, first: str) -> None:
+    """Raises DataError where a file named .jsonl begins like a list of rows: a row is an object, never a list."""
+    with contextlib.suppress(ValueError, RecursionError):
+        begun = json.loads(first)
+        if not any(isinstance(row, dict) for row in begun):
+            return  # a whole line that is a list of other things: a broken row
+    name = path.with_suffix(".json").name
+    raise DataError(f"{path}:1: one JSON list, not an object a line.", f"Name it {name}: mv {path.name} {name}")
 
 
 def read_json(path: Path, bad: Bad = refuse) -> Numbered:
@@ -125,7 +142,11 @@ def read_csv(path: Path, bad: Bad = refuse) -> Numbered:
     with path.open("rb") as lines:
         decoded = (_decode(raw, path, line) for line, raw in enumerate(lines, start=1))
         csv.field_size_limit(2**31 - 1)
-        reader = csv.reader(decoded, strict=True)
+        first = next(decoded, "")
+        delimiter = delimiter_of(first)
+        if delimiter != ",":
+            log.warning("%s: its columns are separated by %r, and read so", path, delimiter)
+        reader = csv.reader(itertools.chain([first], decoded), strict=True, delimiter=delimiter)
         rows: Numbered = []
         try:
             header = next(reader, None)
@@ -150,6 +171,13 @@ def read_csv(path: Path, bad: Bad = refuse) -> Numbered:
                 f"{path}:{max(1, number)}: broken CSV: {error}.", 'Check the quotes: "" inside "…".'
             ) from None
     return rows
+
+
+def delimiter_of(header: str) -> str:
+    """What separates the columns of a table: a comma, or else a semicolon (as spreadsheets write where the comma is in
+    numbers), a tab or a bar, whichever its header line has where it has no comma."""
+    found = "," if "," in header else max(";\t|", key=header.count)
+    return found if found in header else ","
 
 
 def read_txt(path: Path) -> list[tuple[int, str, bool]]:

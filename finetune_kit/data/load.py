@@ -35,7 +35,9 @@ from finetune_kit.data.split import drop_overlap, held_out_count, mix, sample, s
 from finetune_kit.data.template import prepare_tokenizer
 from finetune_kit.data.tokenise import Tokens, labelled, mark_contradictions, pairs, prompts, supervised
 from finetune_kit.errors import DataError, ResourceError, SettingsError
+from finetune_kit.names import near_path
 from finetune_kit.network import hub_reachable
+from finetune_kit.terminal import doing
 
 if TYPE_CHECKING:
     import datasets
@@ -97,6 +99,11 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
     fallback one where the data are conversations. With no path at all there are held-out rows alone, to measure on.
     Raises DataError (rows), SettingsError, ResourceError (Hub, package).
     """
+    with doing(f"reading {_shown(config)}"):
+        return _load_data(config, kind, tokenizer, seed)
+
+
+def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data:
     _check_acts(config)
     ledger = Ledger()
     train, held_out = _split(config, kind, seed, ledger)
@@ -287,7 +294,7 @@ def _read(
     if local.suffix.lower() in DATA_SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise DataError(
             f"data.path={path}: no such file or folder.",
-            f"Expected a file ({', '.join(DATA_SUFFIXES)}), a folder or a Hub id.",
+            f"{near_path(path)}Expected a file ({', '.join(DATA_SUFFIXES)}), a folder or a Hub id.",
         )
     return Source(path, _records(_read_hub(path, config), path, config, kind, bad, unused))
 

@@ -50,6 +50,7 @@ class Measurement:
     general_nll: list[float] = field(default_factory=list)  # nats, of each paragraph of the general text
     general_tokens: list[int] = field(default_factory=list)
     where: list[str] = field(default_factory=list)  # of each answered row
+    conversations: list[str] = field(default_factory=list)  # before each answer, for people
     prompts: list[str] = field(default_factory=list)  # text of the last turn before the answer
     references: list[str] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
@@ -137,6 +138,7 @@ def _answer(
     turns = [prompt_of(record) for record in records]
     measurement.where = [record.where for record in records]
     measurement.prompts = [str(before[-1]["content"]) if before else "" for before in turns]
+    measurement.conversations = [_conversation(before) for before in turns]
     measurement.references = [reference_of(record) for record in records]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in measurement.references]
     longest = config.max_new_tokens or max(lengths, default=0) + MARGIN
@@ -158,6 +160,13 @@ def _answer(
     measurement.completions = processes.spread(len(prompts), answer, processes.is_sharded(model))
     ends = tokenizer.convert_ids_to_tokens(data.end_token_ids)
     measurement.decoding = {"do_sample": False, "max_new_tokens": longest, "end_tokens": ends}
+
+
+def _conversation(turns: Any) -> str:
+    """The turns before an answer: of several each with its role, of one its text alone."""
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def _asked(data: Any) -> list[Any]:
@@ -343,7 +352,7 @@ def _samples(before: Measurement, after: Measurement) -> list[dict[str, Any]]:
     return [
         {
             "where": before.where[row],
-            "prompt": before.prompts[row],
+            "prompt": before.conversations[row],
             "reference": before.references[row],
             **{side: measured.completions[row].text for side, measured in (("before", before), ("after", after))},
             "scores": {name: [before.metrics[name][row], after.metrics[name][row]] for name in before.metrics},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import LoraConfig
 from finetune_kit.errors import SettingsError
+from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.coverage import (
     OUTSIDE,
     ROUTER,
@@ -26,6 +26,7 @@ from finetune_kit.model.coverage import (
     without_wrappers,
 )
 from finetune_kit.model.folder import check_files, check_weights
+from finetune_kit.names import near_path
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,6 +51,7 @@ FUSED = {
     "dense_h_to_4h": ("up_proj", "gate_proj"),
     "dense_4h_to_h": ("down_proj",),
 }
+NONE = "Name the folder of a finished lora_sft or qlora_sft run."
 OTHER_BASE = "Name the base that it was trained on: model.name_or_path."
 
 
@@ -237,11 +239,13 @@ def adopt(lora: LoraConfig) -> Path:
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise SettingsError(
             f"lora.init_from={lora.init_from}: no adapter there (adapter_config.json, adapter_model.safetensors).",
-            "Name the folder of a finished lora_sft or qlora_sft run.",
+            near_path(lora.init_from or "") + NONE,
         )
     check_files(folder)
     check_weights(folder / "adapter_model.safetensors")
-    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    saved = read_adapter_config(folder)
+    if saved["peft_type"] != "LORA":
+        raise SettingsError(f"lora.init_from={lora.init_from}: its adapter is {saved['peft_type']}, no LORA.", NONE)
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
         asked, default, has = getattr(lora, name), getattr(LoraConfig(), name), saved[name]
         if name == "modules_to_save":  # PEFT adds the names of heads by itself
@@ -280,7 +284,7 @@ def put_in(model: Any, lora: LoraConfig, folder: Path) -> PeftModel:
     import peft
     from safetensors.torch import load_file
 
-    if json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["task_type"] == "SEQ_CLS":
+    if read_adapter_config(folder)["task_type"] == "SEQ_CLS":
         return go_on(model, lora, folder)
     lora.modules_to_save = [name for name in lora.modules_to_save if name.rsplit(".", 1)[-1] != "lm_head"]
     adapted = attach(model, lora, "SEQ_CLS")
@@ -309,6 +313,7 @@ def load_adapter(model: Any, folder: str) -> PeftModel:
 
     check_files(Path(folder))
     check_weights(Path(folder) / "adapter_model.safetensors")
+    read_adapter_config(Path(folder))
     try:
         adapted = peft.PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:
@@ -342,6 +347,8 @@ def as_started(model: PeftModel, init_from: str | None) -> Iterator[None]:
         with model.disable_adapter():
             yield
         return
+    check_files(folder)
+    read_adapter_config(folder)
     model.load_adapter(str(folder), "start")
     model.set_adapter("start")
     try:

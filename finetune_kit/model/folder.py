@@ -27,6 +27,11 @@ def check_model(folder: Path, whole: bool = True) -> None:
     """Raises SecurityError for files that are not what they seem or name code, SettingsError for a broken config.json
     or index, and for shapes that cannot be. `whole`: all of the model's files are here."""
     check_files(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise SettingsError(
+            f"{folder} holds a model and an adapter (adapter_config.json); transformers would load the adapter's base.",
+            "Take one of the two out, or name the adapter by lora.init_from.",
+        )
     if (folder / INDEX).is_file():
         _check_index(folder / INDEX, whole)
     for path in sorted(folder.glob("*.safetensors")):

@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
 from finetune_kit.model import adapters, fourbit
+from finetune_kit.model.adapter_config import read_adapter_config
+from finetune_kit.model.embedded import HUB_ID, embedded_folder
 from finetune_kit.model.embedded import LICENSE as EMBEDDED_LICENSE
 from finetune_kit.model.embedded import NAME as EMBEDDED
-from finetune_kit.model.embedded import embedded_folder
 from finetune_kit.model.folder import check_files, check_model
+from finetune_kit.names import near_path
 from finetune_kit.network import hub_reachable
+from finetune_kit.terminal import doing
+from finetune_kit.values import LARGEST, load_text
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +67,7 @@ def resolve_name(name_or_path: str, weights: bool = False) -> str:
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise SettingsError(
             f"model.name_or_path={name_or_path}: no such folder.",
-            f"Name it: model.name_or_path=FOLDER. {OFFLINE_DEFAULT}",
+            f"{near_path(name_or_path)}Name it: model.name_or_path=FOLDER. {OFFLINE_DEFAULT}",
         )
     return name_or_path
 
@@ -78,7 +82,7 @@ def load_tokenizer(model: ModelConfig, saved: Path | None = None, weights: bool 
 
     if saved:
         check_files(saved)
-    with _said_plainly(model):
+    with _said_plainly(model), doing(f"loading the tokenizer of {public_name(model.name_or_path)}"):
         source = {"pretrained_model_name_or_path": saved, **ITS_OWN} if saved else _from(model, weights)
         if lacks_tokenizer(folder := Path(source["pretrained_model_name_or_path"])):
             raise SettingsError(
@@ -188,7 +192,7 @@ def load_base(
         fourbit.check_base(load_model_config(model), model.name_or_path)
         quantised = {"quantization_config": fourbit.quantization_config(model, device(), computes_in_bfloat16())}
     disable_progress_bar()
-    with _said_plainly(model):
+    with _said_plainly(model), doing(f"loading {public_name(model.name_or_path)}"):
         source = _from(model, weights=True)
         base: PreTrainedModel
         base, loading = getattr(transformers, auto_class).from_pretrained(
@@ -294,8 +298,8 @@ def load_policy(
 def _check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
     named = [("model.name_or_path", model.name_or_path, load_model_config(model).architectures or [])]
     if lora is not None and lora.init_from:
-        saved = Path(lora.init_from).expanduser() / "adapter_config.json"
-        task = json.loads(saved.read_text(encoding="utf-8")).get("task_type") if saved.is_file() else None
+        saved = Path(lora.init_from).expanduser()
+        task = read_adapter_config(saved)["task_type"] if (saved / "adapter_config.json").is_file() else None
         named.append(("lora.init_from", lora.init_from, ["ForSequenceClassification"] if task == "SEQ_CLS" else []))
     for setting, value, architectures in named:
         if any(name.endswith("ForSequenceClassification") for name in architectures):
@@ -416,9 +420,13 @@ def public_name(name_or_path: str) -> str:
     return folder.resolve().name if folder.is_dir() else name_or_path
 
 
+def hub_name(name_or_path: str) -> str:
+    """The name that other tools load the base by: the Hub id of the embedded default, else as `public_name`."""
+    return HUB_ID if name_or_path == EMBEDDED else public_name(name_or_path)
+
+
 def base_license(model: ModelConfig) -> str | None:
     """The licence that the base model's own card states; None where there is no card to read."""
-    import yaml
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
@@ -433,9 +441,14 @@ def base_license(model: ModelConfig) -> str | None:
             return None
     if not card.is_file():
         return None
-    parts = card.read_text(encoding="utf-8").split("---\n", 2)
-    metadata = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    return metadata.get("license") if isinstance(metadata, dict) else None
+    with card.open("rb") as file:
+        parts = file.read(2 * LARGEST).decode("utf-8", errors="replace").split("---\n", 2)
+    try:
+        metadata = load_text(parts[1], str(card)) if len(parts) == 3 and not parts[0].strip() else {}
+    except FinetuneKitError:  # a card is no part of the model: one that cannot be read states nothing
+        return None
+    stated = metadata.get("license")
+    return stated if isinstance(stated, str) else None
 
 
 def _from(model: ModelConfig, weights: bool = False) -> dict[str, Any]:

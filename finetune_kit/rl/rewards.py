@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from finetune_kit.ancestry import model_of
 from finetune_kit.config import ModelConfig, setting
 from finetune_kit.data.chat import end_token_ids, render_prompt, text_ids
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
+from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.adapters import REWARD_HEADS, is_adapter
-from finetune_kit.model.load import BASE_RECORD, check_base, load_model_config, load_tokenizer, public_name
+from finetune_kit.model.load import BASE_RECORD, check_base, hub_name, load_model_config, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer, score_rows
 from finetune_kit.rl.reward_function import Ended, bind, import_function, numbers_of, raised, read_from_turns
 
@@ -264,7 +264,7 @@ def shares_base(folder: Path, model: ModelConfig, policy: Any) -> bool:
     """Whether the reward model in `folder` is a LoRA adapter on the very base that the policy's adapter lies on."""
     if not is_adapter(policy) or not (folder / "adapter_config.json").is_file():
         return False
-    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    saved = read_adapter_config(folder)
     lora = saved["peft_type"] == policy.active_peft_config.peft_type.value == "LORA"
     if not lora or not set(saved["modules_to_save"] or ()) <= set(REWARD_HEADS):
         return False
@@ -321,10 +321,10 @@ def _check_classifier(source: str, config: Any) -> None:
 def _base_of(folder: Path, policy: ModelConfig) -> ModelConfig:
     """The base of an adapter: from its run.yaml, else by its name, which the policy's base may have."""
     if (folder / "run.yaml").is_file():
-        named = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")).get("model", {})
-        return ModelConfig(**{name: named[name] for name in ("name_or_path", "revision", *QUANTISED) if name in named})
-    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        named = model_of(folder / "run.yaml")
+        return ModelConfig(**{name: named[name] for name in ("name_or_path", "revision", *QUANTISED)})
+    saved = read_adapter_config(folder)
     name = saved["base_model_name_or_path"]
-    if name == public_name(policy.name_or_path):
+    if name in (public_name(policy.name_or_path), hub_name(policy.name_or_path)):
         return ModelConfig(name_or_path=policy.name_or_path, revision=policy.revision)
     return ModelConfig(name_or_path=name, revision=saved.get("revision"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from finetune_kit.config import ModelConfig
 from finetune_kit.errors import SettingsError
+from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.adapters import is_adapter
 from finetune_kit.model.load import check_base, device, load_tokenizer
 from finetune_kit.model.reward import load_scorer
@@ -102,7 +102,7 @@ def put_beside(policy: Any, name: str, folder: Path | None, trained: bool) -> di
     config.modules_to_save = None
     tensors: dict[str, Tensor] = {}
     if folder is not None:
-        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        saved = read_adapter_config(folder)
         for key in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "lora_dropout"):
             setattr(config, key, saved[key])
         tensors = _tensors(folder / "adapter_model.safetensors")

@@ -150,6 +150,10 @@ def broken(checkpoint: Path) -> str:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    # the trainer would read a pickle by its name, whoever put it there
+    there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()}
+    if strange := sorted(there - files.keys() - {MANIFEST}):
+        return f"{strange[0]} is none of the files that the run wrote"
     for name, file in files.items():
         if sizes[name] != file["bytes"]:
             return f"{name} has {sizes[name]:,} bytes, not {file['bytes']:,}"

@@ -239,7 +239,9 @@ class Kept:
                 (folder / PROGRESS).write_text(json.dumps(kept), encoding="utf-8")
                 checkpoint.commit(folder, {"step": state.global_step, **self.now})
 
-        if not self.disk.write(trainer.model, trainer.accelerator, write_files, make_whole):
+        with self.record.beside(f"saving {folder.name}"):
+            written = self.disk.write(trainer.model, trainer.accelerator, write_files, make_whole)
+        if not written:
             self.watch.forget(folder)
             return False
         if processes.is_main():
@@ -336,7 +338,8 @@ class Watch:
         if state.global_step % self.train.eval_steps and not last:
             return
         name = self.train.metric_for_best_model
-        scores = self.score(self.trainer.model, metric=name)
+        with self.record.beside(f"measuring held-out rows after step {state.global_step}"):
+            scores = self.score(self.trainer.model, metric=name)
         self.record.write({"step": state.global_step, **{f"eval_{key}": number for key, number in scores.items()}})
         self.record.say(
             f"step {state.global_step}  held-out " + "  ".join(f"{key} {number:.4f}" for key, number in scores.items())
@@ -354,7 +357,7 @@ class Watch:
             self.record.say(
                 f"held-out {name} did not improve {self.not_better} times: stopping at step {state.global_step}"
             )
-            self.stopped = control.should_training_stop = control.should_save = True
+            self.stopped = control.should_training_stop = control.should_save = control.should_log = True
 
 
 def lean_checkpoint(folder: Path) -> None:

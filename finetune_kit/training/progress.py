@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from finetune_kit import processes
+from finetune_kit.terminal import GAP, NO_ROOM, console, doing
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Voice(Console):
-    """A console whose lines may go into a file on a disk that is full: that costs lines, not the run."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        try:
-            super().print(*objects, **options)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-
-
-# what a run says on the way, once
-console = Voice(stderr=True, highlight=False, soft_wrap=True, quiet=not processes.is_main())
+__all__ = ["NO_ROOM", "Record", "console", "hooks", "peak_memory_gib", "telling"]
+MOST_LINES = 20  # about one piece of work, where there is no terminal
 
 
 def peak_memory_gib() -> float:
@@ -47,14 +32,22 @@ def peak_memory_gib() -> float:
 
 def telling(when: str) -> Callable[[str, int, int], None]:
     """A function of (what, rows done, rows in all) that shows how far a measurement is: "before: answers 32 of 128"."""
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, transient=True)
     tasks: dict[str, Any] = {}
+    began = last = time.monotonic()
 
     def tell(what: str, done: int, total: int) -> None:
+        nonlocal began, last
         if not console.is_terminal:
+            now = time.monotonic()
             if what not in tasks:
                 console.print(f"{when}: {what}, {total} rows")
-            tasks[what] = None
+                tasks[what], began, last = None, now, now
+            gap = max(GAP, (now - began) / max(done, 1) * total / MOST_LINES)
+            if now - last >= gap and done < total:
+                console.print(f"{when}: {what}, {done} of {total}")
+                last = now
             return
         if what not in tasks:
             bar.start()
@@ -79,6 +72,8 @@ class Record:
         self.seconds = 0.0  # of training before this process took the run up
         self.started = self.last_time = time.perf_counter()
         self.last_tokens = 0.0
+        self.idle = 0.0  # seconds since the last line that went into measuring and saving
+        self.said_at = 0.0
         self.behind = False  # metrics.jsonl lacks lines that the disk had no room for
 
     def state(self) -> dict[str, Any]:
@@ -100,8 +95,8 @@ class Record:
         beside.replace(self.path)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.last_time = time.perf_counter()
-        self.started = self.last_time - self.seconds
+        self.last_time = self.said_at = time.perf_counter()
+        self.started, self.idle = self.last_time - self.seconds, 0.0
         if not console.is_terminal:
             return
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
@@ -110,8 +105,24 @@ class Record:
         self.task = self.bar.add_task("training", total=state.max_steps, said="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control is not None and state.global_step >= state.max_steps:
+            control.should_log = True  # the curve ends where the training does
         if self.bar:
             self.bar.update(self.task, completed=state.global_step)
+        if self.bar or control is None:
+            return
+        now = time.perf_counter()
+        gap = max(GAP, (now - self.started) / max(state.global_step, 1) * state.max_steps / 100)
+        if now - self.said_at >= gap and not control.should_log:
+            self.say(f"step {state.global_step}/{state.max_steps}")
+
+    @contextlib.contextmanager
+    def beside(self, what: str) -> Iterator[None]:
+        """Work that is no training, such as measuring held-out rows: its seconds stay out of tokens_per_second."""
+        started = time.perf_counter()
+        with doing(what):
+            yield
+        self.idle += time.perf_counter() - started
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:  # the trainer's summary at the end
@@ -120,11 +131,11 @@ class Record:
         line = {"step": state.global_step, **{name: value for name, value in logs.items() if name != "num_tokens"}}
         said = f"loss {logs['loss']:.4f}"
         if "num_tokens" in logs:  # not every trainer counts them
-            rate = (logs["num_tokens"] - self.last_tokens) / max(now - self.last_time, 1e-9)
+            rate = (logs["num_tokens"] - self.last_tokens) / max(now - self.last_time - self.idle, 1e-9)
             line |= {"tokens": logs["num_tokens"], "tokens_per_second": round(rate, 1)}
             said += f"  {rate:,.0f} tokens/s"
             self.last_tokens = logs["num_tokens"]
-        self.last_time = now
+        self.last_time, self.idle = now, 0.0
         line |= {"seconds": round(now - self.started, 2), "peak_memory_gib": round(peak_memory_gib(), 3)}
         self.write(line)
         self._advance(said, state)
@@ -156,6 +167,7 @@ class Record:
             self.bar = None
 
     def say(self, text: str) -> None:
+        self.said_at = time.perf_counter()
         console.print(text)
 
     def _advance(self, text: str, state: Any) -> None:

@@ -1,0 +1,169 @@
+"""What reaches the terminal: text of data, names and models without control characters, and a word in every silence.
+
+A model's answer, a file's name or a JSON key may hold escape sequences, which a terminal obeys: they can hide lines,
+rename the window, or fill the keyboard's buffer. All consoles here show such characters in place of sending them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import rich.console
+from rich.errors import LiveError
+from rich.segment import Segment
+
+from finetune_kit import processes
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FIRST = 1.0  # seconds of silence before a piece of work is named where there is no terminal
+GAP = 3.0  # seconds between two lines about it
+
+# C0 but tab and line feed, as the pictures Unicode has of them; C1, line separators, and what turns the direction of
+# writing round (CVE-2021-42574) or is half a character, as the sign for what cannot be shown
+_SHOWN = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)} | {127: "\u2421"}
+_SHOWN |= dict.fromkeys([*range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
+_SHOWN |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+
+
+def escaped(text: str) -> str:
+    """The text with every character that a terminal would obey in place of showing as one that is shown."""
+    return text.replace("\r\n", "\n").translate(_SHOWN)
+
+
+def as_json(content: Any) -> str:
+    """JSON for people and programs, of the same values, in which no character acts on a terminal."""
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    return "".join(f"\\u{ord(char):04x}" if ord(char) in _SHOWN else char for char in text)
+
+
+class Console(rich.console.Console):
+    """rich's console, with every text escaped; its own colours and cursor moves stay."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """On a terminal prose wraps between words; a command stays in one piece, so that it can be copied."""
+        text = objects[0] if len(objects) == 1 and isinstance(objects[0], str) else ""
+        if self.is_terminal and text and "python -m " not in text:
+            options.setdefault("soft_wrap", False)
+        super().print(*objects, **options)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(escaped(segment.text), segment.style)
+
+
+class Voice(Console):
+    """A console whose lines may go into a file on a disk that is full: that costs lines, not the run. They are about
+    data, so that square brackets in them are no markup."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **{"markup": False, **options})
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+
+
+# what a command says on the way, once
+console = Voice(stderr=True, highlight=False, soft_wrap=True, quiet=not processes.is_main())
+
+
+def guard() -> None:
+    """Escape what comes from elsewhere, too: warnings of the log, and the traceback of a bug."""
+
+    class Escaping(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return escaped(super().format(record))
+
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Escaping())
+    sys.excepthook = lambda *error: sys.stderr.write(escaped("".join(traceback.format_exception(*error))))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # one that a test or a notebook has put there
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal that is ASCII only
+
+
+class _Work:
+    """The pieces of work that are going on, the inner ones last; a thread names it while nothing else speaks.
+
+    On a terminal it is a line that moves and goes away; elsewhere a line after FIRST seconds, then every GAP.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.changed = threading.Condition()
+        self.thread: threading.Thread | None = None
+        self.since = 0.0
+        self.said = 0
+
+    def begin(self, what: str) -> None:
+        with self.changed:
+            self.names.append(what)
+            self._anew()
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._watch, daemon=True, name="progress")
+                self.thread.start()
+
+    def end(self) -> None:
+        with self.changed:
+            self.names.pop()
+            self._anew()
+
+    def move(self, what: str) -> None:
+        with self.changed:
+            if self.names:
+                self.names[-1] = what
+
+    def _anew(self) -> None:
+        self.since, self.said = time.monotonic(), 0
+        self.changed.notify_all()
+
+    def _watch(self) -> None:
+        """Waits while there is no work; ends with the process."""
+        with self.changed:
+            while True:
+                if not self.names:
+                    self.thread = None
+                    return
+                due = self.since + FIRST + self.said * GAP
+                if (rest := due - time.monotonic()) > 0:
+                    self.changed.wait(rest)
+                    continue
+                passed = f" ({time.monotonic() - self.since:.0f} s)" if self.said else ""
+                self.said += 1
+                with contextlib.suppress(ValueError, OSError):  # nobody listens any more
+                    console.print(f"{self.names[-1]} …{passed}")
+
+
+_work = _Work()
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Names a piece of work that may take longer than people like to look at nothing: "loading smollm2-135m"."""
+    if console.quiet:
+        yield
+    elif console.is_terminal:
+        with contextlib.ExitStack() as shown:
+            with contextlib.suppress(LiveError):  # a bar is moving already
+                shown.enter_context(console.status(f"{escaped(what)} …"))
+            yield
+    else:
+        _work.begin(what)
+        try:
+            yield
+        finally:
+            _work.end()
+
+
+def moved(what: str) -> None:
+    """The innermost piece of work has another name now, such as with the rows done in it."""
+    _work.move(what)
