@@ -24,6 +24,7 @@ from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError
 from finetune_kit.evaluation.compare import Report
+from finetune_kit.evaluation.intervals import spread_of
 from finetune_kit.evaluation.report import write_html
 from finetune_kit.model.adapters import is_adapter
 from finetune_kit.model.load import BASE_RECORD, base_license, base_record, public_name, resolve_name
@@ -341,8 +342,7 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequen
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for metric in results["metrics"]:
-        interval = metric["interval"]
-        spread = f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "too few rows"
+        spread = spread_of(metric, decimals=4)
         values = f"{metric['before']:.4f} | {metric['after']:.4f} | {metric['difference']:+.4f}"
         rows.append(f"| {metric['name']} | {values} | {spread} | {metric['n']} | {metric['verdict']} |")
     settings = to_yaml(shown, versions())
@@ -360,7 +360,8 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequen
             f"Base: {base}, revision {config.model.revision or 'not pinned'}. "
             f"Data: {', '.join([sources] if isinstance(sources, str) else sources)}, "
             f"fingerprint {ledger['fingerprint'][:16]}. Before and after were measured on the same held-out rows with "
-            "the same decoding; intervals are paired bootstraps over rows. After saving, a fresh process loaded this "
+            "the same decoding; intervals are paired bootstraps over rows, "
+            "and exact ones where all rows move alike. After saving, a fresh process loaded this "
             f"folder and reproduced its outputs to {results['reload_max_logit_difference']:.1e}.",
             "",
             *use,

@@ -30,7 +30,7 @@ from finetune_kit.data.formats import as_kind, check_columns, recognise, rename
 from finetune_kit.data.ledger import Ledger, fingerprint_of
 from finetune_kit.data.messages import in_turn
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
-from finetune_kit.data.split import drop_overlap, held_out_count, mix, sample, split_off
+from finetune_kit.data.split import FEWEST, drop_overlap, held_out_count, mix, sample, split_off
 from finetune_kit.data.template import prepare_tokenizer
 from finetune_kit.data.tokenise import Tokens, labelled, mark_contradictions, pairs, prompts, supervised
 from finetune_kit.errors import DataError, ResourceError, SettingsError
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 HELD_OUT_TASK_ROWS = 128
 MOST_UNKNOWN = 0.05  # share of the tokens
 TASK_ROWS = 256
-FEW = 20  # held-out rows: the 95 % interval of a share is then about +-20 points wide
 BUILDERS = {
     "prompt_completion": supervised,
     "text": supervised,
@@ -173,8 +172,11 @@ def _warn(config: DataConfig, kind: str, ledger: Ledger) -> None:
             f"{counts.truncated} of {counts.rows} training rows are longer than data.max_length={config.max_length} "
             "and lose their end, the end token included: the model may not learn to stop"
         )
-    if 0 < measured < FEW:
-        ledger.note(f"only {measured} held-out rows: a difference will hardly show; see data.held_out_size")
+    if 0 < measured < FEWEST:
+        ledger.note(
+            f"only {measured} held-out rows: too few to judge, a verdict needs {FEWEST}; "
+            "see data.held_out_size and data.held_out_path"
+        )
 
 
 def load_records(
