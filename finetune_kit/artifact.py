@@ -18,6 +18,7 @@ from finetune_kit.ancestry import ANCESTRY, ancestors, as_text
 from finetune_kit.config import RecipeConfig, leaves, to_yaml
 from finetune_kit.data.load import Data
 from finetune_kit.evaluation.compare import Report
+from finetune_kit.evaluation.intervals import spread_of
 from finetune_kit.evaluation.report import write_html
 from finetune_kit.model.adapters import is_adapter
 from finetune_kit.model.embedded import INSTALL
@@ -230,8 +231,7 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequen
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for metric in results["metrics"]:
-        interval = metric["interval"]
-        spread = f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "too few rows"
+        spread = spread_of(metric, decimals=4)
         values = f"{metric['before']:.4f} | {metric['after']:.4f} | {metric['difference']:+.4f}"
         rows.append(f"| {metric['name']} | {values} | {spread} | {metric['n']} | {metric['verdict']} |")
     settings = to_yaml(shown, versions())
@@ -249,7 +249,7 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequen
             f"Base: {base}, revision {config.model.revision or 'not pinned'}. "
             f"Data: {', '.join([sources] if isinstance(sources, str) else sources)}, "
             f"fingerprint {ledger['fingerprint'][:16]}. Before and after were measured on the same held-out rows with "
-            "the same decoding; intervals are paired bootstraps over rows.",
+            "the same decoding; intervals are paired bootstraps over rows, and exact ones where all rows move alike.",
             "",
             sentence(results),
             "",

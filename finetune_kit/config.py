@@ -90,7 +90,10 @@ class DataConfig:
     size: int | None = setting(None, "rows to train on; unset: all of a file, 256 of a task", "rows", within="[1, inf)")
     held_out_path: str | None = setting(None, "rows to evaluate on; unset: split off before anything else")
     held_out_size: float | None = setting(
-        None, "held-out rows, or a share below 1; unset: 5 %, at most 256 rows", "rows or share", within="[0, inf)"
+        None,
+        "held-out rows, or a share below 1; unset: 5 %, at least 20 rows (but no more than 20 %), at most 256 rows",
+        "rows or share",
+        within="[0, inf)",
     )
     max_length: int = setting(
         1024, "longest sample; longer ones are cut at the end and counted", "tokens", within="[1, inf)"

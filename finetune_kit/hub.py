@@ -23,6 +23,7 @@ from finetune_kit import values
 from finetune_kit.artifact import is_here, without_paths
 from finetune_kit.config import HubConfig, RecipeConfig, is_hub_name, leaves, to_yaml
 from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
+from finetune_kit.evaluation.intervals import spread_of
 from finetune_kit.model.load import hub_name
 from finetune_kit.network import hub_reachable
 from finetune_kit.run_folder import versions
@@ -332,10 +333,7 @@ def _results(folder: Path, config: RecipeConfig, task: str) -> list[Any]:
     for metric in json.loads((folder / "report.json").read_text(encoding="utf-8"))["metrics"]:
         if not math.isfinite(metric["after"]):
             continue
-        interval = metric["interval"]
-        spread = (
-            f"95 % interval {interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "too few rows for an interval"
-        )
+        spread = f"95 % interval {spread_of(metric, decimals=4)}"
         change = f"before {metric['before']:.4f}, change {metric['difference']:+.4f}, {spread}, n = {metric['n']}"
         results.append(
             EvalResult(

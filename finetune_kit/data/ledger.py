@@ -20,6 +20,7 @@ from finetune_kit.data.records import (
     Record,
     Text,
     prompt_of,
+    reference_of,
 )
 from finetune_kit.errors import DataError
 
@@ -155,6 +156,11 @@ def content_key(messages: list[Message]) -> str:
 def prompt_key(record: Record) -> str:
     """Equal for rows with the same prompt: such rows must not sit on both sides of a split."""
     return _plain(record.text) if isinstance(record, Text) else content_key(prompt_of(record))
+
+
+def answer_key(record: Record) -> str:
+    """Equal for rows whose (chosen) answers say the same; "" for a row without an answer."""
+    return "" if isinstance(record, Text) else _plain(reference_of(record))
 
 
 def same_key(record: Record) -> str:

@@ -31,7 +31,7 @@ from finetune_kit.data.formats import answers_as_text, as_kind, check_columns, d
 from finetune_kit.data.ledger import Ledger, fingerprint_of
 from finetune_kit.data.messages import check_media, in_turn
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
-from finetune_kit.data.split import drop_overlap, held_out_count, mix, sample, split_off
+from finetune_kit.data.split import FEWEST, drop_overlap, held_out_count, mix, sample, split_off
 from finetune_kit.data.template import prepare_tokenizer
 from finetune_kit.data.tokenise import Tokens, labelled, mark_contradictions, pairs, prompts, supervised
 from finetune_kit.errors import DataError, ResourceError, SettingsError
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 HELD_OUT_TASK_ROWS = 128
 MOST_UNKNOWN = 0.05  # share of the tokens
 TASK_ROWS = 256
-FEW = 20  # held-out rows: the 95 % interval of a share is then about +-20 points wide
 MOST_NAMED = 12  # unused columns on the console; the ledger has all
 BUILDERS = {
     "prompt_completion": supervised,
@@ -201,8 +200,11 @@ def _warn(config: DataConfig, kind: str, ledger: Ledger) -> None:
             f"{ledger.special_rows} rows hold special tokens in their text ({tokens}): "
             f"{done[config.special_tokens_in_text]} (data.special_tokens_in_text={config.special_tokens_in_text})"
         )
-    if 0 < measured < FEW:
-        ledger.note(f"only {measured} held-out rows: a difference will hardly show; see data.held_out_size")
+    if 0 < measured < FEWEST:
+        ledger.note(
+            f"only {measured} held-out rows: too few to judge, a verdict needs {FEWEST}; "
+            "see data.held_out_size and data.held_out_path"
+        )
 
 
 def load_records(

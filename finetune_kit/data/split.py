@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
 
-from finetune_kit.data.ledger import Ledger, prompt_key, same_key
+from finetune_kit.data.ledger import Ledger, answer_key, prompt_key, same_key
 from finetune_kit.data.records import Record
 from finetune_kit.errors import DataError, SettingsError
 
-DEFAULT_SHARE = 0.05
-DEFAULT_MOST = 256  # rows
+SHARE, LARGEST_SHARE = 0.05, 0.2
+FEWEST = (
+    20  # rows that a verdict needs: with 4 pairs a coin is "better" 6 times in 100, and a share is +-20 points wide
+)
+MOST = 256  # rows
+RULE = f"{SHARE * 100:g} %, at least {FEWEST} rows (but no more than {LARGEST_SHARE * 100:g} %), at most {MOST} rows"
 
 
 def held_out_count(size: float | None, rows: int) -> int:
-    """How many of `rows` are held out: `size` rows, or a share below 1; unset 5 %, at least 1 and at most 256."""
+    """How many of `rows` are held out: `size` rows, or a share below 1; unset as RULE says, and at least 1."""
     if size is None:
-        return max(1, min(DEFAULT_MOST, round(rows * DEFAULT_SHARE)))
+        least = min(FEWEST, math.floor(rows * LARGEST_SHARE))
+        return max(1, min(MOST, max(least, round(rows * SHARE))))
     if size < 0:
         raise SettingsError(f"data.held_out_size={size}: expected rows, or a share below 1.")
     return round(size) if size >= 1 or size == 0 else max(1, round(rows * size))
@@ -88,7 +94,11 @@ def sample(records: list[Record], count: int, seed: int) -> list[Record]:
 
 
 def drop_overlap(train: list[Record], held_out: list[Record], ledger: Ledger) -> list[Record]:
-    """Training rows that are not held out too; the others are counted as dropped. Duplicates are counted and kept."""
+    """Training rows that are not held out too; the others are counted as dropped. Duplicates are counted and kept.
+
+    Held-out prompts and answers that training rows have, too, are counted in a note: what is measured there may be
+    memory.
+    """
     held = {same_key(record) for record in held_out}
     ledger.held_out.duplicates = len(held_out) - len(held)
     kept, seen = [], set()
@@ -100,4 +110,15 @@ def drop_overlap(train: list[Record], held_out: list[Record], ledger: Ledger) ->
         ledger.train.duplicates += key in seen
         seen.add(key)
         kept.append(record)
+    _note_shared(kept, held_out, ledger)
     return kept
+
+
+def _note_shared(train: list[Record], held_out: list[Record], ledger: Ledger) -> None:
+    for what, key in (("prompts", prompt_key), ("answers", answer_key)):
+        known = {key(record) for record in train}
+        keys = [found for record in held_out if (found := key(record))]
+        if shared := sum(found in known for found in keys):
+            ledger.note(
+                f"{shared} of {len(keys)} held-out {what} are in training rows, too: there memory counts as skill"
+            )

@@ -15,9 +15,9 @@ from finetune_kit.data.records import LabelledCompletion, prompt_of, reference_o
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.evaluation import preferences
 from finetune_kit.evaluation.divergence import Positions, choose_positions, log_probs
-from finetune_kit.evaluation.intervals import ALIKE, entry
-from finetune_kit.evaluation.loss import general_rows, row_losses
-from finetune_kit.evaluation.metrics import choose_metrics, score_rows
+from finetune_kit.evaluation.intervals import ALIKE, SHARE, entry
+from finetune_kit.evaluation.loss import general_losses, row_losses
+from finetune_kit.evaluation.metrics import BUILT_IN, choose_metrics, score_rows
 from finetune_kit.generation import Completion, generate
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Measurement:
     paired: bool = False
     positions: Positions = field(default_factory=list)  # where distributions were taken, in chosen answers
     log_probs: torch.Tensor | None = None  # (positions, vocabulary), those distributions
-    general_nll: list[float] = field(default_factory=list)  # nats, of each paragraph of the general text
+    general_nll: list[float] = field(default_factory=list)  # nats, of each stretch of the general text
     general_tokens: list[int] = field(default_factory=list)
     where: list[str] = field(default_factory=list)  # of each answered row
     conversations: list[str] = field(default_factory=list)  # before each answer, for people
@@ -213,9 +213,7 @@ def _losses(
         if sum(measurement.tokens) == 0:
             raise DataError("No held-out row has a supervised token, so there is no loss to measure.")
     if config.general_text:
-        general = general_rows(tokenizer)
-        names = [f"general text, paragraph {number}" for number in range(1, len(general) + 1)]
-        measurement.general_nll, measurement.general_tokens = row_losses(model, general, names, config.batch_size)
+        measurement.general_nll, measurement.general_tokens = general_losses(model, tokenizer, config.batch_size)
 
 
 def _distributions(measurement: Measurement, model: Any, data: Any) -> None:
@@ -245,7 +243,8 @@ def compare(
 ) -> Report:
     """The differences after - before on the same rows, each with a 95 % interval from a paired bootstrap over rows.
 
-    A metric is better or worse when the interval lies on one side of 0; "no difference" otherwise. The main metric is
+    A metric is better or worse when the interval lies on one side of 0; "no difference" otherwise, and "too few to
+    judge" below 20 rows. The main metric is
     the first score of the answers, or, where none was scored, the preference accuracy or the held-out loss. `beta`:
     of the method that trained on preferences; the model before is its reference. `history`: the lines of metrics.jsonl;
     where they have a KL from the reference, the last one is told as `kl_spent`, nats a sampled completion.
@@ -254,15 +253,16 @@ def compare(
     differing = [name for name in same if getattr(before, name) != getattr(after, name)]
     if differing or before.metrics.keys() != after.metrics.keys():
         raise ValueError(f"before and after were not measured on the same rows in the same way: {differing}")
-    entries = [
-        entry(name, before.metrics[name], after.metrics[name], config, higher_is_better=True) for name in before.metrics
-    ]
+    entries = []
+    for name, scores in before.metrics.items():
+        within = SHARE if name in BUILT_IN else None  # rewards and scores of the Hub may be any numbers
+        entries.append(entry(name, scores, after.metrics[name], config, higher_is_better=True, within=within))
     entries += preferences.entries(before, after, config, beta)
     entries += _loss_entries("held_out", before.nll, after.nll, before.tokens, config)
     entries += _loss_entries("general_text", before.general_nll, after.general_nll, before.general_tokens, config)
     if before.completions:
         was, now = ([float(completion.ended) for completion in side.completions] for side in (before, after))
-        entries.append(entry("answers_ended", was, now, config, higher_is_better=True))
+        entries.append(entry("answers_ended", was, now, config, higher_is_better=True, within=SHARE))
         was, now = ([float(len(item.ids)) for item in side.completions] for side in (before, after))
         entries.append(entry("answer_tokens", was, now, config, higher_is_better=None))
     if not entries:

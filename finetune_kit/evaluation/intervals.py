@@ -1,4 +1,8 @@
-"""A difference between two measurements of the same rows, its 95 % interval, and whether it is more than chance."""
+"""A difference between two measurements of the same rows, its 95 % interval, and whether it is more than chance.
+
+Where rows differ the interval is a paired bootstrap. Where all of them say the same, a bootstrap has width 0, whatever
+their number: there the interval follows from the binomial distribution (`agreeing_interval`).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import EvaluateConfig
+from finetune_kit.data.split import FEWEST
 
 if TYPE_CHECKING:
     import numpy as np
 
+TAIL = 0.025  # of a 95 % interval, on either side
+SHARE = (-1.0, 1.0)  # how far a value from 0 to 1 can move
 ALIKE = 1e-4  # nats a token (for perplexity: share) below which two losses are the same: rounding moves them that much
 
 
@@ -23,10 +30,12 @@ def entry(
     higher_is_better: bool | None = False,
     alike: float = 0.0,
     perplexity: bool = False,
+    within: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """One line of the report: sum(values) / sum(weights) on both sides (a mean if no weights are given).
 
-    `higher_is_better`: None where neither direction is better by itself.
+    `higher_is_better`: None where neither direction is better by itself. `within`: the least and the most that a row
+    can differ by, such as SHARE; None where there is no such limit, and then no interval where all rows differ alike.
     """
     import numpy as np
 
@@ -34,7 +43,12 @@ def entry(
     columns = [before, after, weights or [1] * len(before)]
     table = np.array([[column[index] for index in rows] for column in columns], dtype=np.float64)
     was, now, difference = (float(value) for value in _values(table.sum(axis=1), perplexity))
-    interval = bootstrap_interval(table, config.bootstrap_samples, perplexity=perplexity)
+    every = (table[1] - table[0]) / table[2]
+    same = bool((every == every[0]).all())
+    if not same:
+        interval = bootstrap_interval(table, config.bootstrap_samples, perplexity=perplexity)
+    else:
+        interval = agreeing_interval(float(every[0]), len(rows), *within) if within and len(rows) > 1 else None
     negligible = alike * (was if perplexity else 1.0)
     return {
         "name": name,
@@ -44,8 +58,29 @@ def entry(
         "interval": interval,
         "n": len(rows),
         "higher_is_better": higher_is_better,
-        "verdict": _verdict(difference, interval, higher_is_better, negligible),
+        "verdict": _verdict(difference, interval, higher_is_better, negligible, len(rows)),
     }
+
+
+def spread_of(line: dict[str, Any], decimals: int = 3) -> str:
+    """A report line's interval for people, or why there is none."""
+    if interval := line["interval"]:
+        return f"{interval[0]:+.{decimals}f} to {interval[1]:+.{decimals}f}"
+    return "too few rows" if line["n"] < 2 else "none: every row moved alike"
+
+
+def agreeing_interval(value: float, n: int, low: float, high: float) -> list[float]:
+    """95 % interval of a mean of which `n` rows all say `value`, whatever the others from `low` to `high` may say.
+
+    Let q be the share of all rows, seen or not, that say another value. All of n rows say this one with probability
+    (1 - q)^n, which is below 2.5 % for q above u = 1 - 0.025^(1/n): u is the upper end of Clopper and Pearson's
+    interval for 0 of n. With q at most u the mean, (1 - q) value + q (mean of the others), lies between
+    (1 - u) value + u low and (1 - u) value + u high. For a share that is 1 in all rows that is Clopper and Pearson's
+    0.025^(1/n) to 1; for a difference of two shares that is 0 in all rows, -u to u.
+    Source: Clopper and Pearson, Biometrika 26 (1934).
+    """
+    unseen: float = 1.0 - TAIL ** (1.0 / n)
+    return [(1.0 - unseen) * value + unseen * low, (1.0 - unseen) * value + unseen * high]
 
 
 def _values(sums: np.ndarray, perplexity: bool) -> tuple[Any, Any, Any]:
@@ -77,10 +112,12 @@ def bootstrap_interval(
     return [float(low), float(high)]
 
 
-def _verdict(difference: float, interval: list[float] | None, higher_is_better: bool | None, negligible: float) -> str:
-    if interval is None:
-        return "too few rows to tell"
-    if interval[0] <= 0 <= interval[1] or abs(difference) <= negligible:
+def _verdict(
+    difference: float, interval: list[float] | None, higher_is_better: bool | None, negligible: float, n: int
+) -> str:
+    if n < FEWEST:
+        return f"too few to judge ({n} row{'s' if n != 1 else ''})"
+    if abs(difference) <= negligible or (interval and interval[0] <= 0 <= interval[1]):
         return "no difference"
     if higher_is_better is None:
         return "higher" if difference > 0 else "lower"

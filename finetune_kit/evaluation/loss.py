@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from finetune_kit.model.packed import acts_on
 
 IGNORED = -100  # label of a token that is not trained
 LOGITS = 2**26  # most logits of one forward pass: 256 MiB in float32
+STRETCHES = 5  # of each paragraph of the general text: 35 in all, so that there are enough of them for a verdict
 GENERAL_TEXT = Path(__file__).with_name("general_text.txt")
 
 Row = tuple[Sequence[int], Sequence[int]]  # input_ids, labels
@@ -33,30 +35,61 @@ def row_losses(
     right. Where there are several processes each scores a share of the rows, and `progress` is told of its own. Raises
     NumericsError naming the row (by `where`) whose loss is not finite.
     """
-    nll = [0.0] * len(rows)
-    positions = [[at - 1 for at in range(1, len(labels)) if labels[at] != IGNORED] for _, labels in rows]
+    sums = _losses(model, rows, where, batch_size, lambda losses: [math.fsum(losses)], progress)
+    return [sum(total) for total in sums], [len(places) for places in _positions(rows)]
+
+
+def general_losses(model: Any, tokenizer: Any, batch_size: int) -> tuple[list[float], list[int]]:
+    """The same of the fixed general text, each of its paragraphs in STRETCHES of about equal length. A paragraph is one
+    row of the model's, so that a stretch is predicted from all of its paragraph before it."""
+    rows = general_rows(tokenizer)
+    where = [f"general text, paragraph {number}" for number in range(1, len(rows) + 1)]
+    nll, tokens = [], []
+    for losses in _losses(model, rows, where, batch_size, list):
+        edges = [len(losses) * part // STRETCHES for part in range(STRETCHES + 1)]
+        for begin, end in itertools.pairwise(edges):
+            nll.append(math.fsum(losses[begin:end]))
+            tokens.append(end - begin)
+    return nll, tokens
+
+
+def _positions(rows: Sequence[Row]) -> list[list[int]]:
+    """Of each row the places in front of its supervised tokens."""
+    return [[at - 1 for at in range(1, len(labels)) if labels[at] != IGNORED] for _, labels in rows]
+
+
+def _losses(
+    model: Any,
+    rows: Sequence[Row],
+    where: Sequence[str],
+    batch_size: int,
+    keep: Callable[[list[float]], list[float]],
+    progress: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """What `keep` makes of each row's negative log-likelihoods, one a supervised token; [] for a row without any."""
+    kept: list[list[float]] = [[] for _ in rows]
+    positions = _positions(rows)
     done = 0
 
     def score(batch: list[int]) -> None:
         nonlocal done
-        for index, value in zip(batch, _batch_nll(model, rows, positions, batch), strict=True):
-            if not math.isfinite(value):
+        for index, losses in zip(batch, _batch_losses(model, rows, positions, batch), strict=True):
+            if not math.isfinite(value := sum(losses)):
                 raise NumericsError(
                     f"{where[index]}: the model's loss is {value}.",
                     "The weights or the arithmetic broke: try model.dtype=float32 or a smaller train.learning_rate.",
                 )
-            nll[index] = value
+            kept[index] = keep(losses)
         done += len(batch)
         if progress is not None:
             progress(done)
 
-    def share(mine: list[int]) -> list[float]:
+    def share(mine: list[int]) -> list[list[float]]:
         in_batches(_plan(model, rows, positions, batch_size, mine), score, "scoring held-out rows")
-        return [nll[index] for index in mine]
+        return [kept[index] for index in mine]
 
     with evaluation_mode(model):
-        nll = processes.spread(len(rows), share, processes.is_sharded(model))
-    return nll, [len(row) for row in positions]
+        return processes.spread(len(rows), share, processes.is_sharded(model))
 
 
 def _plan(
@@ -84,7 +117,7 @@ def _plan(
     return sorted(batches, key=lambda batch: -sum(len(rows[index][0]) for index in batch))
 
 
-def _batch_nll(model: Any, rows: Sequence[Row], positions: list[list[int]], batch: list[int]) -> list[float]:
+def _batch_losses(model: Any, rows: Sequence[Row], positions: list[list[int]], batch: list[int]) -> list[list[float]]:
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -113,12 +146,11 @@ def _batch_nll(model: Any, rows: Sequence[Row], positions: list[list[int]], batc
         each = (row[own] for row, own in zip(logits, wanted[:, kept].to(logits.device), strict=True))
     else:
         each = (own for own in logits[0].split([len(positions[index]) for index in batch]))
-    nll = []
+    found: list[list[float]] = []
     for index, own in zip(batch, each, strict=True):
         targets = torch.tensor([rows[index][1][at + 1] for at in positions[index]], device=own.device)
-        losses = cross_entropy(own.float(), targets, reduction="none")
-        nll.append(float(losses.sum(dtype=torch.float64 if losses.device.type != "mps" else None)))
-    return nll
+        found.append(cross_entropy(own.float(), targets, reduction="none").tolist())
+    return found
 
 
 def general_rows(tokenizer: Any) -> list[Row]:

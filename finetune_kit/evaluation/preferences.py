@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import EvaluateConfig
 from finetune_kit.data.tokenise import sequences
-from finetune_kit.evaluation.intervals import ALIKE, entry
+from finetune_kit.evaluation.intervals import ALIKE, SHARE, entry
 from finetune_kit.evaluation.loss import Row
 
 if TYPE_CHECKING:
@@ -47,14 +47,15 @@ def entries(before: Measurement, after: Measurement, config: EvaluateConfig, bet
     margin_of = margins(before, after, beta)
     # a reward of 0 says nothing: half of such rows count as right
     right = [(1.0 if margin > 0 else 0.0) if margin else 0.5 for margin in margin_of]
-    lines = [entry("preference_accuracy", [0.5] * len(right), right, config, higher_is_better=True)]
+    half = [0.5] * len(right)
+    lines = [entry("preference_accuracy", half, right, config, higher_is_better=True, within=(-0.5, 0.5))]
     if before.paired:
         was, now = (
             [float(bad > good) for good, bad in zip(side.nll, side.rejected_nll, strict=True)]
             for side in (before, after)
         )
         lines.append(entry("reward_margin", [0.0] * len(margin_of), margin_of, config, higher_is_better=True))
-        lines.append(entry("chosen_is_likelier", was, now, config, higher_is_better=True))
+        lines.append(entry("chosen_is_likelier", was, now, config, higher_is_better=True, within=SHARE))
     lines.append(
         entry(
             "rejected_loss",

@@ -15,15 +15,15 @@ from typing import Any
 from finetune_kit import processes
 from finetune_kit.config import EvaluateConfig
 from finetune_kit.data.records import prompt_of, reference_of
+from finetune_kit.data.split import FEWEST
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.evaluation.compare import Progress, Report
-from finetune_kit.evaluation.intervals import ALIKE, entry
+from finetune_kit.evaluation.intervals import ALIKE, SHARE, agreeing_interval, entry
 from finetune_kit.generation import evaluation_mode
 from finetune_kit.model.reward import score_batch, score_rows
 
 CHECKED = 32  # pairs that are scored again, turned round and without their end tokens
-FEWEST_PAIRS = 20  # for a gate: with 4 pairs a coin passes 6 times in 100
 BINS = 10  # of the reliability plot, between a win probability of 0.5 and 1
 MISTAKES = 5  # pairs shown on which the model is most surely wrong
 UNMOVED = 1e-6  # a score that changes less than this share of the scores' spread did not see the token
@@ -140,8 +140,10 @@ def rights(differences: Sequence[float]) -> list[float]:
 
 
 def share_interval(values: Sequence[float]) -> list[float]:
-    """95 % interval of the mean of values from 0 to 1, by Wilson's score: never outside 0 to 1, and not of width 0
-    where all rows agree. Source: Wilson, JASA 22 (1927)."""
+    """95 % interval of the mean of values from 0 to 1, by Wilson's score (JASA 22, 1927), and Clopper and Pearson's
+    where all rows agree: never outside 0 to 1, and never of width 0."""
+    if min(values) == max(values):
+        return agreeing_interval(values[0], len(values), 0.0, 1.0)
     n, share = len(values), _mean(values)
     middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
@@ -229,7 +231,7 @@ def compare_rewards(before: Rewards, after: Rewards, data: Any, config: Evaluate
         raise ValueError("before and after were not measured on the same pairs")
     was, now = rights(before.differences), rights(after.differences)
     entries = [
-        entry("preference_accuracy", was, now, config, higher_is_better=True),
+        entry("preference_accuracy", was, now, config, higher_is_better=True, within=SHARE),
         entry("pair_loss", pair_losses(before.differences), pair_losses(after.differences), config, alike=ALIKE),
         entry("reward_margin", before.differences, after.differences, config, higher_is_better=True),
     ]
@@ -238,7 +240,7 @@ def compare_rewards(before: Rewards, after: Rewards, data: Any, config: Evaluate
     return Report(
         metrics=entries,
         main=entries[0]["name"],
-        verdict=_sentence(details),
+        verdict=_sentence(details, entries[0]),
         improved=entries[0]["verdict"] == "better",
         wins=sum(gain > 0 for gain in gains),
         ties=sum(gain == 0 for gain in gains),
@@ -282,9 +284,11 @@ def gate(differences: Sequence[float], length_rule_accuracy: float) -> dict[str,
     found = (
         f"accuracy {accuracy:.3f} on {len(right)} held-out pairs, 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
     )
+    facts = {"accuracy": accuracy, "interval": interval, "length_rule_accuracy": length_rule_accuracy}
+    if len(right) < FEWEST:
+        reason = f"{found}: too few to judge, {FEWEST} pairs are needed"
+        return {"passed": False, **facts, "reason": reason}
     against = []
-    if len(right) < FEWEST_PAIRS:
-        against.append(f"what fewer than {FEWEST_PAIRS} pairs can show")
     if not interval[0] > 0.5:
         against.append("0.5, which is chance")
     if not interval[0] > length_rule_accuracy:
@@ -294,13 +298,7 @@ def gate(differences: Sequence[float], length_rule_accuracy: float) -> dict[str,
         if against
         else f"its lower end is above chance and above the {length_rule_accuracy:.3f} of a length-only rule"
     )
-    return {
-        "passed": not against,
-        "accuracy": accuracy,
-        "interval": interval,
-        "length_rule_accuracy": length_rule_accuracy,
-        "reason": reason,
-    }
+    return {"passed": not against, **facts, "reason": reason}
 
 
 def _spread(scores: Sequence[float]) -> dict[str, float]:
@@ -358,10 +356,13 @@ def _mistakes(after: Rewards, data: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _sentence(details: dict[str, Any]) -> str:
+def _sentence(details: dict[str, Any], main: dict[str, Any]) -> str:
     """The verdict in words: the gate first, then what a user of the scores should know."""
     passed, sure, ends = details["gate"]["passed"], details["calibration"], details["end_token"]
-    text = f"{'Good' if passed else 'Not good'} enough for PPO: {details['gate']['reason']}."
+    opening = f"{'Good' if passed else 'Not good'} enough for PPO"
+    if main["n"] < FEWEST:
+        opening = main["verdict"].capitalize()
+    text = f"{opening}: {details['gate']['reason']}."
     by_length = details["length_correlation"]["differences_within_pairs"]
     if by_length is not None and abs(by_length) > 0.5:
         text += f" It goes by length: rewards and lengths within pairs correlate by {by_length:+.2f}."

@@ -1,5 +1,6 @@
 """From a path to tokens and a ledger in which every row is accounted for."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,8 +12,9 @@ from finetune_kit.config import DataConfig
 from finetune_kit.data.ledger import Ledger, same_key
 from finetune_kit.data.load import Data, load_data
 from finetune_kit.data.records import PromptCompletion, Text, reference_of
-from finetune_kit.data.split import held_out_count, split_off
+from finetune_kit.data.split import RULE, held_out_count, split_off
 from finetune_kit.errors import DataError, ResourceError, SettingsError
+from tests.fixtures_cli import ROOT
 from tests.fixtures_data import assistant, bpe_tokenizer, conversation, user, write_jsonl
 
 
@@ -33,7 +35,7 @@ def test_the_columns_are_tokens_labels_and_the_row_they_came_from(tmp_path):
     tokenizer = bpe_tokenizer()
     data = load(tmp_path, pairs(40), tokenizer=tokenizer)
     assert data.kind == "prompt_completion"
-    assert (len(data.train), len(data.held_out)) == (38, 2)
+    assert (len(data.train), len(data.held_out)) == (32, 8)
     assert data.train.column_names == ["input_ids", "labels", "row"]
     assert str(data.train.features["input_ids"].feature.dtype) == "int32"
     for row in data.train:
@@ -53,10 +55,29 @@ def test_the_same_seed_gives_the_same_data_and_another_one_another_split(tmp_pat
 
 @pytest.mark.parametrize(
     ("size", "rows", "expected"),
-    [(None, 100, 5), (None, 3, 1), (None, 10_000, 256), (0.25, 100, 25), (7, 100, 7), (0, 100, 0), (0.001, 100, 1)],
+    [
+        *((None, 1, 1), (None, 3, 1), (None, 60, 12), (None, 99, 19), (None, 100, 20), (None, 400, 20)),
+        *((None, 401, 20), (None, 1000, 50), (None, 5000, 250), (None, 10_000, 256)),
+        *((0.25, 100, 25), (7, 100, 7), (0, 100, 0), (0.001, 100, 1)),
+    ],
 )
-def test_held_out_are_5_percent_at_most_256_or_what_is_asked_for(size, rows, expected):
+def test_held_out_are_5_percent_with_at_least_20_where_there_are_100_or_what_is_asked_for(size, rows, expected):
     assert held_out_count(size, rows) == expected
+
+
+def test_the_rule_is_told_in_the_same_words_wherever_it_is_told():
+    told = next(item for item in dataclasses.fields(DataConfig) if item.name == "held_out_size").metadata["help"]
+    assert told.endswith(f"unset: {RULE}")
+    assert RULE in (ROOT / "docs" / "data.md").read_text()
+
+
+def test_prompts_and_answers_that_both_sides_have_are_counted_in_a_note(tmp_path):
+    held = [{"question": "question 3?", "answer": "another"}, {"question": "new?", "answer": "ANSWER  4"}]
+    data = load(tmp_path, pairs(50), held_out_path=write_jsonl(tmp_path / "held.jsonl", held))
+    assert "1 of 2 held-out prompts are in training rows, too: there memory counts as skill" in data.ledger.notes
+    assert "1 of 2 held-out answers are in training rows, too: there memory counts as skill" in data.ledger.notes
+    apart = load(tmp_path, pairs(50), held_out_path=write_jsonl(tmp_path / "held.jsonl", pairs(2, 90)))
+    assert not [note for note in apart.ledger.notes if "in training rows, too" in note]
 
 
 def test_rows_with_the_same_prompt_stay_on_one_side():
@@ -68,7 +89,7 @@ def test_rows_with_the_same_prompt_stay_on_one_side():
 
 def test_one_prompt_for_all_rows_can_still_be_split_but_one_row_cannot():
     train, held = split_off([conversation(user("go"), assistant(f"a{i}")) for i in range(20)], None, seed=0)
-    assert (len(train), len(held)) == (19, 1)
+    assert (len(train), len(held)) == (16, 4)
     with pytest.raises(DataError, match=r"1 rows are too few, or too alike.*\n.*data.held_out_path"):
         split_off([conversation(user("a"), assistant("b"))], None, seed=0)
 
@@ -127,7 +148,7 @@ def test_different_kinds_of_rows_do_not_mix(tmp_path):
 
 def test_size_draws_training_rows_and_leaves_the_held_out_ones(tmp_path):
     data = load(tmp_path, pairs(100), size=10)
-    assert (len(data.train), len(data.held_out)) == (10, 5)
+    assert (len(data.train), len(data.held_out)) == (10, 20)
 
 
 def test_empty_answers_are_dropped_and_counted_but_more_than_max_lost_is_an_error(tmp_path):
@@ -278,7 +299,7 @@ def test_preferences_and_prompts_are_found_and_counted(tmp_path):
     data = load(tmp_path, rows, kind="preference")
     assert data.kind == "preference"
     assert data.train.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "margin", "row"]
-    assert (data.ledger.train.trained, data.ledger.held_out.trained) == (19, 1)
+    assert (data.ledger.train.trained, data.ledger.held_out.trained) == (16, 4)
     prompts = load(tmp_path, pairs(20), kind="prompt")
     assert prompts.kind == "prompt"
     assert not any(isinstance(record, PromptCompletion) for record in prompts.train_records)

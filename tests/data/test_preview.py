@@ -42,9 +42,9 @@ def test_with_colour_there_are_no_marks(data):
 
 def test_as_data_it_has_rows_tokens_ledger_lengths_and_the_supervised_text(data):
     preview = json.loads(json.dumps(preview_json(data, TOKENIZER, 2)))
-    assert preview["rows"] == 38
+    assert preview["rows"] == 32
     assert preview["supervised_tokens"] == data.ledger.train.supervised_tokens
-    assert preview["ledger"]["train"]["trained"] == 38
+    assert preview["ledger"]["train"]["trained"] == 32
     assert preview["samples"][0]["supervised_text"] == ["word end<|im_end|>"]
     assert preview["lengths"] == lengths(data) == [len(ids) for ids in data.train["input_ids"]]
     assert preview["end_tokens"] == ["<|im_end|>"]

@@ -10,7 +10,7 @@ import torch
 from finetune_kit.config import EvaluateConfig
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.evaluation.compare import Measurement, compare, held_out_scores, measure
-from finetune_kit.evaluation.intervals import bootstrap_interval
+from finetune_kit.evaluation.intervals import SHARE, agreeing_interval, bootstrap_interval, entry, spread_of
 from finetune_kit.generation import Completion
 from tests.fixtures_evaluation import byte_tokenizer, held_out, tiny_llama
 
@@ -104,7 +104,10 @@ def test_an_identical_measurement_is_no_difference_with_a_difference_of_exactly_
     values = list(np.random.default_rng(0).random(40))
     report = compare(scored(values, values), scored(values, values), CONFIG)
     assert [entry["difference"] for entry in report.metrics] == [0.0] * len(report.metrics)
-    assert [entry["interval"] for entry in report.metrics] == [[0.0, 0.0]] * len(report.metrics)
+    unseen = 1 - 0.025 ** (1 / 40)
+    assert only(report, "exact_match")["interval"] == pytest.approx([-unseen, unseen])
+    assert {only(report, name)["interval"] for name in ("held_out_loss", "answer_tokens")} == {None}
+    assert spread_of(only(report, "held_out_loss")) == "none: every row moved alike"
     assert {entry["verdict"] for entry in report.metrics} == {"no difference"}
     assert report.verdict.startswith("No difference")
     assert (report.improved, report.wins, report.ties, report.losses) == (False, 0, 40, 0)
@@ -131,12 +134,44 @@ def test_without_scores_the_held_out_loss_decides_and_less_is_better():
     assert perplexity["verdict"] == "better"
 
 
-def test_one_row_is_too_few_to_tell():
-    report = compare(scored([0.0]), scored([1.0]), CONFIG)
-    assert only(report, "exact_match")["interval"] is None
-    assert only(report, "exact_match")["verdict"] == "too few rows to tell"
-    assert report.verdict.startswith("Too few rows to tell")
+@pytest.mark.parametrize(("rows", "said"), [(1, "1 row"), (3, "3 rows"), (19, "19 rows")])
+def test_below_20_rows_every_verdict_is_too_few_to_judge_with_their_number(rows, said):
+    before, after = scored([0.0] * rows, [9.0 + row for row in range(rows)]), scored([1.0] * rows, ended=False)
+    before.general_nll, after.general_nll = [30.0] * rows, [40.0] * rows
+    before.general_tokens = after.general_tokens = [10] * rows
+    report = compare(before, after, CONFIG)
+    assert {entry["verdict"] for entry in report.metrics} == {f"too few to judge ({said})"}
+    assert len(report.metrics) == 6
+    assert report.verdict.startswith(f"Too few to judge ({said}): exact_match 0.000 → 1.000")
     assert not report.improved
+    enough = compare(scored([0.0] * 20), scored([1.0] * 20), CONFIG)
+    assert enough.improved
+    assert enough.verdict.startswith("Better: exact_match 0.000 → 1.000 (difference +1.000, 95 % interval +0.663 to ")
+
+
+def test_where_all_rows_agree_a_share_s_interval_is_clopper_and_pearson_s():
+    # scipy.stats.binomtest(20, 20).proportion_ci(method="exact") is (0.83157, 1.0)
+    assert agreeing_interval(1.0, 20, 0.0, 1.0) == pytest.approx([0.8315665, 1.0])
+    assert agreeing_interval(0.0, 20, 0.0, 1.0) == pytest.approx([0.0, 0.1684335])
+    config = EvaluateConfig(bootstrap_samples=50)
+    gained = entry("x", [0.0] * 30, [1.0] * 30, config, higher_is_better=True, within=SHARE)
+    assert gained["interval"] == pytest.approx([2 * 0.025 ** (1 / 30) - 1, 1.0])
+    assert gained["verdict"] == "better"
+    same = entry("x", [1.0] * 30, [1.0] * 30, config, higher_is_better=True, within=SHARE)
+    assert same["interval"] == pytest.approx([0.025 ** (1 / 30) - 1, 1 - 0.025 ** (1 / 30)])
+    assert same["verdict"] == "no difference"
+    longer = entry("x", [4.0] * 30, [7.0] * 30, config, higher_is_better=None)  # of any number there is no bound
+    assert (longer["interval"], longer["verdict"]) == (None, "higher")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.99])
+def test_the_exact_interval_misses_a_true_share_in_at_most_5_of_100_samples_that_agree(share):
+    # of the samples of 20 rows those that agree: all right, or all wrong
+    missed = 0.0
+    for value, chance in ((1.0, share**20), (0.0, (1 - share) ** 20)):
+        low, high = agreeing_interval(value, 20, 0.0, 1.0)
+        missed += chance * (not low <= share <= high)
+    assert missed <= 0.05
 
 
 def test_a_loss_of_900_nats_a_token_has_no_perplexity_instead_of_an_infinite_one():
@@ -151,8 +186,8 @@ def test_a_loss_of_900_nats_a_token_has_no_perplexity_instead_of_an_infinite_one
 
 def test_forgetting_and_answers_that_no_longer_end_are_said_in_the_verdict():
     before, after = scored([0.0] * 20), scored([1.0] * 20, ended=False)
-    before.general_nll, after.general_nll = [30.0] * 7, [40.0] * 7
-    before.general_tokens = after.general_tokens = [10] * 7
+    before.general_nll, after.general_nll = [30.0] * 35, [40.0] * 35
+    before.general_tokens = after.general_tokens = [10] * 35
     report = compare(before, after, CONFIG)
     assert report.improved
     assert "General text got worse: 3.000 → 4.000." in report.verdict
@@ -175,8 +210,10 @@ def test_measuring_twice_gives_no_difference_and_report_json_that_is_plain_json(
         "answers_ended",
         "answer_tokens",
     ]
-    assert {(entry["difference"], entry["verdict"]) for entry in report.metrics} == {(0.0, "no difference")}
-    assert [entry["n"] for entry in report.metrics] == [6, 9, 9, 7, 6, 6]
+    assert {entry["difference"] for entry in report.metrics} == {0.0}
+    assert [entry["n"] for entry in report.metrics] == [6, 9, 9, 35, 6, 6]
+    assert only(report, "general_text_loss")["verdict"] == "no difference"
+    assert only(report, "held_out_loss")["verdict"] == "too few to judge (9 rows)"
     content = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert content["rows"] == {"held_out": 9, "answered": 6}
     assert content["decoding"] == {"do_sample": False, "max_new_tokens": 8 + 8, "end_tokens": ["<|im_end|>"]}
@@ -187,8 +224,8 @@ def test_measuring_twice_gives_no_difference_and_report_json_that_is_plain_json(
 
 
 def test_a_model_trained_on_the_rows_is_better_and_the_same_with_another_batch_size():
-    data, model = held_out(TOKENIZER, PAIRS), tiny_llama()
-    config = EvaluateConfig(size=9, batch_size=7, bootstrap_samples=400, general_text=False)
+    data, model = held_out(TOKENIZER, (PAIRS * 3)[:20]), tiny_llama()
+    config = EvaluateConfig(size=20, batch_size=7, bootstrap_samples=400, general_text=False)
     before = measure(model, TOKENIZER, data, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
@@ -204,7 +241,7 @@ def test_a_model_trained_on_the_rows_is_better_and_the_same_with_another_batch_s
     assert after.loss == pytest.approx(only(report, "held_out_loss")["after"])
     assert sum(completion.ended for completion in after.completions) > sum(c.ended for c in before.completions)
     assert model.training
-    one = measure(model, TOKENIZER, data, EvaluateConfig(size=9, batch_size=1, general_text=False))
+    one = measure(model, TOKENIZER, data, EvaluateConfig(size=20, batch_size=1, general_text=False))
     assert one.nll == pytest.approx(after.nll, rel=1e-4, abs=1e-4)
     assert [completion.text for completion in one.completions] == [c.text for c in after.completions]
 

@@ -28,6 +28,12 @@ def pairs(chosen: list[float], rejected: list[float]) -> Measurement:
 BEFORE = pairs([-20.0, -21, -22, -23], [-18.0, -19, -20, -30])
 
 
+def five_times(measured: Measurement) -> Measurement:
+    """As many rows as a verdict needs."""
+    lists = ("nll", "tokens", "rejected_nll", "rejected_tokens")
+    return replace(measured, **{name: getattr(measured, name) * 5 for name in lists})
+
+
 def found(before: Measurement, after: Measurement, beta: float = 0.1) -> dict[str, dict[str, float]]:
     return {entry["name"]: entry for entry in compare(before, after, CONFIG, beta).metrics}
 
@@ -43,7 +49,7 @@ def test_rewards_are_beta_times_what_the_log_probability_gained() -> None:
 def test_nothing_learned_is_half_right_with_no_margin_and_no_difference() -> None:
     noise = pairs([-20.0005, -21, -22, -23.0005], [-18.0, -19.0005, -20, -30])
     for after in (BEFORE, noise):  # 5e-5 nats a token are rounding
-        entries = found(BEFORE, after)
+        entries = found(five_times(BEFORE), five_times(after))
         assert (entries["preference_accuracy"]["before"], entries["preference_accuracy"]["after"]) == (0.5, 0.5)
         assert entries["reward_margin"]["after"] == 0
         assert entries["preference_accuracy"]["verdict"] == entries["held_out_loss"]["verdict"] == "no difference"
@@ -59,10 +65,15 @@ def test_accuracy_counts_pairs_won_and_half_of_those_that_did_not_move() -> None
 
 def test_a_falling_likelihood_of_the_chosen_answers_is_said_in_words() -> None:
     after = pairs([-30.0, -31, -32, -33], [-58.0, -59, -60, -70])
-    report = compare(BEFORE, after, CONFIG, 0.1)
+    report = compare(five_times(BEFORE), five_times(after), CONFIG, 0.1)
     assert report.main == "preference_accuracy"
     assert "The chosen answers became less likely, nats a token: 2.150 → 3.150." in report.verdict
-    assert (report.wins, report.ties, report.losses) == (4, 0, 0)
+    assert (report.wins, report.ties, report.losses) == (20, 0, 0)
+    accuracy = report.metrics[0]  # 20 of 20: Clopper and Pearson's lower end is 0.832
+    assert [round(end + 0.5, 3) for end in accuracy["interval"]] == [0.832, 1.0]
+    few = compare(BEFORE, after, CONFIG, 0.1)
+    assert {line["verdict"] for line in few.metrics} == {"too few to judge (4 rows)"}
+    assert "less likely" not in few.verdict
 
 
 def test_on_the_way_the_loss_is_the_sigmoid_loss_at_beta() -> None:

@@ -25,14 +25,14 @@ HISTORY = [
 VOID = {"meta", "circle", "line", "polyline", "br"}
 
 
-def a_report(text=EVIL, n=12):
+def a_report(text=EVIL, n=20):
     def measured(score, nll):
         return Measurement(
             metrics={"exact_match": [score] * n},
             nll=[nll] * n,
             tokens=[4] * n,
-            general_nll=[9.0] * 7,
-            general_tokens=[3] * 7,
+            general_nll=[9.0] * 35,
+            general_tokens=[3] * 35,
             where=[f"held.jsonl:{row}" for row in range(n)],
             prompts=[text] * n,
             references=["expected " + text] * n,
@@ -104,7 +104,7 @@ def test_the_page_holds_verdict_table_curves_samples_settings_and_ledger(page):
     assert '<p class="verdict better">Better: exact_match 0.000 → 1.000' in page
     assert "exact match ↑" in page
     assert "held-out loss, nats/token ↓" in page
-    assert "12 won, 0 tied, 0 lost" in page
+    assert "20 won, 0 tied, 0 lost" in page
     assert page.count("<polyline") == 2
     assert page.count('class="sample"') == 8
     assert page.count("cut off") == 8  # before: not one answer ended by itself
@@ -161,7 +161,7 @@ def test_the_terminal_shows_table_verdict_and_3_samples_with_brackets_as_they_ar
     print_report(a_report("[bold]hi[/bold]"), Console(file=screen, width=120))
     shown = screen.getvalue()
     assert "exact match ↑" in shown
-    assert "+1.000 [+1.000, +1.000]" in shown
+    assert "+1.000 [+0.663, +1.000]" in shown
     assert "Better: exact_match 0.000 → 1.000" in shown
     assert shown.count("answer 1.0") == 3
     assert "[bold]hi[/bold]" in shown

@@ -90,7 +90,8 @@ def test_the_interval_of_a_share_holds_it_in_about_95_of_100_draws_and_stays_wit
             held += low <= truth <= high
         assert 0.92 <= held / 400 <= 0.99
     low, high = share_interval([1.0] * 20)
-    assert (round(low, 3), high) == (0.839, 1.0)
+    assert (round(low, 3), high) == (0.832, 1.0)  # Clopper and Pearson's
+    assert share_interval([0.5] * 20) == pytest.approx([0.5 - 0.168 / 2, 0.5 + 0.168 / 2], abs=1e-3)
 
 
 def test_the_length_rule_is_chosen_on_the_training_pairs_and_measured_on_the_held_out_ones() -> None:
@@ -272,4 +273,5 @@ def test_metrics_of_answers_no_pairs_and_a_broken_head_are_refused(measured, tmp
 def test_a_gate_does_not_pass_on_fewer_than_20_pairs() -> None:
     few, enough = gate([1.0] * 19, 0.5), gate([1.0] * 20, 0.5)
     assert (few["passed"], enough["passed"]) == (False, True)
-    assert "fewer than 20 pairs" in few["reason"]
+    assert "on 19 held-out pairs" in few["reason"]
+    assert few["reason"].endswith("too few to judge, 20 pairs are needed")
