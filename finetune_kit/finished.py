@@ -86,7 +86,10 @@ def open_run(folder: Path, words: list[str], recipe: str | None = None) -> Finis
     if not any(folder.glob("*.safetensors")):
         raise SettingsError(f"{folder} is a run that has not finished: it holds no weights.")
     for word in words:
-        if word.split(".")[0] not in ("data", "evaluate") and word.split("=")[0] not in (*OF_ITS_BASE, "reward.sources"):
+        if word.split(".")[0] not in ("data", "evaluate") and word.split("=")[0] not in (
+            *OF_ITS_BASE,
+            "reward.sources",
+        ):
             raise SettingsError(
                 f"{word} has no effect on a finished run.",
                 "Only data.… and evaluate.… settings act here, reward.sources, and model.name_or_path where its base "

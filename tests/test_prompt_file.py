@@ -165,7 +165,7 @@ def test_a_prompt_is_a_string_or_messages_whose_last_answer_is_not_fed_and_blank
         ("{}", r"prompts\.jsonl:2: neither `prompt` nor `messages`; found no field"),
         ('{"prompt": " "}', r"prompts\.jsonl:2: an empty prompt"),
         ('{"prompt": null}', r"prompts\.jsonl:2: prompt: content is null or missing"),
-        ('{"prompt": 3}', r"prompts\.jsonl:2: content is a number"),
+        ('{"prompt": 3}', r"prompts\.jsonl:2: prompt: content is a number"),
         ('{"messages": []}', r"prompts\.jsonl:2: the list of messages is empty"),
         (
             '{"messages": [{"role": "bard", "content": "a"}]}',

@@ -54,7 +54,8 @@ class Ledger:
 
     `listed`: {split, where, what}. `fingerprint`: sha256 of the content of all rows, in order. `unused_columns`: rows
     in which a column says something that becomes no part of a record, `messages[].key` a key of its turns.
-    `special_tokens_in_text`: rows that hold a special token in their text, of `special_rows` in all.
+    `special_tokens_in_text`: rows that hold a special token in their text, of `special_rows` in all;
+    `mimicking_rows`: text like the template's own between two turns, where that is no token.
     """
 
     splits: dict[str, Counts] = field(default_factory=lambda: {"train": Counts(), "held_out": Counts()})
@@ -64,6 +65,7 @@ class Ledger:
     unused_columns: Counter[str] = field(default_factory=Counter)
     special_tokens_in_text: Counter[str] = field(default_factory=Counter)
     special_rows: int = 0
+    mimicking_rows: int = 0
 
     @property
     def train(self) -> Counts:
@@ -110,6 +112,7 @@ class Ledger:
             **{name: {**asdict(counts), "dropped": dict(counts.dropped)} for name, counts in self.splits.items()},
             "unused_columns": dict(self.unused_columns),
             "special_tokens_in_text": {"rows": self.special_rows, "tokens": dict(self.special_tokens_in_text)},
+            "rows_like_turns": self.mimicking_rows,
             "notes": self.notes,
             "fingerprint": self.fingerprint,
             "rows_not_kept_whole": self.listed,

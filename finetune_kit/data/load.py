@@ -200,6 +200,11 @@ def _warn(config: DataConfig, kind: str, ledger: Ledger) -> None:
             f"{ledger.special_rows} rows hold special tokens in their text ({tokens}): "
             f"{done[config.special_tokens_in_text]} (data.special_tokens_in_text={config.special_tokens_in_text})"
         )
+    if ledger.mimicking_rows:
+        ledger.note(
+            f"{ledger.mimicking_rows} rows hold the very text that the chat template parts turns with, which is no "
+            "token: the model sees more turns there than there are"
+        )
     if 0 < measured < FEWEST:
         ledger.note(
             f"only {measured} held-out rows: too few to judge, a verdict needs {FEWEST}; "

@@ -78,6 +78,26 @@ def why_not(tokenizer: Any, value: Any) -> str:
     return twin if isinstance(twin, str) else ""
 
 
+def plain_marks(tokenizer: Any) -> tuple[str, ...]:
+    """What parts an answer from its question in the template, where no token does: text that a row may hold, too."""
+    return _plain_marks(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else ()
+
+
+@lru_cache(maxsize=16)
+def _plain_marks(tokenizer: Any, templates: str) -> tuple[str, ...]:
+    marks: dict[str, None] = {}
+    names = [str(token.content) for token in tokenizer.added_tokens_decoder.values()]
+    for turns in (_PROBE[1:], as_parts(_PROBE[1:])):
+        try:
+            text = render(tokenizer, turns, None, None, True, template_of(tokenizer))
+        except Exception:  # as above
+            continue
+        for between in re.findall(r"Probe (?:user|assistant)(.*?)(?=Probe |\Z)", text, re.DOTALL):
+            if between.strip() and not any(name and name in between for name in names):
+                marks[between.strip()] = None
+    return tuple(mark for mark in marks if len(mark) > 2)
+
+
 def hide(tokenizer: Any, value: Any) -> Any:
     """Messages or tools with each special token in their text hidden from the template."""
 

@@ -210,14 +210,16 @@ def _probe(tokenizer: Any, template: str, eos: str, kwargs_json: str) -> Dialect
     system: Message = {"role": "system", "content": "ProbeSystem"}
     late: Message = {"role": "system", "content": "ProbeLate"}
     thinking = [key for key in THOUGHTS if _shows_thought(shown, write, question, {**answer, key: "ProbeThought"})]
+    has_system = bool(shown(write([system, question, answer]), [*words, "ProbeSystem"]))
     tail = text[text.rindex("ProbeAnswer") + len("ProbeAnswer") :]
     return Dialect(
         template=template,
         parts=parts,
-        system=bool(shown(write([system, question, answer]), [*words, "ProbeSystem"])),
+        system=has_system,
         several=bool(shown(write([system, late, question, answer]), [*words, "ProbeSystem", "ProbeLate"])),
         late=all(
-            shown(write(turns), [*words, "ProbeLate"])
+            shown(write([*first, *turns]), [*words, "ProbeLate", *(turn["content"] for turn in first)])
+            for first in (([], [system]) if has_system else ([],))
             for turns in ([question, answer, late, question, answer], [question, late, answer])
         ),
         tools=bool(shown(write([question, answer]), [*words, "probe_tool"], [_PROBE_TOOL])),

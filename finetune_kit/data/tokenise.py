@@ -26,6 +26,7 @@ from finetune_kit.data.records import (
     Text,
     prompt_of,
 )
+from finetune_kit.data.special import plain_marks
 from finetune_kit.errors import DataError
 
 
@@ -189,6 +190,9 @@ def _special(record: Record, texts: Any, config: DataConfig, tokenizer: Any, led
     if found:
         ledger.special_tokens_in_text.update(found)
         ledger.special_rows += 1
+    if not isinstance(record, Text):
+        said = [str(turn["content"]) for turns in texts if turns for turn in turns if "content" in turn]
+        ledger.mimicking_rows += any(mark in text for mark in plain_marks(tokenizer) for text in said)
     return reason
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from finetune_kit.config import RecipeConfig
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
+from finetune_kit.data.special import found_in
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.rl.rewards import Part, Rewards, checked
 
@@ -29,6 +30,12 @@ def prompt_rows(data: Data, tokenizer: Any) -> Any:
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, **data.chat_template_kwargs
             )["input_ids"]
         if rendered != list(row["prompt_ids"]):
+            if found_in(tokenizer, messages):
+                raise DataError(
+                    f"{record.where}: special tokens in its text ({', '.join(found_in(tokenizer, messages))}), of which "
+                    "TRL would make turns.",
+                    "Leave such rows out: data.special_tokens_in_text=refuse. Or take run ppo, which reads them as text.",
+                )
             raise DataError(
                 f"{record.where}: TRL would render this prompt in other tokens than it is served with.",
                 "Take run ppo, which samples from our own tokens, or rows without tools and system turns.",

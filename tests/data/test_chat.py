@@ -397,3 +397,112 @@ def test_bare_strings_are_joined_as_they_are_and_end_with_eos():
     (sample,) = made(record, tokenizer)
     assert spelled(sample, tokenizer) == "the answ⟦er is 4<|im_end|>⟧"
     assert sample.input_ids[: sample.turns[0][0]] == render_prompt(tokenizer, record.messages[:1])
+
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+LATE = {"role": "system", "content": "Be brief."}
+FIRST_SYSTEM_ALONE = (  # one system turn at the beginning, all others are passed over in silence
+    "{% if messages[0]['role'] == 'system' %}{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{% endif %}" + SILENT_SYSTEM
+)
+LAST_SYSTEM_WINS = (
+    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{% set ns.system = m['content'] %}{% endif %}{% endfor %}"
+    "{% if ns.system %}{{ '<|im_start|>system\n' + ns.system + '<|im_end|>\n' }}{% endif %}" + SILENT_SYSTEM
+)
+
+
+def test_system_turns_that_the_template_shows_stay_where_they_are():
+    notes: list[str] = []
+    (sample,) = made(conversation(SYSTEM, LATE, user("a"), assistant("b"), LATE, user("c"), assistant("d")),
+                     bpe_tokenizer(), notes)  # fmt: skip
+    roles = re.findall(r"<\|im_start\|>(\w+)", spelled(sample, bpe_tokenizer()))
+    assert roles == ["system", "system", "user", "assistant", "system", "user", "assistant"]
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    "template", [FIRST_SYSTEM_ALONE, LAST_SYSTEM_WINS, SILENT_SYSTEM], ids=["first", "last", "none"]
+)
+@pytest.mark.parametrize(
+    "turns",
+    [
+        (SYSTEM, LATE, user("a"), assistant("b")),
+        (SYSTEM, user("a"), assistant("b"), LATE, user("c"), assistant("d")),
+        (SYSTEM, user("a"), LATE, assistant("b")),
+        (user("a"), assistant("b"), LATE, LATE, assistant("d")),
+        (SYSTEM, user("a"), assistant("b"), user("c"), LATE, assistant("d")),
+    ],
+    ids=["two at first", "between", "before the answer", "alone", "behind the user's"],
+)
+def test_system_turns_that_the_template_passes_over_are_kept_as_text_and_noted(template, turns):
+    tokenizer, notes = bpe_tokenizer(template), []
+    (sample,) = made(conversation(*turns), tokenizer, notes)
+    text = spelled(sample, tokenizer)
+    for turn in turns:
+        assert turn["content"] in text
+    assert notes
+    last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    assert sample.input_ids[: sample.turns[-1][0]] == render_prompt(tokenizer, list(turns[:last]))
+    assert len(sample.turns) == sum(turn["role"] == "assistant" for turn in turns)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_in_every_template_trl_ships_every_turn_is_shown_or_the_row_is_refused_with_the_reason(name):
+    tokenizer = shipped(name)
+    turns = (
+        SYSTEM,
+        LATE,
+        user("Hello"),
+        assistant("Hi!"),
+        LATE | {"content": "Be quick."},
+        user("7 - 3?"),
+        assistant("4"),
+    )
+    text = "".join(spelled(sample, tokenizer) for sample in made(conversation(*turns), tokenizer))
+    assert all(turn["content"] in text for turn in turns)
+    assert all(turn["content"] in tokenizer.decode(render_prompt(tokenizer, list(turns[:-1]))) for turn in turns[:-1])
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_that_leaves_a_turn_out_is_found_whoever_speaks(role):
+    skips = f"{{% if not ('secret' in message['content'] and message['role'] == '{role}') %}}"
+    template = CHATML.replace("{{ '<|im_start|>' + message", skips + "{{ '<|im_start|>' + message", 1).replace(
+        "{% endfor %}", "{% endif %}{% endfor %}", 1
+    )
+    turns = [user("a secret q"), assistant("a secret answer"), user("c"), assistant("d")]
+    with pytest.raises(DataError, match=rf"rows.jsonl:1: the chat template leaves out turn \d \({role}\)"):
+        made(conversation(*turns), bpe_tokenizer(template), train_on="last")
+    with pytest.raises(DataError, match="prompt: the chat template leaves out turn"):
+        render_prompt(bpe_tokenizer(template), turns[:3])
+
+
+def test_a_switch_that_a_template_takes_out_of_a_text_is_no_loss():
+    template = CHATML.replace("message['content']", "message['content'] | replace('/no_think', '')")
+    (sample,) = made(conversation(SYSTEM | {"content": "Be kind. /no_think"}, user("a"), assistant("b")),
+                     bpe_tokenizer(template))  # fmt: skip
+    assert "Be kind." in spelled(sample, bpe_tokenizer(template))
+
+
+def test_of_named_templates_rows_with_tools_take_tool_use_and_the_others_the_default():
+    tokenizer = bpe_tokenizer()
+    tool_use = (TRL_TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = {"default": SILENT_SYSTEM, "tool_use": tool_use}
+    notes: list[str] = []
+    (with_tools,) = made(conversation(*TOOL_TURNS, tools=[TOOL]), tokenizer, notes)
+    alone = bpe_tokenizer(tool_use)
+    (expected,) = made(conversation(*TOOL_TURNS, tools=[TOOL]), alone)
+    assert (with_tools.input_ids, notes) == (expected.input_ids, [])
+    assert render_prompt(tokenizer, list(TOOL_TURNS[:3]), [TOOL]) == render_prompt(alone, list(TOOL_TURNS[:3]), [TOOL])
+    assert with_tools.input_ids[: with_tools.turns[0][0]] == tokenizer.apply_chat_template(
+        list(TOOL_TURNS[:1]), tools=[TOOL], add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]  # fmt: skip
+    (plain,) = made(conversation(*TWO_TURNS), tokenizer)
+    assert plain.input_ids == made(conversation(*TWO_TURNS), bpe_tokenizer(SILENT_SYSTEM))[0].input_ids
+
+
+def test_named_templates_without_a_default_are_refused_with_their_names():
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = {"rag": CHATML}
+    with pytest.raises(DataError, match=r"several chat templates and none for these conversations.*rag"):
+        made(conversation(*TWO_TURNS), tokenizer)

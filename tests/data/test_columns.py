@@ -36,13 +36,12 @@ KINDS = {
     "labelled_completion": ({"prompt": "Why?", "completion": "So.", "label": True}, lambda r: r.prompt),
     "prompt": ({"prompt": "Why?"}, lambda r: r.messages),
 }
-RECIPE_KIND = {"ranked": "preference", "voted": "preference"}
+OTHERS = {name: name for name in ("preference", "labelled_completion", "prompt")}
+OTHERS |= {"ranked": "preference", "voted": "preference"}
 
 
 def kind_of(name):
-    return (
-        name if name in ("preference", "labelled_completion", "prompt") else RECIPE_KIND.get(name, "prompt_completion")
-    )
+    return OTHERS.get(name, "prompt_completion")
 
 
 @pytest.mark.parametrize("name", KINDS)

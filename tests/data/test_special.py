@@ -245,3 +245,17 @@ def test_bare_prompts_and_completions_and_documents_are_text_all_through():
     (text,) = made(Text("a.txt:1", "one<|im_end|>two"), tokenizer)
     assert count(tokenizer, text.input_ids, "<|im_end|>") == 1
     assert ids_of_text(tokenizer, "one") == tokenizer("one")["input_ids"]
+
+
+def test_text_like_a_turn_where_the_template_has_no_token_for_it_is_counted_and_told(tmp_path):
+    template = (
+        "{% for m in messages %}{{ '### ' + ('Human' if m['role'] == 'user' else 'Bot') + ':\n' + m['content'] + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '### Bot:\n' }}{% endif %}"
+    )
+    rows = [{"question": f"{i}?", "answer": "a"} for i in range(9)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"question": "x\n### Bot:\nyes", "answer": "b"}])
+    config = DataConfig(path=path, held_out_size=0)
+    data = load_data(config, "prompt_completion", bpe_tokenizer(template, ()))
+    assert data.ledger.to_json()["rows_like_turns"] == 1
+    assert [note for note in data.ledger.notes if note.startswith("1 rows hold the very text")]
+    assert load_data(config, "prompt_completion", bpe_tokenizer()).ledger.mimicking_rows == 0
