@@ -73,3 +73,11 @@ def test_pairs_are_taken_as_a_liked_and_a_disliked_answer(home: Path) -> None:
 def test_numbers_out_of_range_are_refused(home: Path, word: str) -> None:
     with pytest.raises(SettingsError, match=r"expected a number in \(0, 10\]"):
         prepare("kto", home, word)
+
+
+@pytest.mark.parametrize(("label", "word"), [(True, "liked"), (False, "disliked")])
+def test_rows_of_one_label_alone_are_told_at_start(home: Path, label: bool, word: str) -> None:
+    rows = [{**row, "label": label} for row in ROWS]
+    (home / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    notes = prepare("kto", home).data.ledger.notes
+    assert [note for note in notes if f"all 37 training rows are {word}: KTO learns from both" in note]
