@@ -13,7 +13,6 @@ from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.rl.rewards import Part, Rewards, checked
 from finetune_kit.training.progress import console, hooks
 
-
 MOST_CONSTANT = 5  # logged steps
 ALIKE = (
     "Take a reward in smaller steps, an easier task, a higher temperature, or train with lora_sft first: "

@@ -149,7 +149,8 @@ def test_rewards_see_the_columns_of_a_file_and_none_leaves_a_row_out(home: Path,
 @pytest.mark.parametrize("recipe", [*RECIPES, "ppo"])
 def test_rows_to_which_no_reward_applies_move_nothing(home: Path, recipe: str) -> None:
     (home / "rewards.py").write_text(
-        "def score(completions, prompts): return [None if int(p[0]) % 2 else len(c) for c, p in zip(completions, prompts)]"
+        "def score(completions, prompts):\n"
+        "    return [None if int(p[0]) % 2 else len(c) for c, p in zip(completions, prompts)]"
     )
     if recipe == "ppo":
         words = ("max_new_tokens=12", "batch_size=16", "num_mini_batches=2", "missing_eos_penalty=0", "kl_coef=0")
