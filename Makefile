@@ -1,6 +1,7 @@
 # make quickstart   install, then fine-tune the embedded model and show what it changed
 # make test         install if needed, lint, types, tests
 # make test-long    the tests that take minutes each
+# make gpu-check    on a machine with a GPU, at most 8 minutes: does it run, and how fast (PYTHON: where the packages are)
 PYTHON ?= python3
 RECIPE ?= lora_sft
 BIN := .venv/bin
@@ -8,7 +9,7 @@ STAMP := .venv/.installed
 # one thread a test process: the tests run in two processes at once
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install quickstart test test-long lint docs-test benchmark clean
+.PHONY: install quickstart test test-long lint docs-test benchmark gpu-check clean
 
 install: $(STAMP)
 
@@ -38,6 +39,10 @@ docs-test: install
 
 benchmark: install
 	$(BIN)/python benchmarks/methods.py
+
+# no install: a machine with a GPU may have its own packages and no network
+gpu-check:
+	$(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(STAMP))),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -1,9 +1,10 @@
 """Floating-point operations of a training step by formula, since torch cannot count them on a GPU.
 
-torch's FlopCounterMode knows neither `addmm(out_dtype=…)`, which TRL's head calls on CUDA, nor varlen attention with fewer
-key heads. So the work that a step is for is counted instead, alike for all sides: real tokens through the layers, the
-head where a label is, attention of each row to itself. What a side computes besides (padding, logits that no label wants, a
-second forward pass for gradient checkpointing) is its loss, and what it saves (beginnings that rows share) its gain.
+torch's FlopCounterMode knows neither `addmm(out_dtype=…)`, which TRL's head calls on CUDA, nor varlen attention with
+fewer key heads. So the work that a step is for is counted instead, alike for all sides: real tokens through the layers,
+the head where a label is, attention of each row to itself. What a side computes besides (padding, logits that no label
+wants, a second forward pass for gradient checkpointing) is its loss, and what it saves (beginnings that rows share) its
+gain.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ def step_flop(model: Any, lengths: Sequence[int], labels: int) -> int:
 
 
 def products(model: Any, tokens: int, labels: int) -> int:
-    """Of the matrix products: for each weight and token 2 forward, 2 for the input's gradient, 2 for its own where it is
-    trained. Weights of the head count for labels, embeddings for nothing."""
+    """Of the matrix products: for each weight and token 2 forward, 2 for the input's gradient, 2 for its own where it
+    is trained. Weights of the head count for labels, embeddings for nothing."""
     import torch
 
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,22 +1,22 @@
-"""What a GPU makes of this project, in at most 8 minutes: does it run, does `check` say its memory right, how fast is it.
+"""What a GPU makes of this project, in at most 8 minutes: does it run, is `check` right about memory, how fast is it.
 
     python benchmarks/gpu.py [--only WORDS …] [--limit 480] [--data FOLDER] [--out FOLDER]
     python benchmarks/gpu.py --toy      # on a CPU, at a toy shape: that the program runs; its figures say nothing
 
-Stages, each with a limit of its own; each job is a process with one, too, and what it found is written when it ends, to
-results.jsonl and results.md in --out, $OUT or runs/gpu-check:
+Stages have limits of their own, and so has each job, a process; what it found is written when it ends, to results.jsonl
+and results.md in --out, $OUT or runs/gpu-check:
 
     card      versions, driver, the card's best torch.mm in bfloat16
     kernels   the tests that need a GPU (where pytest is installed)
-    recipes   every recipe, in full, with an adapter and in 4 bits, 6 steps each, to exit code 0; FSDP2 with one process;
-              merge, generate and evaluate of what came out
+    recipes   every recipe, in full, with an adapter and in 4 bits, 6 steps each, to exit code 0; FSDP2 with one
+              process; merge, generate and evaluate of what came out
     memory    what `check` predicts beside torch.cuda.max_memory_allocated
-    speed     ours beside TRL with its best documented settings, 8B, 1.7B and 0.6B shapes: real tokens a second, share of
-              the best torch.mm, peak memory, losses
+    speed     ours beside TRL with its best documented settings, 8B, 1.7B and 0.6B shapes: real tokens a second, share
+              of the best torch.mm, peak memory, losses
     sampling  64 prompts of 128 tokens, 128 new ones, beside transformers' generate; an update of PPO
 
-No network is needed, no weights and no data: weights are random, of the real shapes; the tokenizer is the embedded model's, or
-one of a token a byte where its package is not installed; rows are made of words, or gsm8k_train.jsonl and
+No network is needed, no weights and no data: weights are random, of the real shapes; the tokenizer is the embedded
+model's, or one of a token a byte where its package is not installed; rows are made of words, or gsm8k_train.jsonl and
 hh_harmless_train.jsonl of --data. The package may be installed or not: this checkout comes first on PYTHONPATH.
 Ends with 0 where all passed, with 1 where one failed or ran out of time.
 """
@@ -37,13 +37,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = {"card": 40, "kernels": 60, "recipes": 150, "memory": 60, "speed": 260, "sampling": 70}  # seconds
+LIMITS = {"card": 40, "kernels": 40, "recipes": 120, "memory": 50, "speed": 170, "sampling": 60}  # seconds, of 480
 HERE = str(Path(__file__).resolve())
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-k", "on_a_gpu"]
 VARIANTS = (
@@ -63,7 +63,26 @@ SPEEDS = (
     ("1.7B", "sft_full", 8, "long", ("ours", "trl", "trl_packed")),
     ("0.6B", "reward", 8, "pairs", ("ours", "trl")),
 )
-WORDS = "time year people way day man thing woman life child world school state family student group country".split()
+PREPARED = "models and rows"
+WORDS = [
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "man",
+    "thing",
+    "woman",
+    "life",
+    "child",
+    "world",
+    "school",
+    "state",
+    "family",
+    "student",
+    "group",
+    "country",
+]
 ONLINE = {"ppo": ("batch_size=8", "num_mini_batches=1", "num_ppo_epochs=1"), "grpo": (), "rloo": ()}
 
 
@@ -93,7 +112,7 @@ class Results:
         with (self.folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         (self.folder / "results.md").write_text(table(self.lines))
-        why = f": {more['said'].strip().splitlines()[-1][:200]}" if more.get("said", "").strip() else ""
+        why = f": {reason(more['said'])[:200]}" if more.get("said", "").strip() else ""
         print(f"{job.stage:9} {job.name:44} {status}, {seconds:.0f} s  {shown(line)}{why}", flush=True)
 
     def passed(self, name: str) -> bool:
@@ -112,6 +131,12 @@ def said(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def reason(output: str) -> str:
+    """The line of a failed job's output that says most: its error, else the last one."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if re.match(r"(error:|\w*Error\b|[\w.]+Error:)", line)), lines[-1])
+
+
 def table(lines: Sequence[dict[str, Any]]) -> str:
     rows = [f"| {x['stage']} | {x['name']} | {x['status']} | {x['seconds']} | {shown(x)} |" for x in lines]
     return "\n".join(["| stage | what | | seconds | found |", "| --- | --- | --- | --- | --- |", *rows]) + "\n"
@@ -122,10 +147,11 @@ def run_jobs(
 ) -> None:
     """Run jobs until `ends` (time.monotonic), `together` at a time; none that fails or takes too long ends the others.
 
-    A job that comes after another one waits for a round of its own.
+    A job that comes after another one of them waits until all others are done.
     """
     jobs = list(jobs)
-    for batch in ([job for job in jobs if not job.after], [job for job in jobs if job.after]):
+    names = {job.name for job in jobs}
+    for batch in ([job for job in jobs if job.after not in names], [job for job in jobs if job.after in names]):
         with ThreadPoolExecutor(together) as pool:
             list(pool.map(partial(run_job, results=results, ends=ends, environment=environment), batch))
 
@@ -170,7 +196,7 @@ def figures_of(job: Job, output: str) -> dict[str, Any]:
     """What a job's output says, as far as it got."""
     try:
         return job.figures(output)
-    except (ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError) as error:
         return {"unread": f"{type(error).__name__}: {error}"}
 
 
@@ -205,7 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="a CPU and a toy shape; so it is where there is no GPU")
     parser.add_argument("--only", nargs="+", default=[], help="jobs whose stage and name hold one of these words")
-    parser.add_argument("--limit", type=float, default=480.0, help="seconds, of all of it")
+    parser.add_argument("--limit", type=float, help="seconds, of all of it; unset: 480, and 3600 of a toy")
     parser.add_argument("--data", type=Path, help="a folder with gsm8k_train.jsonl and hh_harmless_train.jsonl")
     parser.add_argument("--out", type=Path, help="unset: $OUT, else runs/gpu-check")
     parser.add_argument("--keep", type=Path, help="where models and runs are kept; unset: a temporary folder")
@@ -217,6 +243,7 @@ def main() -> int:
         return 0
     started = time.monotonic()
     toy = arguments.toy or not has_gpu()
+    whole = arguments.limit or (3600.0 if toy else 480.0)
     out = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "runs" / "gpu-check")
     results = Results(out.resolve())
     environment = {
@@ -229,9 +256,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         home = (arguments.keep or Path(scratch)).resolve()
         home.mkdir(parents=True, exist_ok=True)
+        share = 0.0
         for stage, limit in LIMITS.items():
-            jobs = [job for job in STAGES[stage](home, toy, results, arguments.data) if wanted(job, arguments.only)]
-            ends = min(started + arguments.limit, time.monotonic() + limit)
+            jobs = STAGES[stage](home, toy, results, arguments.data)
+            asked = [job for job in jobs if wanted(job, arguments.only)]
+            before = {job.after for job in asked}  # what those cannot do without
+            jobs = [job for job in jobs if job in asked or job.name in before]
+            if stage not in ("card", "kernels"):  # which need nothing that is made
+                jobs = [replace(job, after=job.after or PREPARED) for job in jobs]
+            share += limit / sum(LIMITS.values())  # what an earlier stage left is there, too
+            ends = started + whole * share
             together = 1 if toy or stage not in ("recipes",) else max(1, min(4, (os.cpu_count() or 1) // 3))
             run_jobs(jobs, results, ends, environment, together)
     bad = [line for line in results.lines if line["status"] != "passed"]
@@ -239,9 +273,13 @@ def main() -> int:
     return 1 if bad or not results.lines else 0
 
 
+def room_for(folder: Path, shape: str) -> bool:
+    """Whether the weights of a shape fit on the disk."""
+    return shape != "8B" or (folder / "model-8B").is_dir() or shutil.disk_usage(folder).free > 20 * 10**9
+
+
 def wanted(job: Job, only: Sequence[str]) -> bool:
-    """Of all jobs those that are asked for, and what they cannot do without."""
-    return not only or job.name in ("models and rows",) or any(word in f"{job.stage} {job.name}" for word in only)
+    return not only or job.name == PREPARED or any(word in f"{job.stage} {job.name}" for word in only)
 
 
 def has_gpu() -> bool:
@@ -314,7 +352,7 @@ def settings(home: Path, variant: Sequence[str]) -> list[str]:
 def memory_jobs(home: Path, toy: bool, results: Results, data: Path | None) -> list[Job]:
     shape = "tiny" if toy else "0.6B"
     return [
-        Job("memory", " ".join(variant), child("memory", str(home), shape, *variant), 75, last_json)
+        Job("memory", f"of {' '.join(variant)}", child("memory", str(home), shape, *variant), 75, last_json)
         for variant in MEASURED
     ]
 
@@ -323,6 +361,11 @@ def speed_jobs(home: Path, toy: bool, results: Results, data: Path | None) -> li
     best = next((line["best_mm_tflops"] * 1e12 for line in results.lines if "best_mm_tflops" in line), 0.0)
     jobs = []
     for shape, job, rows, file, sides in SPEEDS:
+        if not toy and not room_for(home, shape):
+            results.add(
+                Job("speed", f"{shape} {job}", [], 0), "not run", 0.0, said="its weights need 20 GB of disk: --keep"
+            )
+            continue
         words = ["--shape", "tiny" if toy else shape, "--device", "cpu" if toy else "cuda", "--json", "--jobs", job]
         words += ["--who", *sides, "--rounds", "1", "--steps", "1" if toy else "5", "--rows", "2" if toy else str(rows)]
         words += ["--answers", f"{home / file}.jsonl", "--pairs", f"{home / 'pairs'}.jsonl", "--max-length", "2048"]
@@ -348,7 +391,14 @@ def sampling_jobs(home: Path, toy: bool, results: Results, data: Path | None) ->
     counts = ("4", "16", "8") if toy else ("64", "128", "128")
     return [
         Job("sampling", "tokens a second", child("sampling", str(home), shape, *counts), 120, last_json),
-        Job("sampling", "an update of PPO", [*kit, *words], 120, partial(update, folder=home / "runs" / "ppo-update")),
+        Job(
+            "sampling",
+            "an update of PPO",
+            [*kit, *words],
+            120,
+            partial(update, folder=home / "runs" / "ppo-update"),
+            "tokens a second",
+        ),
     ]
 
 

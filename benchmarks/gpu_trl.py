@@ -7,8 +7,9 @@
 bfloat16, an adapter of rank 16 on all linear layers, fused AdamW: the sides and jobs of benchmarks/methods.py, which
 says what --rows, --steps and the files are. Neither time nor memory depends on what weights say: random ones are
 written once, to a temporary folder (16 GB for 8B) or to --folder, and each side loads them in a process of its own.
-Prints real tokens a second, the peak of the GPU's tensors from the first step on, and the multiplications that its first
-step was for (benchmarks/flop.py), a second, as a share of the card's best torch.mm in bfloat16, which is measured first.
+Prints real tokens a second, the peak of the GPU's tensors from the first step on, and the multiplications that its
+first step was for (benchmarks/flop.py), a second, as a share of the card's best torch.mm in bfloat16, which is measured
+first.
 
 TRL has its best documented settings: `trl`, flash attention where flash-attn is installed, and the reference of DPO
 computed once; `trl_packed`, packing besides, with about as many tokens a step. Losses of `ours` and `trl` are of the

@@ -4,8 +4,8 @@
     python benchmarks/memory.py --holes
 
 Measured is the kernel's high-water mark of the process's resident memory (VmHWM; Linux) from its start to the end of
-the second step. On a GPU it is torch.cuda.max_memory_allocated, and what CUDA's own context takes, as `check` has it, is
-added. Predicted is `finetune_kit check`'s, made in a process that loads no weights. Every row of data is cut
+the second step; on a GPU, torch.cuda.max_memory_allocated, with what `check` counts for CUDA's context added to it.
+Predicted is `finetune_kit check`'s, made in a process that loads no weights. Every row of data is cut
 at the length in the table. --holes measures on other models, of random weights, what HEAP_HOLES of training/memory.py
 says; the embedded model has no part in that number.
 """

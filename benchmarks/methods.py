@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -226,7 +227,7 @@ def row_lengths(batch: dict[str, Any]) -> list[int]:
         return [int(length) for length in mask.sum(dim=1)]
     places = batch["position_ids"].flatten()
     starts = [*(places == 0).nonzero()[:, 0].tolist(), len(places)]
-    return [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(starts)]
 
 
 def count_labels(batch: dict[str, Any]) -> int:

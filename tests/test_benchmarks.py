@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from finetune_kit import recipe as recipes
+from finetune_kit.config import LoraConfig, ModelConfig, resolve
+from finetune_kit.model.load import load_policy
 from finetune_kit.model.tiny import write_tiny_model
 from tests.fixtures_cli import ROOT, python
 
+NAMES = ("8B", "1.7B", "0.6B", "135M")
 WORDS = ["--device", "cpu", "--shape", "tiny", "--rounds", "1", "--steps", "1", "--rows", "2", "--max-length", "1024"]
 
 
 def test_as_a_program_it_measures_a_side_in_a_process_of_its_own(tmp_path: Path) -> None:
-    said = python(str(ROOT / "benchmarks" / "gpu.py"), *WORDS, "--jobs", "sft_lora", "--who", "ours", cwd=tmp_path)
+    said = python(str(ROOT / "benchmarks" / "gpu_trl.py"), *WORDS, "--jobs", "sft_lora", "--who", "ours", cwd=tmp_path)
     assert said.code == 0, said.err
     assert re.search(r"^this CPU: torch\.mm at its best [\d.]+ TFLOP/s$", said.out, re.MULTILINE)
     assert re.search(r"^\| ours \| [\d,]+ \([\d,]+ to [\d,]+\) \| [\d,]+ \| [\d.]+% \|", said.out, re.MULTILINE)
 
 
 def in_this_process(monkeypatch: pytest.MonkeyPatch, cache: Path, words: list[str], options: Any, sides: Any) -> None:
-    """benchmarks/methods.py, whose sides are not processes of their own, and gpu.py's."""
+    """benchmarks/methods.py, whose sides are not processes of their own, and gpu_trl.py's."""
     monkeypatch.setenv("FINETUNE_KIT_CACHE", str(cache))  # which the program sets
     methods = importlib.import_module("methods")
 
     def here(job: str, who: str, more: Any = (), **given: Any) -> dict[str, Any]:
-        return methods.measure(job, who, options().parse_args([*words, *more]), sides)  # type: ignore[no-any-return]
+        by_formula = sides is not methods.MAKERS
+        return methods.measure(job, who, options().parse_args([*words, *more]), sides, by_formula)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(methods, "child", here)
     monkeypatch.setattr(sys, "argv", ["a benchmark", *words])
@@ -58,19 +66,19 @@ def test_the_comparison_of_a_cpu_says_speed_losses_and_where_the_time_went_of_ea
     assert re.findall(spent, said, re.MULTILINE) == 4 * ["ours", "trl", "bare"]
 
 
-def test_the_shapes_have_the_parameters_of_llama_3_1_8b_and_qwen3_0_6b(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shapes_have_the_parameters_of_llama_3_1_8b_qwen3_and_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    shapes = importlib.import_module("gpu").SHAPES
+    shapes = importlib.import_module("gpu_trl").SHAPES
     with torch.device("meta"):
-        models = [AutoModelForCausalLM.from_config(AutoConfig.for_model(**shapes[name])) for name in ("8B", "0.6B")]
-    assert [model.num_parameters() for model in models] == [8_030_261_248, 596_049_920]
+        models = [AutoModelForCausalLM.from_config(AutoConfig.for_model(**shapes[name])) for name in NAMES]
+    assert [model.num_parameters() for model in models] == [8_030_261_248, 1_720_574_976, 596_049_920, 134_515_008]
 
 
 def test_all_sides_and_jobs_run_and_our_losses_are_trls_to_1e_4(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    gpu = importlib.import_module("gpu")
+    gpu = importlib.import_module("gpu_trl")
     in_this_process(monkeypatch, tmp_path, WORDS, gpu.options, gpu.SIDES)
     gpu.main()
     said = capsys.readouterr().out
@@ -81,3 +89,114 @@ def test_all_sides_and_jobs_run_and_our_losses_are_trls_to_1e_4(
     apart = [float(number) for number in re.findall(r"losses of ours and trl differ by up to (\S+)", said)]
     assert len(apart) == 2
     assert max(apart) < 1e-4
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_formula_of_a_step_s_products_is_what_torch_counts_on_a_cpu_to_the_operation(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, lora: bool
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    flop = importlib.import_module("flop")
+    adapter = LoraConfig() if lora else None
+    policy = load_policy(ModelConfig(name_or_path=str(tiny_model)), adapter, trained_in_full=not lora)
+    policy.enable_input_require_grads()  # or the first layer's frozen products have no gradient to pass on
+    ids = torch.arange(3 * 40).reshape(3, 40)
+    with FlopCounterMode(display=False) as counter:
+        policy(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert flop.products(policy, tokens=120, labels=120) == counter.get_total_flops()
+
+
+def test_the_formula_of_attention_is_three_times_that_of_the_forward_pass_of_each_row_alone(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    attention = importlib.import_module("flop").attention
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert attention(policy, [1]) == 3 * 2 * (2 * 64) * 2  # two layers; one key of 4 heads of 16, twice
+    assert attention(policy, [5, 7]) == attention(policy, [1]) * (15 + 28)
+
+
+def test_rows_that_lie_end_to_end_are_told_apart_by_their_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    methods = importlib.import_module("methods")
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "labels": torch.tensor([[-100, 5, 6, -100, 7]])}
+    padded = {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]), "labels": torch.tensor([[-100, 5, 6]] * 2)}
+    assert [methods.row_lengths(batch) for batch in (packed, padded)] == [[3, 2], [3, 2]]
+    assert [methods.count_labels(batch) for batch in (packed, padded)] == [3, 4]
+
+
+# the check of a GPU
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+def test_a_job_that_fails_hangs_or_cannot_start_is_told_and_the_others_run(gpu: Any, tmp_path: Path) -> None:
+    def job(name: str, code: str, limit: float = 60, after: str = "") -> Any:
+        return gpu.Job("stage", name, [sys.executable, "-c", code], limit, gpu.last_json, after)
+
+    hangs = "print('{\"half\": 1}', flush=True); import time; time.sleep(60)"
+    jobs = [
+        job("bad", "print('error: no such thing'); print('Try another.'); raise SystemExit(3)"),
+        job("slow", hangs, limit=3),
+        job("after bad", "print('{}')", after="bad"),
+        job("good", "print('{\"tokens\": 5}')"),
+        job("after good", "print('{}')", after="good"),
+    ]
+    results = gpu.Results(tmp_path)
+    gpu.run_jobs(jobs, results, time.monotonic() + 60, {}, together=2)
+    found = {line["name"]: line for line in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    assert {name: line["status"] for name, line in found.items()} == {
+        **{"bad": "failed with 3", "slow": "too long", "good": "passed"},
+        **{"after bad": "not run", "after good": "passed"},
+    }
+    assert found["good"]["tokens"] == 5
+    assert found["slow"]["half"] == 1
+    assert gpu.reason(found["bad"]["said"]) == "error: no such thing"
+    assert (tmp_path / "results.md").read_text().count("\n") == 2 + len(jobs)
+    gpu.run_jobs([job("late", "")], results, time.monotonic(), {})
+    assert results.lines[-1]["status"] == "not run"
+
+
+def test_every_recipe_runs_in_full_with_an_adapter_and_in_4_bits(gpu: Any, tmp_path: Path) -> None:
+    variants = {(name, word.split("=")[0]) for name, *words in gpu.VARIANTS for word in words or ("as it is",)}
+    assert {name for name, _ in variants} == set(recipes.BUILTIN)
+    online = ("dpo", "kto", "orpo", "ppo", "grpo", "rloo")
+    assert variants >= {(name, word) for name in online for word in ("lora.r", "model.load_in_4bit")}
+    for variant in gpu.VARIANTS:
+        found = recipes.load(variant[0])
+        config = resolve(found.config_class, found.name, None, [*gpu.settings(tmp_path, variant), *variant[1:]])
+        assert config.train.max_steps == 6
+    names = [job.name for stage in gpu.STAGES.values() for job in stage(tmp_path, False, gpu.Results(tmp_path), None)]
+    assert len(names) == len(set(names))
+    assert {"merge qlora_sft", "generate", "full_sft by FSDP2, one process", "an update of PPO"} <= set(names)
+    assert sum(gpu.LIMITS.values()) == 480
+
+
+def test_the_figures_of_a_comparison_are_rates_shares_and_the_gain_over_the_best_of_trl(gpu: Any) -> None:
+    sides = [("ours", 2.0, 300), ("trl", 4.0, 500), ("trl_packed", 3.0, 400)]
+    lines = [
+        {"job": "dpo", "who": who, "real": 600, "seconds": seconds, "flop": 1000, "first_real": 100, "peak": peak}
+        for who, seconds, peak in sides
+    ]
+    output = "\n".join(["a warning", *(json.dumps({**line, "losses": [0.5]}) for line in lines), "Traceback"])
+    found = gpu.speeds(output, best=6000.0)
+    assert [found[f"{who}_tokens_s"] for who, *_ in sides] == [300, 150, 200]
+    assert found["ours_of_mm"] == 0.5
+    assert found["ours_by_best_trl"] == 1.5
+    assert found["trl_packed_peak_mib"] == 400
+
+
+def test_as_a_program_the_check_says_what_passed_and_writes_it_down(tmp_path: Path) -> None:
+    words = ["--toy", "--only", "card", "of full_sft", "--out", tmp_path / "out", "--keep", tmp_path / "kept"]
+    said = python(str(ROOT / "benchmarks" / "gpu.py"), *words, cwd=tmp_path)
+    assert said.code == 0, said.out + said.err
+    assert "3 of 3 passed" in said.out
+    card, rows, memory = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert card["card"] == "this CPU"
+    assert card["best_mm_tflops"] > 0
+    assert rows["tokens_a_word"] > 0
+    assert memory["measured_mib"] > memory["weights_mib"] >= 0

@@ -275,7 +275,7 @@ def test_a_loop_over_the_tokens_of_long_rows_is_told_from_short_ones_within_5_pe
     monkeypatch.setattr(rehearsal, "MOST_OPERATIONS", 9000)
     found = step_bytes(policy, batch, Setting(False, False, on_gpu=False))
     assert (
-        "activations are those of rows of 16 and 32 tokens, drawn out: a step of a few blocks takes more than 4,000"
+        "activations are those of rows of 16 and 32 tokens, drawn out: a step of a few blocks takes more than 9,000"
         in caplog.text
     )
     assert found == pytest.approx(alive(config, batch), rel=0.05)
