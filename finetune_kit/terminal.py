@@ -141,6 +141,7 @@ class _Work:
                 self.said += 1
                 with contextlib.suppress(ValueError, OSError):  # nobody listens any more
                     console.print(f"{self.names[-1]} …{passed}")
+                self.changed.wait(0.01)  # lets the work that waits for the lock end
 
 
 _work = _Work()

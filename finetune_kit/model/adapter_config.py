@@ -151,9 +151,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(value == one and type(value) is type(one) for one in arguments)
     if origin in (list, set, tuple) or hint in (list, set, tuple):
         inner = [one for one in arguments if one is not ...]
-        whole = isinstance(value, list) and (origin is not tuple or ... in arguments or len(value) == len(inner))
-        each = inner if origin is tuple and ... not in arguments else (inner[:1] or [Any]) * len(value or [])
-        return whole and all(_fits(item, one) for item, one in zip(value, each, strict=True))
+        fixed = origin is tuple and ... not in arguments
+        if not isinstance(value, list) or (fixed and len(value) != len(inner)):
+            return False
+        each = inner if fixed else (inner[:1] or [Any]) * len(value)
+        return all(_fits(item, one) for item, one in zip(value, each, strict=True))
     if origin is dict or hint is dict or dataclasses.is_dataclass(hint):
         return isinstance(value, dict)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
