@@ -276,12 +276,13 @@ def prove(begun: Growing, steps: int, capture: Capture) -> Choice:
     try:
         plain, recorded = _some(begun), Fixed(_some(begun), steps, capture)
         times: list[list[float]] = [[], []]
+        dtype = plain.cache.layers[0].keys.dtype  # mixed precision may give its logits in float32
         worst = allowed = 0.0
         for _ in range(count):
             tokens = plain.logits.argmax(-1, keepdim=True)
             times[0].append(seconds_of(partial(plain.step, tokens), tokens.device))
             times[1].append(seconds_of(partial(recorded.step, tokens), tokens.device))
-            difference, rounding = apart(plain.logits, recorded.logits)
+            difference, rounding = apart(plain.logits, recorded.logits, dtype)
             if not difference <= rounding:
                 why = f"by a graph log-probabilities differ by {difference:.2g}, by rounding at most by {rounding:.2g}"
                 return Choice(False, why)
@@ -295,17 +296,17 @@ def prove(begun: Growing, steps: int, capture: Capture) -> Choice:
     return Choice(True, f"{said}; log-probabilities within {worst:.1g} (rounding: {allowed:.1g})")
 
 
-def apart(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """(largest difference of two (b, v) logits' log-probabilities, what rounding may make of them).
+def apart(one: Tensor, other: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """(largest difference of two (b, v) logits' log-probabilities, what rounding to `dtype` may make of it).
 
     A logit is rounded to its type's last bit when it is written, and its hidden state was as often as there are layers,
     which adds up to about as much: twice the spread of a row's logits times the type's epsilon. Tokens whose
     log-probabilities are further apart than that have the same order both times, so greedy tokens differ in ties alone.
     """
-    first, second = one.float(), other.float()
+    first, second = one.detach().float(), other.detach().float()
     spread = float((first.amax(-1) - first.amin(-1)).amax())
     difference = float((first.log_softmax(-1) - second.log_softmax(-1)).abs().amax())
-    return difference, max(EXACT, 2 * torch.finfo(one.dtype).eps * spread)
+    return difference, max(EXACT, 2 * torch.finfo(dtype).eps * spread)
 
 
 def seconds_of(run: Run, device: torch.device) -> float:

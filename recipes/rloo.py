@@ -31,7 +31,7 @@ from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section, 
 from finetune_kit.data.load import load_data
 from finetune_kit.evaluation.compare import compare, held_out_scores, measure
 from finetune_kit.model.load import load_policy, load_tokenizer
-from finetune_kit.rl.online import check_groups, prompt_rows, reward_functions, watching_rewards
+from finetune_kit.rl.online import check_groups, prompt_rows, reward_functions, sample_here, watching_rewards
 from finetune_kit.rl.rewards import RewardConfig, load_rewards
 from finetune_kit.training.arguments import build
 from finetune_kit.training.fit import fit
@@ -61,6 +61,7 @@ def run(config: Config) -> Artifact:
     rewards = load_rewards(config.reward, data, config.model)
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
     policy.generation_config.eos_token_id = data.end_token_ids
+    sample_here(policy)
     trainer = build(
         RLOOTrainer,
         RLOOConfig,

@@ -94,6 +94,26 @@ def watching_rewards() -> Any:
     return hooks(on_log=on_log)
 
 
+def sample_here(policy: Any) -> None:
+    """Let `policy.generate`, by which TRL's trainers sample, decode as evaluation does (decoding.py).
+
+    TRL's own settings are no way to it: continuous batching rounds the trained weights to bfloat16 for good, and with
+    cache_implementation=static TRL switches compiling off, so that nothing is recorded. Where train.extra sets one of
+    them, that one acts. On a CPU nothing changes.
+    """
+    from finetune_kit import decoding
+
+    plain = policy.generate
+
+    def generate(*given: Any, **more: Any) -> Any:
+        wanted = more.get("generation_config")
+        streams = "streamer" in more or "custom_generate" in more
+        ours = {} if wanted is None or streams else decoding.through_graphs(policy, wanted)
+        return plain(*given, **more, **ours)
+
+    policy.generate = generate
+
+
 def check_groups(config: RecipeConfig, num_generations: int) -> None:
     """Raises SettingsError where a step's completions are not whole groups of `num_generations`, or eval_steps is set:
     prompts have no held-out loss."""

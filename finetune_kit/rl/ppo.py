@@ -292,15 +292,16 @@ class PPOTrainer:
         config, started = self.config, time.perf_counter()
         chosen = self._next_prompts()
         prompts = [self.prompts[row] for row in chosen]
-        sampled = self.sample(
-            self.model,
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            end_token_ids=self.data.end_token_ids,
-            temperature=config.temperature,
-            seed=self._seed("sampling"),
-            batch_size=config.evaluate.batch_size,
-        )
+        with self.accelerator.autocast():  # the policy is what it is trained as
+            sampled = self.sample(
+                self.model,
+                prompts,
+                max_new_tokens=config.max_new_tokens,
+                end_token_ids=self.data.end_token_ids,
+                temperature=config.temperature,
+                seed=self._seed("sampling"),
+                batch_size=config.evaluate.batch_size,
+            )
         generation = time.perf_counter() - started
         scores, parts = self._score(chosen, sampled)
         completions = [completion.ids for completion in sampled]

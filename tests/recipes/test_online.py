@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from finetune_kit import decoding
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.training.arguments import steps
 from tests.fixtures_training import fit_only, prepare, train, write_rows
@@ -159,3 +162,28 @@ def test_rows_to_which_no_reward_applies_move_nothing(home: Path, recipe: str) -
         assert json.loads(lines[0])["objective/scores"] > 1
     else:
         assert fit_only(recipe, home, rewarded(home), *SMALL, "max_steps=1").history[0]["reward"] > 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_trl_samples_by_recorded_steps_where_they_can_be_recorded_and_draws_the_same(
+    home: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare(recipe, home, rewarded(home), *SMALL[1:], "max_completion_length=24", "lora.lora_dropout=0")
+    ids = torch.tensor([[0, 0, 40, 41, 42], [50, 51, 52, 53, 54]])
+    wanted = run.trainer.generation_config
+    drawn, recorded = [], []
+
+    def capture(step: Any) -> Any:
+        recorded.append(1)
+        return step
+
+    seconds = iter(range(1000, 0, -1))  # the recorded step, timed second, is the faster one
+    monkeypatch.setattr(decoding, "seconds_of", lambda step, device: step() or next(seconds))
+    for found in (None, capture):
+        monkeypatch.setattr(decoding, "capturing", lambda device, found=found: found)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            mask = (ids != 0).long()
+            drawn.append(run.trainer.model.generate(input_ids=ids, attention_mask=mask, generation_config=wanted))
+    assert torch.equal(drawn[0], drawn[1])
+    assert len(recorded) == 2  # in the proof, and for the batch
