@@ -37,7 +37,7 @@ class Varlen:
 
     queries, keys: (segments + 1,) int32, cumulative lengths of the segments and of what each sees: those before it in
     its rows, and itself. longest: of each. seen: (k,), the packed tokens seen, one segment's after the other's; None:
-    each sees itself alone.
+    each sees itself alone. takes: the names of the kernel's arguments.
     """
 
     kernel: Kernel | None
@@ -45,6 +45,7 @@ class Varlen:
     keys: torch.Tensor
     longest: tuple[int, int]
     seen: torch.Tensor | None
+    takes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def make_varlen(segments: Sequence[Segment], kernel: Kernel | None, device: torc
     keys = [sum(part.length for part in seen) for seen in parts]
     every = torch.cat([tokens_of(part) for seen in parts for part in seen]).to(device)
     ends = [torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (queries, keys)]
-    return Varlen(kernel, ends[0], ends[1], (max(queries), max(keys)), every if keys != queries else None)
+    seen, takes = every if keys != queries else None, _taken(kernel) if kernel else frozenset()
+    return Varlen(kernel, ends[0], ends[1], (max(queries), max(keys)), seen, takes)
 
 
 def tell(plan: Plan, kind: str, compiled: bool = False) -> Plan:
@@ -86,14 +88,16 @@ def tell(plan: Plan, kind: str, compiled: bool = False) -> Plan:
 def connect(plan: Plan, candidate: Candidate) -> Plan:
     """A plan that is on its device, with what attends there."""
     if candidate.kind == "varlen" and plan.varlen is not None:
-        return replace(plan, varlen=replace(plan.varlen, kernel=varlen_kernel(plan.tokens.device)))
+        kernel = varlen_kernel(plan.tokens.device)
+        assert kernel is not None
+        return replace(plan, varlen=replace(plan.varlen, kernel=kernel, takes=_taken(kernel)))
     return replace(plan, varlen=None, blocks={} if candidate.kind == "flex" else None)
 
 
 def takes_window(varlen: Varlen, sliding_window: int | None) -> bool:
     """Whether a kernel can keep to a sliding window, where that acts."""
     acts = sliding_window is not None and sliding_window < varlen.longest[1]
-    return not acts or varlen.kernel is None or "window_size" in _taken(varlen.kernel)
+    return not acts or "window_size" in varlen.takes
 
 
 def attend_at_once(
@@ -109,19 +113,18 @@ def attend_at_once(
     if varlen.seen is not None:
         key, value = key[varlen.seen], value[varlen.seen]
     assert varlen.kernel is not None
-    taken = _taken(varlen.kernel)
     given: dict[str, Any] = {}
-    if "scale" in taken:
+    if "scale" in varlen.takes:
         given["scale"] = scaling
     elif scaling is not None and scaling != (usual := query.shape[-1] ** -0.5):
         query = query * (scaling / usual)
-    if "window_size" in taken:
+    if "window_size" in varlen.takes:
         acts = sliding_window is not None and sliding_window < varlen.longest[1]
         # how many keys back and ahead of its own a query sees: a window of w tokens has that one in it
         given["window_size"] = (sliding_window - 1 if acts and sliding_window else -1, 0)
     else:  # torch 2.10
         given["is_causal"] = True
-    if "enable_gqa" in taken:  # before torch 2.12 fewer key heads are taken without being told
+    if "enable_gqa" in varlen.takes:  # before torch 2.12 fewer key heads are taken without being told
         given["enable_gqa"] = query.shape[1] != key.shape[1]
     output = varlen.kernel(query, key, value, varlen.queries, varlen.keys, *varlen.longest, **given)
     return output[None]
@@ -274,7 +277,7 @@ def by_time(
             candidate.use()
             for _ in range(WARM_UPS):
                 step()
-            timed.append((candidate, statistics.median((clock or _clock(device))(step) for _ in range(TIMED))))
+            timed.append((candidate, statistics.median((clock or clock_of(device))(step) for _ in range(TIMED))))
         except Exception as error:  # a kernel fails in its own way, a compiler in many
             log.debug("%s fails on this run's rows: %s", candidate.name, error)
     return sorted(timed, key=lambda pair: pair[1])
@@ -284,7 +287,7 @@ def _key_heads(text: Any) -> int:
     return getattr(text, "num_key_value_heads", None) or int(text.num_attention_heads)
 
 
-def _clock(device: torch.device) -> Clock:
+def clock_of(device: torch.device) -> Clock:
     """Seconds of a device's own work."""
     import torch
 

@@ -31,6 +31,8 @@ from finetune_kit.training.progress import console
 # transformers' names for the same AdamW; the fused one runs on every device here and is the fastest.
 DEFAULT_OPTIMIZER = "adamw_torch_fused"
 
+COMPILED_HERE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+
 # Arguments of the trainers that could not act here: why, and their names (with * for all that begin so).
 INERT = {
     "samples are tokens and labels before the trainer sees them: see the data section": (
@@ -118,7 +120,12 @@ def build(
     if config.train.padding_free and (reason := padded_because(config, policy, data)):
         console.print(f"note: padded batches: {reason}")
     from finetune_kit.training.collate import plan_in_collator  # which needs torch when it is imported
+    from finetune_kit.training.compiling import compile_where_it_pays
 
+    planned = steps(config, data, processes.count())
+    passes = planned["steps"] * planned.get("passes_in_a_step", 1)
+    if said := compile_where_it_pays(policy, config.train, first_rows(config, data), passes):
+        console.print(f"note: {said}")
     plan_in_collator(trainer)
     return trainer
 
@@ -152,9 +159,15 @@ def padded_because(config: RecipeConfig, policy: Any, data: Data) -> str:
         return ""  # TRL lays packed rows end to end itself
     if config.train.neftune_noise_alpha:
         return "NEFTune scales its noise by the padded length"
-    first = [data.train[index] for index in range(min(len(data.train), PROOF_ROWS))]
     # trainers that sample may ask their head for a temperature, or for the entropy's gradient
-    return packed.enable(policy, [ids for row in first for ids, _ in sequences(row).values()], data.kind != "prompt")
+    return packed.enable(policy, first_rows(config, data), data.kind != "prompt")
+
+
+def first_rows(config: RecipeConfig, data: Data) -> list[list[int]]:
+    """Token ids of the first rows, as many as go through the model at once; of a pair both sides."""
+    count = max(PROOF_ROWS, config.train.per_device_train_batch_size)
+    first = [data.train[index] for index in range(min(len(data.train), count))]
+    return [list(ids) for row in first for ids, _ in sequences(row).values()]
 
 
 def announce(config: RecipeConfig, policy: Any, data: Data) -> None:
@@ -295,6 +308,8 @@ def training_arguments(config_class: Any, config: RecipeConfig, data: Data) -> d
     known = {item.name for item in dataclasses.fields(config_class)}
     for name, value in train.extra.items():
         arguments[name] = _extra(name, value, arguments, config_class)
+    for name in COMPILED_HERE:  # layer by layer (training/compiling.py); the trainer would compile the whole model
+        arguments.pop(name, None)
     if device().type == "cuda" and data.kind != "prompt":  # batches are put together and planned beside the training
         arguments.setdefault("dataloader_num_workers", 1)
     arguments.setdefault("ddp_find_unused_parameters", False)  # every trained weight is used in every pass
