@@ -215,7 +215,7 @@ def _judge(run: FinishedRun, data: Data, policy: Any = None) -> Judge | None:
     functions = [source for source in reward.sources if source.rpartition(":")[0].endswith(".py")]
     if functions and config.origins.get("reward.sources") != COMMAND_LINE:
         log.warning(
-            "answers are measured without %s, which run.yaml names and you do not; if you trust it: reward.sources=[%s]",
+            "answers are measured without %s, which run.yaml names, not you; if you trust it: reward.sources=[%s]",
             ", ".join(functions),
             ",".join(reward.sources),
         )

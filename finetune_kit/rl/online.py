@@ -41,7 +41,7 @@ def prompt_rows(data: Data, tokenizer: Any) -> Any:
                 raise DataError(
                     f"{record.where}: special tokens in its text ({', '.join(found_in(tokenizer, messages))}), of which "
                     "TRL would make turns.",
-                    "Leave such rows out: data.special_tokens_in_text=refuse. Or take run ppo, which reads them as text.",
+                    "Leave such rows out: data.special_tokens_in_text=refuse. Or take run ppo: it reads them as text.",
                 )
             raise DataError(
                 f"{record.where}: TRL would render this prompt in other tokens than it is served with.",

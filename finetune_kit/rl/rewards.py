@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune_kit.ancestry import model_of
 from finetune_kit.config import ModelConfig, setting
-from finetune_kit.data.chat import end_token_ids, render_prompt, text_ids
+from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt, text_ids
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
@@ -197,7 +197,7 @@ def python_score(path: str, function: str, config: RewardConfig, data: Data, mod
     def tokenize(text: str) -> list[int]:
         if not tokenizers:
             tokenizers.append(load_tokenizer(model))
-        return ids_of(tokenizers[0], text)
+        return list(ids_of(tokenizers[0], text))
 
     return bind(
         found,
