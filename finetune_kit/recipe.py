@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import shutil
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from typing import Any
 from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, check, recipe_of_yaml
 from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.run_folder import claim, is_claimed
 
 LIST = "python -m finetune_kit list"
 BUILTIN = (
@@ -54,10 +56,16 @@ class Recipe:
         return self.module.Config  # type: ignore[no-any-return]  # checked by load
 
     def run(self, config: RecipeConfig) -> Any:
-        """The recipe's artifact. Settings that cannot be are refused before anything is read."""
+        """The recipe's artifact. Settings that cannot be are refused before anything is read, and a folder is claimed
+        where none was. A recipe that exits ends in SettingsError: no run is over without its report."""
         check(config)
         start_from_run(config)
-        return self.module.run(config)
+        if not is_claimed(config):
+            claim(config)
+        try:
+            return self.module.run(config)
+        except SystemExit as error:
+            raise _exited(self.path, error) from error
 
 
 def folder() -> Path:
@@ -104,6 +112,8 @@ def load(word: str) -> Recipe:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise SettingsError(f"{error.filename or path}:{error.lineno}: {error.msg}.") from None
+    except SystemExit as error:
+        raise _exited(path, error) from error
     needed = {
         "a docstring": bool(module.__doc__),
         "a Config derived from finetune_kit.config.RecipeConfig": _is_config(getattr(module, "Config", None)),
@@ -114,6 +124,16 @@ def load(word: str) -> Recipe:
         raise SettingsError(f"{path}: a recipe needs {' and '.join(missing)}.", "See docs/add_a_method.md")
     word = path.stem if path.resolve().parent == folder() else str(path.resolve())
     return Recipe(path.stem, word, path, module, settings)
+
+
+def _exited(path: Path, error: SystemExit) -> SettingsError:
+    """A recipe's exit as an error, with the line that called it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = f":{frames[-1].lineno}" if frames else ""
+    return SettingsError(
+        f"{path}{line}: the recipe called sys.exit({error.code!r}), so there is no artifact and no report.",
+        "Let run(config) return what save(…) gives it; raise an error for what cannot be.",
+    )
 
 
 def _is_config(found: object) -> bool:

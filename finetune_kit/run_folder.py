@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import itertools
@@ -10,7 +12,9 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,7 @@ FREE = (
     "train.save_total_limit",
     "train.report_to",
     "evaluate.bootstrap_samples",
+    "reward.timeout",
 )
 RATE = (
     "train.learning_rate",
@@ -59,6 +64,7 @@ OPENABLE = (
     "train.padding_free",
     "model.attn_implementation",
 )
+ASKED_FOR = 10  # tries at a lock which somebody may hold for the moment of a question
 # what else must be the same, and its name for people
 STAMPS = {
     "data": "other data: fingerprint",
@@ -86,16 +92,18 @@ def _choose(config: RecipeConfig) -> Path:
     again = _is_run_again(config, folder)
     _check_openable(config.allow_changed)
     if given is None or again:
-        mine = [path for path in _numbered(folder, itself_first=again) if _goes_on(path, config)]
+        mine = next((path for path in _numbered(folder, itself_first=again) if _goes_on(path, config)), None)
         if config.allow_changed and not mine:
             raise SettingsError("--allow-changed: no unfinished run differs from this one in these settings alone.")
-        folder = mine[0] if mine else _next_free(folder)
+        folder = mine if mine else next(path for path in _free_names(folder) if _reserve(path))
     elif is_unfinished(folder):
         _refuse_others(folder, config)
     elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         what = "holds another run" if (folder / "run.yaml").exists() else "is not empty"
         fix = f"Choose: output_dir={_next_free(folder)}"
         raise SettingsError(f"train.output_dir={folder} {what}; nothing in it was touched.", fix)
+    elif not _reserve(folder):
+        raise _taken(folder)
     above = next(path for path in folder.absolute().parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise SettingsError(f"train.output_dir={folder} cannot be made: {above} is no folder that can be written to.")
@@ -119,14 +127,21 @@ def _check_openable(keys: Sequence[str]) -> None:
 def _goes_on(folder: Path, config: RecipeConfig) -> bool:
     if not is_unfinished(folder) or is_being_trained(folder):
         return False
-    return set(changed(read_identity(folder)["settings"], settings_of(config))) <= set(config.allow_changed)
+    differing = changed(read_identity(folder)["settings"], settings_of(config))
+    return set(differing) <= set(config.allow_changed) and _hold(folder)
 
 
 def _refuse_others(folder: Path, config: RecipeConfig) -> None:
     if is_being_trained(folder):
-        fix = f"Choose: output_dir={_next_free(folder)}"
-        raise SettingsError(f"train.output_dir={folder} is being trained by another process.", fix)
+        raise _taken(folder)
     _compare(folder, read_identity(folder), {"settings": settings_of(config)}, config)
+    if not _hold(folder):
+        raise _taken(folder)
+
+
+def _taken(folder: Path) -> SettingsError:
+    fix = f"Choose: output_dir={_next_free(folder)}"
+    return SettingsError(f"train.output_dir={folder} is being trained by another process.", fix)
 
 
 def settings_of(config: RecipeConfig) -> dict[str, Any]:
@@ -167,8 +182,15 @@ def _compare(folder: Path, then: dict[str, Any], now: dict[str, Any], config: Re
         raise SettingsError(f"{folder} holds an unfinished run with other settings: {', '.join(was)}.", on + free)
     stamps = [name for name in STAMPS if name in now and then.get(name) != now[name]]
     if stamps:
-        was = [f"{STAMPS[name]} {_shown(then.get(name))} → {_shown(now[name])}" for name in stamps]
+        was = [f"{STAMPS[name]} {_difference(then.get(name), now[name])}" for name in stamps]
         raise SettingsError(f"{folder} holds an unfinished run of {', '.join(was)}.", free)
+
+
+def _difference(then: Any, now: Any) -> str:
+    """Two values of a stamp for people; of files those that differ, by the setting that names them."""
+    if isinstance(then, dict) and isinstance(now, dict) and (keys := changed(then, now)) and "weights" not in now:
+        return ", ".join(f"{key} {_shown(then.get(key))} → {_shown(now.get(key))}" for key in keys)
+    return f"{_shown(then)} → {_shown(now)}"
 
 
 def _shown(value: Any) -> str:
@@ -180,25 +202,92 @@ def _shown(value: Any) -> str:
 
 
 _held: list[int] = []  # the folder of the run that this process trains, open, so that its lock lasts as long as it
+_reserved: dict[Path, int] = {}  # the name that this process has claimed, and its lock
 
 
 def is_being_trained(folder: Path) -> bool:
-    """Whether another living process trains in a folder; if not, this one has it from now on.
+    """Whether another living process trains in a folder. Nothing stays locked by asking.
 
     The lock is the kernel's and goes with the process, however that ends. Of a run's processes the main one asks.
     """
-    if _held and os.path.samestat(os.fstat(_held[0]), folder.stat()):
+    if _is_held(folder):
         return False
     number = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
-        os.close(number)
         return True
+    finally:
+        os.close(number)
+    return False
+
+
+def _is_held(folder: Path) -> bool:
+    return bool(_held) and os.path.samestat(os.fstat(_held[0]), folder.stat())
+
+
+def _hold(folder: Path) -> bool:
+    """Lock a folder for this process, until it ends or holds another one; False where another process has it."""
+    if _is_held(folder):
+        return True
+    number = _locked(folder, os.O_RDONLY)
+    if number is not None:
+        _keep(number)
+    return number is not None
+
+
+def _keep(number: int) -> None:
     for other in _held:
         os.close(other)
     _held[:] = [number]
-    return False
+
+
+def _locked(path: Path, flags: int) -> int | None:
+    """A file or folder, open and locked; None where another process has it."""
+    number = os.open(path, flags, 0o600)
+    for _ in range(ASKED_FOR):
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(0.02)  # somebody may only be asking
+        else:
+            return number
+    os.close(number)
+    return None
+
+
+def _reserve(folder: Path) -> bool:
+    """Take a name for this process before there is a folder; False where another process has it.
+
+    The lock is on a file of the system's folder for temporary ones, and goes with the process. Where that cannot be
+    written nothing is reserved, and `begin` finds out.
+    """
+    named = folder.absolute().parent.resolve() / folder.name
+    if named in _reserved:
+        return True
+    home = Path(tempfile.gettempdir()) / f"finetune_kit-{os.getuid()}"
+    file = home / f"{hashlib.sha256(os.fsencode(named)).hexdigest()[:32]}.lock"
+    try:
+        home.mkdir(mode=0o700, exist_ok=True)
+        number = _locked(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    except OSError:
+        return True
+    if number is None:
+        return False
+    for other in _reserved.values():
+        os.close(other)
+    _reserved.clear()
+    _reserved[named] = number
+    return True
+
+
+def is_claimed(config: RecipeConfig) -> bool:
+    """Whether `claim` has given this process the settings' folder, or it trains in it."""
+    if config.train.output_dir is None:
+        return False
+    folder = Path(config.train.output_dir)
+    named = folder.absolute().parent.resolve() / folder.name
+    return named in _reserved or (folder.is_dir() and _is_held(folder))
 
 
 def _is_run_again(config: RecipeConfig, folder: Path) -> bool:
@@ -216,8 +305,13 @@ def _numbered(folder: Path, itself_first: bool) -> list[Path]:
 
 
 def _next_free(folder: Path) -> Path:
+    return next(_free_names(folder))
+
+
+def _free_names(folder: Path) -> Iterator[Path]:
+    """The folder, and its -2, -3, …, as far as nothing has these names."""
     names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return folder if not folder.exists() else next(path for path in names if not path.exists())
+    return (path for path in itertools.chain([folder], names) if not path.exists())
 
 
 def begin(config: RecipeConfig, ledger: Any, stamps: dict[str, Any]) -> Path:
@@ -226,16 +320,28 @@ def begin(config: RecipeConfig, ledger: Any, stamps: dict[str, Any]) -> Path:
     A folder appears with all three or not at all. An unfinished run in it goes on; SettingsError where that was begun
     with other settings or stamps.
     """
-    folder = Path(config.train.output_dir or "")
+    if config.train.output_dir is None:
+        raise SettingsError("train.output_dir is unset: no folder was claimed for this run.", "Give output_dir=…")
+    folder = Path(config.train.output_dir)
     identity = {"settings": settings_of(config), **json.loads(json.dumps(stamps)), "versions": versions()}
     identity["began_with"] = identity["versions"]
-    if is_unfinished(folder):
+    goes_on = is_unfinished(folder)
+    if goes_on:
         then = read_identity(folder)
         _compare(folder, then, identity, config)
         identity["began_with"] = then.get("began_with", then["versions"])
-    new = folder.absolute().with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+        if not _hold(folder):
+            raise _taken(folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise SettingsError(f"train.output_dir={folder} is not empty; nothing in it was touched.", "Choose another.")
+    above = folder.absolute().parent
+    above.mkdir(parents=True, exist_ok=True)
+    for left in above.glob(f".{glob.escape(folder.name)}.*.new"):  # of processes that were killed
+        if not is_being_trained(left):
+            shutil.rmtree(left, ignore_errors=True)
+    new = above / f".{folder.name}.{os.getpid()}.new"
+    new.mkdir()
+    lock = _locked(new, os.O_RDONLY)
     texts = {
         IDENTITY: json.dumps(identity, indent=1, ensure_ascii=False),
         "run.yaml": to_yaml(config, versions()),
@@ -243,14 +349,22 @@ def begin(config: RecipeConfig, ledger: Any, stamps: dict[str, Any]) -> Path:
     }
     for name, text in texts.items():
         (new / name).write_text(text, encoding="utf-8")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        new.replace(folder)
-    else:
+    if goes_on:
         for name in texts:
             (new / name).replace(folder / name)
         new.rmdir()
-    if is_being_trained(folder):
-        raise SettingsError(f"train.output_dir={folder} is being trained by another process.", "Choose another one.")
+        if lock is not None:
+            os.close(lock)
+        return folder
+    try:
+        new.replace(folder)  # with its lock: it is never there without
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise _taken(folder) from None
+    if lock is not None:
+        _keep(lock)
     return folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune_kit import recipe as recipes
-from finetune_kit.config import resolve
+from finetune_kit.config import RecipeConfig, resolve
 from finetune_kit.errors import ResourceError, SettingsError
 from tests.fixtures_cli import ROOT
 
@@ -167,3 +167,32 @@ def test_a_built_in_is_at_most_120_lines_and_its_docstring_has_the_six_headings_
     lines = (ast.get_docstring(ast.parse(source)) or "").splitlines()
     headings = [line for line in lines[1:] if line and not line.startswith(" ")]
     assert headings == ["What it does", "Objective", "Data in", "Artifact out", "What to watch", "Paper"]
+
+
+EXITING = """'''Nothing.'''
+import sys
+from finetune_kit.config import RecipeConfig as Config
+{0}
+def run(config):
+    {1}
+"""
+
+
+def test_a_recipe_that_exits_with_0_is_an_error_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.py"
+    path.write_text(EXITING.format("sys.exit(0)", "pass"))
+    with pytest.raises(SettingsError, match=r"mine.py:4: the recipe called sys.exit\(0\)"):
+        recipes.load(str(path))
+    path.write_text(EXITING.format("", "sys.exit(0)"))
+    with pytest.raises(SettingsError, match=r"mine.py:6: the recipe called sys.exit\(0\)"):
+        recipes.load(str(path)).run(resolve(RecipeConfig, "mine", None, []))
+
+
+def test_a_recipe_that_is_run_without_a_claim_gets_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(EXITING.format("", "return config.train.output_dir"))
+    config = resolve(RecipeConfig, "mine", None, [])
+    assert recipes.load("./mine.py").run(config) == "runs/mine"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -187,3 +188,79 @@ def test_versions_name_python_this_package_and_the_stack() -> None:
     found = versions()
     assert {"python", "finetune_kit", "torch", "transformers", "trl", "peft", "datasets"} <= set(found)
     assert found["torch"][0].isdigit()
+
+
+ELSEWHERE = """
+import sys
+from types import SimpleNamespace
+from finetune_kit.config import RecipeConfig, resolve
+from finetune_kit.run_folder import begin, claim, is_being_trained
+for line in sys.stdin:
+    act, *words = line.split()
+    try:
+        settings = resolve(RecipeConfig, "lora_sft", None, words)
+        said = claim(settings)
+        if act == "begin":
+            begin(settings, SimpleNamespace(to_json=lambda: {}), {"data": "abc"})
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+    print(said, flush=True)
+"""
+
+
+@pytest.fixture
+def elsewhere(folder: Path) -> Iterator[Callable[[str], str]]:
+    """Another process that claims and begins runs in the same folder; a line to it gives what it says."""
+    other = subprocess.Popen(
+        [sys.executable, "-c", ELSEWHERE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+
+    def say(line: str) -> str:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        print(line, file=other.stdin, flush=True)
+        return other.stdout.readline().strip()
+
+    yield say
+    other.stdin.close()
+    other.wait()
+    other.stdout.close()
+
+
+def test_of_two_processes_each_has_a_name_of_its_own_from_the_first_moment(elsewhere: Callable[[str], str]) -> None:
+    mine = config()
+    assert claim(mine) == Path("runs/lora_sft")
+    assert elsewhere("claim") == "runs/lora_sft-2"  # nothing is there yet
+    assert not Path("runs").exists()
+    begin(mine, LEDGER, {"data": "abc"})
+    assert elsewhere("begin") == "runs/lora_sft-2"
+    assert "is being trained by another process" in elsewhere("begin output_dir=runs/lora_sft")
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["lora_sft", "lora_sft-2"]
+    named = config("output_dir=out")
+    claim(named)
+    assert "out is being trained by another process" in elsewhere("claim output_dir=out")
+
+
+def test_a_look_at_other_runs_locks_none_of_them(elsewhere: Callable[[str], str]) -> None:
+    assert elsewhere("begin output_dir=runs/lora_sft-7 seed=7") == "runs/lora_sft-7"
+    assert elsewhere("begin output_dir=runs/lora_sft seed=1") == "runs/lora_sft"  # and lets go of the other one
+    assert claim(config("seed=3")) == Path("runs/lora_sft-2")  # has looked at both
+    assert elsewhere("claim output_dir=runs/lora_sft-7 seed=7") == "runs/lora_sft-7"
+
+
+def test_a_folder_with_something_in_it_is_never_begun_in_even_where_nobody_claimed_it(folder: Path) -> None:
+    (folder / "README.md").write_text("mine")
+    for settings in (config(f"output_dir={folder}"), config()):
+        with pytest.raises(SettingsError, match=r"not empty; nothing in it was touched|no folder was claimed"):
+            begin(settings, LEDGER, {"data": "abc"})
+    assert [path.name for path in folder.iterdir()] == ["README.md"]
+
+
+def test_what_a_killed_start_left_behind_is_removed_by_the_next_one() -> None:
+    Path(".run.999999.new").mkdir()
+    settings = config("output_dir=run")
+    claim(settings)
+    begin(settings, LEDGER, {"data": "abc"})
+    assert [path.name for path in Path().iterdir()] == ["run"]
