@@ -7,12 +7,13 @@ differs from its manifest is set aside, and the next older one is taken.
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ def stamps_of(config: RecipeConfig, tokenizer: Any, data: Data) -> dict[str, Any
     model = base_record(config.model)
     named = {leaf.key: leaf.value for leaf in leaves(config) if not leaf.key.startswith(("data.", "train.", "hub."))}
     named["recipe"] = config.recipe_word
-    paths = {key: Path(value).expanduser() for key, value in named.items() if isinstance(value, str) and value}
-    files = {key: _content(path) for key, path in paths.items() if key != "model.name_or_path" and path.exists()}
+    del named["model.name_or_path"]  # known by its weights
+    texts = {key: text for name, value in named.items() for key, text in _texts(name, value)}
+    files = {key: _content(path) for key, text in texts.items() if (path := file_of(text)) is not None}
     return {
         "data": data.ledger.fingerprint,
         "model": {"weights": model["weights"], "config": model["config"], "revision": model["revision"]},
@@ -60,10 +62,63 @@ def stamps_of(config: RecipeConfig, tokenizer: Any, data: Data) -> dict[str, Any
     }
 
 
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every text in a setting's value, lists and mappings at any depth, with its place: reward.sources[0]."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(f"{name}.{key}", key) if isinstance(key, str) else ()
+            yield from _texts(f"{name}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for at, item in enumerate(value):
+            yield from _texts(f"{name}[{at}]", item)
+
+
+def file_of(text: str) -> Path | None:
+    """The file or folder that a setting's text names, file.py:function too; None where there is none."""
+    path, colon, _ = text.rpartition(":")
+    for named in (text, path if colon and path.endswith(".py") else ""):
+        try:
+            if named and (found := Path(named).expanduser()).exists():
+                return found
+        except (OSError, ValueError, RuntimeError):  # a text that can be no path: too long, with a NUL, ~nobody
+            continue
+    return None
+
+
 def _content(path: Path) -> str:
-    """SHA-256 of a file, or of the weights and settings in a folder."""
-    names = sorted([*path.glob("*.safetensors"), *path.glob("*config.json")]) if path.is_dir() else [path]
+    """SHA-256 of a file, of a Python file with the modules beside it that it imports, or of the weights and settings
+    in a folder."""
+    if path.is_dir():
+        names = sorted([*path.glob("*.safetensors"), *path.glob("*config.json")])
+    else:
+        names = sorted(_with_imports(path)) if path.suffix == ".py" else [path]
     return hashlib.sha256("".join(f"{file.name} {_sha256(file)} " for file in names).encode()).hexdigest()
+
+
+def _with_imports(path: Path) -> set[Path]:
+    """A Python file, and the files beside it that it imports, and what those import; read, not run."""
+    found, waiting = set(), [path]
+    while waiting:
+        file = waiting.pop()
+        if file in found:
+            continue
+        found.add(file)
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue  # whoever runs it says so
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{name}" if node.module else name for name in names)]
+            places = [(folder, name.split(".")) for name in names if name for folder in {path.parent, file.parent}]
+            for folder, words in places:
+                inner, first = folder.joinpath(*words), folder / words[0]
+                candidates = (Path(f"{inner}.py"), inner / "__init__.py", Path(f"{first}.py"), first / "__init__.py")
+                waiting += [candidate for candidate in candidates if candidate.is_file()]
+    return found
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
