@@ -117,7 +117,7 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
             f"data.path={_shown(config)}: no training row is left.", "See data.max_lost and the rows themselves."
         )
     _check_known(tokenizer, trained, config)
-    _warn(config, kind, ledger)
+    _warn(config, kind, trained, ledger)
     ends = end_token_ids(tokenizer, config.chat_template_kwargs)
     return Data(
         kind=kind,
@@ -165,13 +165,24 @@ def _check_known(tokenizer: Any, tokens: Tokens, config: DataConfig) -> None:
         )
 
 
-def _warn(config: DataConfig, kind: str, ledger: Ledger) -> None:
-    """Note what is no mistake and yet will disappoint."""
+def _warn(config: DataConfig, kind: str, trained: Tokens, ledger: Ledger) -> None:
+    """Note what is no mistake and yet will disappoint. Raises DataError for disliked answers alone."""
     counts, measured = ledger.train, ledger.held_out.rows
     if kind == "prompt_completion" and counts.truncated > 0.05 * counts.rows:
         ledger.note(
             f"{counts.truncated} of {counts.rows} training rows are longer than data.max_length={config.max_length} "
             "and lose their end, the end token included: the model may not learn to stop"
+        )
+    if kind == "labelled_completion" and trained.records and not any(trained.columns["label"]):
+        raise DataError(
+            f"data.path={_shown(config)}: all {len(trained.records)} training rows are disliked (label false): no "
+            "answer would become likelier.",
+            "Add liked answers, with label true.",
+        )
+    if kind == "labelled_completion" and trained.records and all(trained.columns["label"]):
+        ledger.note(
+            f"all {len(trained.records)} training rows are liked: KTO learns from both. Add disliked answers, or take "
+            "run lora_sft, which learns from good answers alone"
         )
     if 0 < measured < FEW:
         ledger.note(f"only {measured} held-out rows: a difference will hardly show; see data.held_out_size")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune_kit.data.tokenise import sequences
-from finetune_kit.errors import SettingsError
+from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.evaluation.loss import row_losses
 from tests.fixtures_training import fit_only, furnish_pairs, prepare, train
 
@@ -73,3 +73,15 @@ def test_pairs_are_taken_as_a_liked_and_a_disliked_answer(home: Path) -> None:
 def test_numbers_out_of_range_are_refused(home: Path, word: str) -> None:
     with pytest.raises(SettingsError, match=r"expected a number in \(0, 10\]"):
         prepare("kto", home, word)
+
+
+def test_rows_of_one_label_alone_are_told_at_start(home: Path) -> None:
+    def write(label: bool) -> None:
+        (home / "rows.jsonl").write_text("\n".join(json.dumps({**row, "label": label}) for row in ROWS))
+
+    write(True)
+    notes = prepare("kto", home).data.ledger.notes
+    assert [note for note in notes if "all 37 training rows are liked: KTO learns from both" in note]
+    write(False)
+    with pytest.raises(DataError, match=r"all 37 training rows are disliked \(label false\)"):
+        prepare("kto", home)
