@@ -31,7 +31,7 @@ from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section, 
 from finetune_kit.data.load import load_data
 from finetune_kit.evaluation.compare import compare, held_out_scores, measure
 from finetune_kit.model.load import load_policy, load_tokenizer
-from finetune_kit.rl.online import check_groups, prompt_rows, reward_functions
+from finetune_kit.rl.online import check_groups, prompt_rows, reward_functions, watching_rewards
 from finetune_kit.rl.rewards import RewardConfig, load_rewards
 from finetune_kit.training.arguments import build
 from finetune_kit.training.fit import fit
@@ -69,7 +69,7 @@ def run(config: Config) -> Artifact:
         tokenizer,
         data,
         rows=prompt_rows(data, tokenizer),
-        parts={"reward_funcs": reward_functions(rewards, data)},
+        parts={"reward_funcs": reward_functions(rewards, data), "callbacks": [watching_rewards()]},
         reward_weights=[part.weight for part in rewards.parts],
         num_generations=config.num_generations,
         max_completion_length=config.max_completion_length,

@@ -9,8 +9,15 @@ from typing import Any
 from finetune_kit.config import RecipeConfig
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
-from finetune_kit.errors import DataError, SettingsError
+from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.rl.rewards import Part, Rewards, checked
+from finetune_kit.training.progress import console, hooks
+
+MOST_CONSTANT = 5  # logged steps
+ALIKE = (
+    "Take a reward in smaller steps, an easier task, a higher temperature, or train with lora_sft first: "
+    "lora.init_from=… goes on from there. See docs/ppo.md."
+)
 
 
 def prompt_rows(data: Data, tokenizer: Any) -> Any:
@@ -51,6 +58,33 @@ def _function(part: Part, data: Data) -> Callable[..., list[float | None]]:
 
     score.__name__ = part.name
     return score
+
+
+def watching_rewards() -> Any:
+    """A callback of transformers that stops a run whose rewards tell no completions of a prompt apart, and says it
+    where they once did: without a difference in a group there is no advantage, and no gradient but that of the KL.
+
+    Raises NumericsError after MOST_CONSTANT logged steps from the start.
+    """
+    seen = {"constant": 0, "varied": 0}
+
+    def on_log(args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        share = (logs or {}).get("frac_reward_zero_std")
+        if share is None:
+            return
+        seen["constant"] = seen["constant"] + 1 if share >= 1 else 0
+        seen["varied"] += share < 1
+        if seen["constant"] != MOST_CONSTANT:
+            return
+        said = (
+            f"All completions of each prompt scored alike in {MOST_CONSTANT} logged steps in a row, up to step "
+            f"{state.global_step}: nothing can be learned from that"
+        )
+        if not seen["varied"]:
+            raise NumericsError(f"{said}.", ALIKE)
+        console.print(f"note: {said} any more", markup=False)
+
+    return hooks(on_log=on_log)
 
 
 def check_groups(config: RecipeConfig, num_generations: int) -> None:

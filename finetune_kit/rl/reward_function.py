@@ -232,7 +232,7 @@ def contained(
     handlers: dict[int, Any] = {}
     running = [True]
     _set_environment({**environment, **own})
-    sys.path.insert(0, str(folder.resolve()))
+    sys.path.append(str(folder.resolve()))  # last: nothing in it hides a library
     leave, process = os._exit, os.getpid()
 
     def no_exit(code: int) -> None:

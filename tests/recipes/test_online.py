@@ -97,3 +97,65 @@ def test_what_cannot_be_is_refused(home: Path, recipe: str) -> None:
     write_rows(home / "rows.jsonl", [{"text": "plain"}] * 4)
     with pytest.raises(DataError, match="this recipe needs prompt rows"):
         prepare(recipe, home, rewarded(home), *SMALL)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_rewards_that_tell_nothing_apart_stop_the_run_after_5_steps_with_what_to_do(home: Path, recipe: str) -> None:
+    (home / "rewards.py").write_text("def score(completions, **_): return [0.5 for _ in completions]")
+    with pytest.raises(NumericsError, match=r"scored alike in 5 logged steps in a row, up to step 5") as caught:
+        fit_only(recipe, home, rewarded(home), *SMALL)
+    assert "a reward in smaller steps" in caught.value.fix
+
+
+def test_rewards_that_once_told_something_apart_are_told_and_the_run_goes_on(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "rewards.py").write_text(
+        "def score(completions, trainer_state): return [i * (trainer_state.global_step < 1) for i in range(16)]"
+    )
+    run = fit_only("grpo", home, rewarded(home), *SMALL, "max_steps=7")
+    assert len([line for line in run.history if "reward" in line]) == 7
+    assert capsys.readouterr().err.count("nothing can be learned from that any more") == 1
+
+
+ANSWERS = """
+def ours(prompts, completions, records):
+    return [len(text) / 12 + (record.metadata["points"] == 3) for text, record in zip(completions, records)]
+
+def trl(completions, completion_ids, answer, trainer_state, log_metric, **columns):
+    assert set(columns) >= {"points", "log_extra", "prompts"} and len(answer) == len(completion_ids)
+    log_metric("right", sum(text.strip() == right for text, right in zip(completions, answer)) / len(answer))
+    return [None if int(right) % 4 == 0 else len(text) / 12 for text, right in zip(completions, answer)]
+"""
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "ppo"])
+def test_rewards_see_the_columns_of_a_file_and_none_leaves_a_row_out(home: Path, recipe: str) -> None:
+    write_rows(home / "rows.jsonl", [{"prompt": f"{n} + {n} =", "answer": 2 * n, "points": 3} for n in range(40)])
+    (home / "rewards.py").write_text(ANSWERS)
+    sources = f"reward.sources=[{home / 'rewards.py'}:ours, {home / 'rewards.py'}:trl]"
+    if recipe == "ppo":
+        words = ("max_new_tokens=12", "batch_size=16", "num_mini_batches=2", "missing_eos_penalty=0")
+        line = train(recipe, home, sources, *words, "max_steps=1", "evaluate.size=2").folder / "metrics.jsonl"
+        found = json.loads(line.read_text().splitlines()[0])
+        assert found["right"] == 0.0
+        assert found["reward/ours"] > 1 > found["reward/trl"] > 0
+    else:
+        found = fit_only(recipe, home, sources, *SMALL, "max_steps=1").history[0]
+        assert found["right"] == 0.0
+        assert found["rewards/ours/mean"] > 1 > found["rewards/trl/mean"] > 0
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "ppo"])
+def test_rows_to_which_no_reward_applies_move_nothing(home: Path, recipe: str) -> None:
+    (home / "rewards.py").write_text(
+        "def score(completions, prompts):\n"
+        "    return [None if int(p[0]) % 2 else len(c) for c, p in zip(completions, prompts)]"
+    )
+    if recipe == "ppo":
+        words = ("max_new_tokens=12", "batch_size=16", "num_mini_batches=2", "missing_eos_penalty=0", "kl_coef=0")
+        folder = train(recipe, home, rewarded(home), *words, "max_steps=1", "evaluate.size=2").folder
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[0])["objective/scores"] > 1
+    else:
+        assert fit_only(recipe, home, rewarded(home), *SMALL, "max_steps=1").history[0]["reward"] > 1

@@ -30,6 +30,8 @@ TURNS = [
     for r, q in zip(TEXTS, QUESTIONS, strict=True)
 ]
 RIGHT = [1.0, 0.0, 0.0]
+IDS = [[7], [8, 9], [10]]
+STATE = SimpleNamespace(global_step=4)
 Load = Callable[..., Rewards]
 
 
@@ -49,7 +51,7 @@ def load(tmp_path: Path) -> Load:
 
 
 def scores(rewards: Rewards, records: list[Any] = TEXTS, **more: Any) -> list[float]:
-    return rewards(QUESTIONS, ANSWERS, records, **more)[0]
+    return rewards(QUESTIONS, ANSWERS, records, **{"completion_ids": IDS, "trainer_state": STATE, **more})[0]
 
 
 OURS = "[float(c == r.completion) for c, r in zip(completions, records)]"
@@ -88,9 +90,7 @@ TRLS = "[float(c == a) for c, a in zip(completions, answer)]"
     ],
 )
 def test_each_way_to_write_the_two_signatures_is_called_right(load: Load, text: str) -> None:
-    state = SimpleNamespace(global_step=4)
-    rewards = load(f"IDS = [[7], [8, 9], [10]]\n{text}")
-    assert scores(rewards, completion_ids=[[7], [8, 9], [10]], trainer_state=state) == RIGHT
+    assert scores(load(f"IDS = {IDS}\n{text}")) == RIGHT
 
 
 def test_trls_signature_gets_turns_where_the_rows_have_turns_and_ours_gets_texts(load: Load) -> None:
