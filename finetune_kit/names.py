@@ -210,5 +210,4 @@ def together(problems: Sequence[SettingsError]) -> SettingsError:
         name = f"{problem.origin}  {problem.written}"
         lines.append(f"  {name:<{wide}}  →  {problem.meant or 'unknown; nothing is spelled like it'}")
     lines += [f"  {problem.message}  {problem.fix}".rstrip() for problem in problems if problem not in unknown]
-    what = "unknown names" if len(unknown) == len(problems) else "mistakes"
-    return SettingsError("\n".join([f"{len(problems)} {what} in the settings:", *lines]), f"See all: {SHOW} RECIPE")
+    return SettingsError("\n".join([f"{len(problems)} mistakes in the settings:", *lines]), f"See all: {SHOW} RECIPE")

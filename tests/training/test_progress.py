@@ -62,5 +62,38 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_steps(
     assert "loss 1.2500" in said.getvalue()
 
 
+def test_tokens_a_second_leave_out_what_is_measured_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 40.0, 60.0, 60.0, 60.0, 60.0])
+    record = Record(tmp_path)
+    state = SimpleNamespace(global_step=5, max_steps=20)
+    record.on_train_begin(None, state, None)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    record.last_time = record.started = progress.time.perf_counter()
+    with record.beside("measuring"):  # from 10 to 40 s
+        pass
+    record.on_log(None, state, None, logs={"loss": 1.0, "num_tokens": 600.0})  # at 60 s
+    assert record.history[-1]["tokens_per_second"] == 20.0
+    assert record.history[-1]["seconds"] == 60.0
+
+
+def test_the_last_step_has_its_line_whatever_logging_steps_is(home: Path) -> None:
+    run = fit_only("lora_sft", home, "max_steps=4", "logging_steps=3")
+    assert [line["step"] for line in run.history] == [1, 3, 4]
+
+
+def test_without_a_terminal_a_long_measurement_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=said, width=200))
+    now = iter(range(0, 1000, 2))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    tell = progress.telling("before")
+    for done in range(13):
+        tell("answers", done, 12)
+    lines = said.getvalue().splitlines()
+    assert lines[0] == "before: answers, 12 rows"
+    assert lines[1] == "before: answers, 2 of 12"
+    assert 3 <= len(lines) <= 7
+
+
 def test_peak_memory_is_that_of_this_process() -> None:
     assert 0.1 < peak_memory_gib() < 100
