@@ -80,7 +80,7 @@ def load_tokenizer(model: ModelConfig, saved: Path | None = None, weights: bool 
         check_files(saved)
     with _said_plainly(model):
         source = {"pretrained_model_name_or_path": saved, **ITS_OWN} if saved else _from(model, weights)
-        if lacks_tokenizer(folder := Path(source["pretrained_model_name_or_path"])):
+        if lacks_tokenizer(folder := Path(str(source["pretrained_model_name_or_path"]))):
             raise SettingsError(
                 f"{folder} has no tokenizer: there is neither a tokenizer.json nor another vocabulary file.",
                 "Put the model's tokenizer.json and tokenizer_config.json there.",
