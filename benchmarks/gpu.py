@@ -266,6 +266,8 @@ def main() -> int:
                 jobs = [replace(job, after=job.after or PREPARED) for job in jobs]
             share += limit / sum(LIMITS.values())  # what an earlier stage left is there, too
             ends = started + whole * share
+            if toy:  # a CPU may be slow, and is not what is measured
+                jobs = [replace(job, limit=600) for job in jobs]
             together = 1 if toy or stage not in ("recipes",) else max(1, min(4, (os.cpu_count() or 1) // 3))
             run_jobs(jobs, results, ends, environment, together)
     bad = [line for line in results.lines if line["status"] != "passed"]
