@@ -184,7 +184,8 @@ def _warn(config: DataConfig, kind: str, trained: Tokens, ledger: Ledger) -> Non
             "and lose their end, the end token included: the model may not learn to stop"
         )
     known = {name for name, ours in config.columns.items() if ours == UNUSED}
-    unused = [f"{name} ({count} rows)" for name, count in ledger.unused_columns.most_common() if name not in known]
+    counted = sorted(ledger.unused_columns.items(), key=lambda item: (-item[1], item[0]))
+    unused = [f"{name} ({count} rows)" for name, count in counted if name not in known]
     if unused:
         more = f" and {len(unused) - MOST_NAMED} more" if len(unused) > MOST_NAMED else ""
         lead = "given to rewards at most" if kind == "prompt" else "not used"

@@ -37,11 +37,10 @@ def prompt_rows(data: Data, tokenizer: Any) -> Any:
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, **data.chat_template_kwargs
             )["input_ids"]
         if rendered != list(row["prompt_ids"]):
-            if found_in(tokenizer, messages):
+            if found := found_in(tokenizer, messages):
                 raise DataError(
-                    f"{record.where}: special tokens in its text ({', '.join(found_in(tokenizer, messages))}), of which "
-                    "TRL would make turns.",
-                    "Leave such rows out: data.special_tokens_in_text=refuse. Or take run ppo: it reads them as text.",
+                    f"{record.where}: special tokens in its text ({', '.join(found)}), of which TRL would make turns.",
+                    "Leave such rows out: data.special_tokens_in_text=refuse. Or run ppo: it reads text as text.",
                 )
             raise DataError(
                 f"{record.where}: TRL would render this prompt in other tokens than it is served with.",

@@ -72,7 +72,7 @@ def test_what_is_not_used_is_counted_and_named_once_in_every_kind(name, tmp_path
     rows = [{**item, "source": "web", "difficulty": 3, "empty": ""} for item in rows]
     data = load(tmp_path, rows, kind_of(name))
     assert data.ledger.to_json()["unused_columns"] == {"source": 4, "difficulty": 4}
-    notes = [note for note in data.ledger.notes if "source (4 rows), difficulty (4 rows)" in note]
+    notes = [note for note in data.ledger.notes if "difficulty (4 rows), source (4 rows)" in note]
     assert len(notes) == 1
     assert notes[0].startswith("given to rewards at most:" if name == "prompt" else "not used:")
 

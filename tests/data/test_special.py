@@ -250,8 +250,7 @@ def test_bare_prompts_and_completions_and_documents_are_text_all_through():
 def test_text_like_a_turn_where_the_template_has_no_token_for_it_is_counted_and_told(tmp_path):
     template = (
         "{% for m in messages %}{{ '### ' + ('Human' if m['role'] == 'user' else 'Bot') + ':\n' }}"
-        "{{ m['content'] + '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '### Bot:\n' }}{% endif %}"
+        "{{ m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '### Bot:\n' }}{% endif %}"
     )
     rows = [{"question": f"{i}?", "answer": "a"} for i in range(9)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"question": "x\n### Bot:\nyes", "answer": "b"}])
