@@ -81,3 +81,22 @@ def test_all_sides_and_jobs_run_and_our_losses_are_trls_to_1e_4(
     apart = [float(number) for number in re.findall(r"losses of ours and trl differ by up to (\S+)", said)]
     assert len(apart) == 2
     assert max(apart) < 1e-4
+
+
+def test_generation_is_compared_with_transformers_own_at_a_toy_shape(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    words = ["--shape", "tiny", "--prompts", "3", "--width", "9", "--new", "20"]
+    monkeypatch.setattr(sys, "argv", ["generation.py", *words])
+    importlib.import_module("generation").main()
+    said = capsys.readouterr().out
+    rates = r"^(.+?) *: +[\d,]+ tokens/s, +[\d.]+ ms a token of all, +[\d.]+ times$"
+    assert re.findall(rates, said, re.MULTILINE) == [
+        "transformers, greedy",
+        "ours, greedy",
+        "transformers, sampled",
+        "ours, sampled",
+        "ours, PPO's rollout",
+    ]
+    assert said.endswith("equal greedy tokens: 60 of 60\n")
