@@ -1,23 +1,37 @@
 """Generated tokens a second on the embedded model: batched against one by one, PPO's sampling with and without a cache.
 
     python benchmarks/generation.py [--prompts 32] [--new 48]
+    python benchmarks/generation.py --shape 0.6B    # on a GPU: ours against plain transformers.generate
+    python benchmarks/generation.py --shape tiny    # that the comparison runs; its figures say nothing
 
 All take turns twice on the same prompts; the first turn warms up and is not counted. Without a cache every new token
 sends the whole row through the model again; without shared beginnings each prompt goes through whole.
+
+With a shape: random weights, 64 prompts of 128 random tokens, 128 new ones each, greedy and sampled, in bfloat16 on a
+GPU. Ours is `generate`, which evaluation uses, and PPO's sampling; on a GPU the first turn has the proof and the
+recording in it, and each batch of the second is recorded again.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--new", type=int, default=48)
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--new", type=int)
+    parser.add_argument("--width", type=int, default=128, help="tokens of a prompt, with a shape")
+    parser.add_argument("--shape", choices=("8B", "0.6B", "tiny"), help="random weights of this shape")
     arguments = parser.parse_args()
+    if arguments.shape:
+        beside_transformers(arguments.shape, arguments.prompts or 64, arguments.width, arguments.new or 128)
+        return
+    arguments.prompts, arguments.new = arguments.prompts or 32, arguments.new or 48
 
     from finetune_kit.config import ModelConfig
     from finetune_kit.data.chat import end_token_ids, render_prompt
@@ -44,6 +58,70 @@ def main() -> None:
     same = sum(map(list.__eq__, answers[1], answers[arguments.prompts]))
     print(f"equal answers: {same} of {arguments.prompts}")
     rollouts(model, prompts, ends, arguments.new)
+
+
+def beside_transformers(shape: str, count: int, width: int, new: int) -> None:
+    """Tokens a second of ours and of transformers' own generate, in turns on the same prompts."""
+    import torch
+    from gpu import SHAPES, card
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from finetune_kit.config import ModelConfig
+    from finetune_kit.generation import generate
+    from finetune_kit.model.load import device, load_tokenizer
+    from finetune_kit.model.tiny import write_tiny_model
+    from finetune_kit.rl.rollout import sample
+
+    where = device()
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_model(Path(folder))
+        tokenizer = load_tokenizer(ModelConfig(name_or_path=folder))
+        tiny = AutoConfig.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**SHAPES[shape]) if SHAPES[shape] else tiny
+    with torch.device(where):
+        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(4)  # so that it is not unsure of everything
+    prompts = torch.randint(10, 250, (count, width), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def plain(**more: Any) -> list[list[int]]:
+        wanted = GenerationConfig(max_new_tokens=new, pad_token_id=0, eos_token_id=None, **more)
+        ids = torch.tensor(prompts, device=where)
+        return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=wanted)[:, width:].tolist()
+
+    def ours(**more: Any) -> list[list[int]]:
+        given = {"max_new_tokens": new, "end_token_ids": [], "batch_size": count}
+        return [completion.ids for completion in generate(model, tokenizer, prompts, **given, **more)]
+
+    def rollout() -> list[list[int]]:
+        given = {"max_new_tokens": new, "end_token_ids": [], "batch_size": count}
+        return [row.ids for row in sample(model, prompts, **given, temperature=1.0, seed=0)]
+
+    ways = {
+        "transformers, greedy": lambda: plain(do_sample=False),
+        "ours, greedy": ours,
+        "transformers, sampled": lambda: plain(do_sample=True, top_k=0),
+        "ours, sampled": lambda: ours(do_sample=True, seed=0),
+        "ours, PPO's rollout": rollout,
+    }
+    rates: dict[str, float] = {}
+    drawn: dict[str, list[list[int]]] = {}
+    print(f"{card(where.type)}, {shape}: {count} prompts of {width} tokens, {new} new")
+    for turn in range(2):
+        for name, draw in ways.items():
+            started = time.perf_counter()
+            drawn[name] = draw()
+            seconds = time.perf_counter() - started
+            rates[name] = count * new / seconds
+            if turn:
+                beside = rates[name] / rates[f"transformers, {'greedy' if 'greedy' in name else 'sampled'}"]
+                each = 1000 * seconds / new
+                print(f"{name:22s}: {rates[name]:9,.0f} tokens/s, {each:6.2f} ms a token of all, {beside:5.2f} times")
+    one, other = drawn["transformers, greedy"], drawn["ours, greedy"]
+    same = sum(a == b for row, beside in zip(one, other, strict=True) for a, b in zip(row, beside, strict=True))
+    print(f"equal greedy tokens: {same} of {count * new}")
 
 
 def rollouts(model: Any, prompts: list[list[int]], ends: list[int], new: int) -> None:

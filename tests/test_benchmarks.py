@@ -200,3 +200,22 @@ def test_as_a_program_the_check_says_what_passed_and_writes_it_down(tmp_path: Pa
     assert card["best_mm_tflops"] > 0
     assert rows["tokens_a_word"] > 0
     assert memory["measured_mib"] > memory["weights_mib"] >= 0
+
+
+def test_generation_is_compared_with_transformers_own_at_a_toy_shape(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    words = ["--shape", "tiny", "--prompts", "3", "--width", "9", "--new", "20"]
+    monkeypatch.setattr(sys, "argv", ["generation.py", *words])
+    importlib.import_module("generation").main()
+    said = capsys.readouterr().out
+    rates = r"^(.+?) *: +[\d,]+ tokens/s, +[\d.]+ ms a token of all, +[\d.]+ times$"
+    assert re.findall(rates, said, re.MULTILINE) == [
+        "transformers, greedy",
+        "ours, greedy",
+        "transformers, sampled",
+        "ours, sampled",
+        "ours, PPO's rollout",
+    ]
+    assert said.endswith("equal greedy tokens: 60 of 60\n")
