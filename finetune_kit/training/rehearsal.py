@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 MEASURED = ("log_probs", "entropy", "is_top1")
 MOST_OPERATIONS = 20_000  # of a rehearsed step: some 5 s; a Llama takes 1,000 to 3,000
-SHORT = (32, 64)  # tokens of the rows in the place of those that take more
+SHORT = (16, 32)  # tokens of the rows in the place of those that take more
 
 
 class TooLong(RuntimeError):
@@ -78,7 +78,7 @@ def step_bytes(policy: Any, batch: Batch, setting: Setting) -> int:
     Raises RuntimeError where the model's code cannot run on tensors without content.
     """
     try:
-        return _by_blocks(policy, batch, setting)
+        return max(_by_blocks(policy, batch, setting))
     except TooLong as error:
         tokens = batch.rows * batch.width if batch.plan is None else len(batch.plan.tokens)
         log.warning("activations are those of rows of %d and %d tokens, drawn out: %s", *SHORT, error)
@@ -86,10 +86,12 @@ def step_bytes(policy: Any, batch: Batch, setting: Setting) -> int:
             _by_blocks(policy, Batch(1, width, False, max(1, width * batch.scored // tokens)), setting)
             for width in SHORT
         )
-        return many + (many - few) * (tokens - SHORT[1]) // (SHORT[1] - SHORT[0])
+        steps = (tokens - SHORT[1]) / (SHORT[1] - SHORT[0])
+        return max(int(b + steps * (b - a)) for a, b in zip(few, many, strict=True))
 
 
-def _by_blocks(policy: Any, batch: Batch, setting: Setting) -> int:
+def _by_blocks(policy: Any, batch: Batch, setting: Setting) -> list[int]:
+    """Most bytes until the gradient has left the last block, and from then on."""
     kinds = _kinds(blocks_of(policy))
     first = sorted(place for places in kinds for place in places[:2])
     most = _rehearse(policy, first, batch, setting)
@@ -98,7 +100,7 @@ def _by_blocks(policy: Any, batch: Batch, setting: Setting) -> int:
         if len(places) > 2:
             more = _rehearse(policy, sorted([*first, places[2]]), batch, setting)
             growth = [g + (len(places) - 2) * (b - a) for g, a, b in zip(growth, most, more, strict=True)]
-    return max(a + g for a, g in zip(most, growth, strict=True))
+    return [a + g for a, g in zip(most, growth, strict=True)]
 
 
 def _kinds(blocks: Iterable[Any]) -> list[list[int]]:

@@ -271,11 +271,11 @@ def test_a_loop_over_the_tokens_of_long_rows_is_told_from_short_ones_within_5_pe
     config, batch = RecurrentGemmaConfig(**{**LLAMA, **own}), Batch(2, 96, False, 190)
     with torch.device("meta"):
         policy = AutoModelForCausalLM.from_config(config)
-    monkeypatch.setattr(rehearsal, "SHORT", (16, 32))
+    monkeypatch.setattr(rehearsal, "SHORT", (8, 16))
     monkeypatch.setattr(rehearsal, "MOST_OPERATIONS", 9000)
     found = step_bytes(policy, batch, Setting(False, False, on_gpu=False))
     assert (
-        "activations are those of rows of 16 and 32 tokens, drawn out: a step of a few blocks takes more than 9,000"
+        "activations are those of rows of 8 and 16 tokens, drawn out: a step of a few blocks takes more than 9,000"
         in caplog.text
     )
     assert found == pytest.approx(alive(config, batch), rel=0.05)
