@@ -231,6 +231,7 @@ class RecipeConfig:
         self.recipe: str = ""
         self.recipe_word: str = ""
         self.origins: dict[str, str] = {}
+        self.entry_origins: dict[str, str] = {}  # of single entries of a dict, such as train.extra.deepspeed
         self.allow_changed: tuple[str, ...] = ()
 
 
@@ -299,7 +300,7 @@ def _lay_over(
     if entry:
         value = values.coerce(node, typing.get_args(leaf.annotation)[1], f"{leaf.key}.{entry} ({origin})")
         setattr(target, name, {**getattr(target, name), entry: value})
-        config.origins[f"{leaf.key}.{entry}"] = origin
+        config.entry_origins[f"{leaf.key}.{entry}"] = origin
         origin = ", ".join(dict.fromkeys([config.origins.get(leaf.key, origin), origin]))
     else:
         setattr(target, name, values.coerce(node, leaf.annotation, f"{leaf.key} ({origin})"))
@@ -408,7 +409,8 @@ def check_code(config: RecipeConfig) -> None:
         if name in LEADS_ELSEWHERE and isinstance(value, str):
             named[f"train.extra.{name}"] = value
     for key, value in named.items():
-        origin = config.origins.get(key) or config.origins.get(key.rpartition(".")[0], COMMAND_LINE)
+        origin = config.entry_origins.get(key) or config.origins.get(key)
+        origin = origin or config.origins.get(key.rpartition(".")[0], COMMAND_LINE)
         if origin != COMMAND_LINE:
             raise SecurityError(
                 f"{key} ({origin}): {value} would be run or followed, and a file names it, not you.",

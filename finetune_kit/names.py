@@ -19,8 +19,7 @@ _ELSEWHERE = {
     "lora.target_modules": "lora_target lora_target_modules lora_modules",
     "lora.modules_to_save": "lora_modules_to_save additional_target",
     "model.name_or_path": (
-        "model_name_or_path base_model model_name checkpoint_dir model_path model_id pretrained base "
-        "checkpoint name_or_path"
+        "model_name_or_path base_model model_name checkpoint_dir model_path pretrained base checkpoint"
     ),
     "model.revision": "model_revision",
     "model.dtype": "torch_dtype bf16 fp16 precision",

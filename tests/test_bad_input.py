@@ -62,13 +62,9 @@ def mistakes(said: Said, code: int, *texts: str) -> None:
         ("lerning_rate=1e-4", ["lerning_rate: unknown setting (command line).", "Did you mean train.learning_rate?"]),
         ("max_steps=many", ["train.max_steps (command line): expected a whole number, found 'many'."]),
         ("learning_rate=5", ["train.learning_rate (command line): expected a number in [0, 1], found 5."]),
-        ("learning_rate=-1e-4", ["expected a number in [0, 1], found -0.0001."]),
-        ("learning_rate=nan", ["expected a number, found 'nan'."]),
         ("max_steps=0", ["train.max_steps (command line): 0 trains nothing."]),
         ("early_stopping_patience=2", ["has no effect without held-out losses on the way", "Add train.eval_steps=20"]),
-        ("optim=adamw_torc", ["'adamw_torc' is not known to transformers.", "Did you mean adamw_torch,"]),
         ("learning_rate", ["'learning_rate' is not a setting: expected key=value."]),
-        ("learning_rate=1e30", ["expected a number in [0, 1], found 1e+30."]),
         ("output_dir=../../x; rm -rf ~", ["leads out of the folder you are in", "If it is meant: output_dir=/"]),
         ("output_dir=runs/\x1b[2J", ["has characters that cannot be printed"]),
         ("output_dir=.", ["is the folder you are in"]),
@@ -78,8 +74,7 @@ def test_a_setting_that_cannot_be_ends_with_code_2(word: str, texts: list[str]) 
     mistakes(run(word), 2, *texts)
 
 
-@pytest.mark.parametrize("beta", ["0", "-0.1", "10.1"])
-@pytest.mark.parametrize("recipe", ["dpo", "kto", "orpo"])
+@pytest.mark.parametrize(("recipe", "beta"), [("dpo", "0"), ("kto", "-0.1"), ("orpo", "10.1")])
 def test_a_beta_outside_of_0_to_10_ends_with_code_2(recipe: str, beta: str) -> None:
     mistakes(run(f"beta={beta}", recipe=recipe), 2, f"beta (command line): expected a number in (0, 10], found {beta}.")
 
@@ -134,7 +129,6 @@ def test_an_unknown_recipe_ends_with_code_2() -> None:
     ("content", "texts"),
     [
         ("", ["rows.jsonl: no rows."]),
-        ("\n\n", ["rows.jsonl: no rows."]),
         (ROWS + '{"prompt": "1 + 1 =", "completion": 2', ["rows.jsonl:9:", "broken JSON"]),
         (ROWS + "{'prompt': '1'}", ["rows.jsonl:9:2: broken JSON"]),
         (ROWS + '{"prompt": NaN, "completion": "2"}', ["rows.jsonl:9: NaN is not JSON."]),
@@ -402,13 +396,11 @@ MARK = "open('ran', 'w').write('a stranger was here')\n"
         ({"model_type": "llama\nimport os"}, 2, ["model_type is 'llama\\nimport os'"]),
         ({"model_type": "strange"}, 2, ["model.name_or_path=model cannot be loaded: ValueError"]),
         ({"hidden_size": 10**7}, 2, ["at least 745,063 GiB in 16 bits", "Nothing was allocated."]),
-        ({"vocab_size": 10**12}, 2, ["at least 119,209 GiB in 16 bits"]),
-        ({"num_hidden_layers": 10**7}, 2, ["10,000,000 layers of width 64"]),
         ({"hidden_size": -5}, 2, ["cannot be loaded", "hidden size (-5)"]),
         ({"hidden_size": "many"}, 2, ["cannot be loaded", "expected int, got str"]),
     ],
 )
-@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("command", ["check"])
 def test_a_config_of_a_stranger_is_refused_before_anything_of_it_runs_or_is_allocated(
     command: str, config: dict[str, object], code: int, texts: list[str], folder: Path
 ) -> None:
@@ -464,8 +456,10 @@ def test_an_index_that_leads_out_of_the_model_s_folder_ends_with_code_6(name: st
     mistakes(run("model.name_or_path=model"), 6, f"names the weights file '{name}', which is no *.safetensors in the")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("model.safetensors", "link"), ("tokenizer.json", "fifo"), ("config.json", "folder"), ("config.json", "link")],
+)
 def test_a_link_a_fifo_or_a_folder_in_a_file_s_place_ends_with_code_6_and_does_not_hang(
     name: str, kind: str, folder: Path
 ) -> None:
@@ -596,7 +590,7 @@ def test_a_folder_that_is_no_model_ends_with_code_2(folder: Path) -> None:
     mistakes(run("model.name_or_path=./none"), 2, "model.name_or_path=./none: no such folder.", "smollm2-135m")
 
 
-@pytest.mark.parametrize("command", [["check", "lora_sft"], ["run", "lora_sft"]])
+@pytest.mark.parametrize("command", [["run", "lora_sft"]])
 def test_a_target_module_that_does_not_exist_is_answered_with_near_ones(
     command: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,19 +44,29 @@ def test_every_command_has_help(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "message", "fix"),
     [
-        (["lst"], "No such command 'lst'. Did you mean 'list'?"),
-        (["show"], "Missing argument 'RECIPE'."),
-        (["run", "lora_sft", "--learning_rate=1e-4"], "No such option: --learning_rate"),
-        (["copy", "lora_sft"], "Missing argument"),
+        (["lst"], "No such command 'lst'. Did you mean 'list'?", "Did you mean list? python -m finetune_kit list …"),
+        (["show"], "Missing argument 'RECIPE'.", "Settings are written key=value. See: python -m finetune_kit --help"),
+        (
+            ["run", "lora_sft", "--learning_rate=1e-4"],
+            "No such option: --learning_rate",
+            "Settings are written key=value, such as learning_rate=1e-4. See: python -m finetune_kit show lora_sft",
+        ),
+        (
+            ["copy", "lora_sft"],
+            "Missing argument",
+            "Settings are written key=value. See: python -m finetune_kit --help",
+        ),
     ],
 )
-def test_a_command_typed_wrong_ends_with_2_and_says_how_settings_are_written(words: list[str], message: str) -> None:
+def test_a_command_typed_wrong_ends_with_2_and_says_how_settings_are_written(
+    words: list[str], message: str, fix: str
+) -> None:
     said = cli(*words)
     assert said.code == 2
     assert message in said.err
-    assert said.err.endswith("Settings are written key=value. See: python -m finetune_kit --help\n")
+    assert said.err.endswith(f"{fix}\n")
 
 
 def test_list_names_every_recipe_with_its_first_line_in_reading_order() -> None:
