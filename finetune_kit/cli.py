@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
-from finetune_kit import processes
+from finetune_kit import processes, signals, streams
 from finetune_kit import recipe as recipes
 from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, full_key, leaves, resolve
@@ -28,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich's own takes a tenth of a second to import
 )
-out = Console(highlight=False, soft_wrap=True, quiet=not processes.is_main())
+out = streams.Voice(highlight=False, soft_wrap=True, quiet=not processes.is_main())
 
 RecipeWord = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A built-in's name, or a path to a .py or .yaml file.")
@@ -39,14 +38,28 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a us
 
 
 def main() -> NoReturn:
-    """Run the command line; a user's mistake ends with its message and exit code, a bug of ours with its traceback."""
+    """Run the command line; a user's mistake ends with its message and exit code, a bug of ours with its traceback.
+
+    A signal ends it as that, whatever a library made of it on the way.
+    """
     # names that transformers and TRL will rename one day, used by themselves: nothing that a user could mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not needed
     os.environ.setdefault("TQDM_DISABLE", "1")  # training/progress.py says how far a run is
+    streams.spell_out()
+    signals.started()
     try:
-        # without standalone mode a typer.Exit comes back as its code, and a command's end as None
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        try:
+            # without standalone mode a typer.Exit comes back as its code, and a command's end as None
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+            streams.check_written()
+        except BaseException as error:
+            if not signals.came or isinstance(error, Stopped):
+                raise
+            raise _stopped() from error
+        if signals.came:
+            raise _stopped()
+        sys.exit(code)
     except FinetuneKitError as error:
         if processes.fails_first(error.exit_code):
             if "--debug" in sys.argv:
@@ -56,14 +69,26 @@ def main() -> NoReturn:
     except Exception as error:  # typer's own usage errors carry their message and code
         if not processes.fails_first(1):
             sys.exit(1)
+        if isinstance(error, typer.Abort):
+            _say_error("Nothing was answered.", "")
+            sys.exit(1)
         if not hasattr(error, "format_message"):
             raise
         _say_error(error.format_message(), "Settings are written key=value. See: python -m finetune_kit --help")
         sys.exit(getattr(error, "exit_code", 2))
+    finally:
+        signals.started(False)  # nothing is left to tidy up
+
+
+def _stopped() -> Stopped:
+    """The error of a command that a signal ended, where nothing that knows more has said so."""
+    error = Stopped(f"by {signals.came[0]}", "Run the same command again." if signals.is_resumable() else "")
+    error.exit_code = signals.exit_code()
+    return error
 
 
 def _say_error(message: str, fix: str, what: str = "error") -> None:
-    said = Console(stderr=True, highlight=False, soft_wrap=True)
+    said = streams.Voice(stderr=True, highlight=False, soft_wrap=True)
     said.print(f"{what}: ", style="bold red", end="")
     said.print(message, markup=False)
     if fix:
@@ -118,7 +143,7 @@ def _print_settings(settings: RecipeConfig) -> None:
         else:
             table.add_row(leaf.key, value, leaf.unit, origin, leaf.help, style=style)
     if table.row_count:
-        Console(highlight=False, markup=False, width=None if out.is_terminal else 200).print(table)
+        streams.Voice(highlight=False, markup=False, width=None if out.is_terminal else 200).print(table)
 
 
 @app.command("copy")
@@ -172,7 +197,7 @@ def check(
         ways = budget.ways(recipe, settings, given, data, sum(planned["memory_bytes"].values()), room)
         planned["memory_room"], planned["ways"] = room, [vars(way) for way in ways]
     if as_json:
-        print(json.dumps({**preview_json(data, tokenizer), "plan": planned}, ensure_ascii=False, indent=1))
+        streams.write(json.dumps({**preview_json(data, tokenizer), "plan": planned}, ensure_ascii=False, indent=1))
     else:
         print_preview(data, tokenizer, out)
         print_plan(settings, planned, out)
@@ -181,7 +206,7 @@ def check(
     typed = [word, *(["--config", str(config)] if config else []), *(words or [])]
     if devices > 1:
         command = command_on_devices(planned, typed)
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"Try: {command}", markup=False)
+        streams.Voice(stderr=True, highlight=False, soft_wrap=True).print(f"Try: {command}", markup=False)
     elif room is not None and not ways[0].fits:
         raise does_not_fit(planned, typed)
 
@@ -234,6 +259,7 @@ def run(
     with stopping.heeding_signals(folder), room.heeding_disk(folder, "A file of the run"):
         artifact = recipe.run(settings)
         processes.finish()
+    signals.resumable(False)
     if not processes.is_main():
         return
     from finetune_kit.evaluation.report import print_report
@@ -279,17 +305,17 @@ def evaluate(
         note = (
             f"note: what it was trained on ({', '.join(run.unseen)}) is not here: these rows may have been part of it"
         )
-        Console(stderr=True).print(note, style="dim", markup=False)
+        streams.Voice(stderr=True).print(note, style="dim", markup=False)
     if adapter:
         compared = compare_adapters(run, adapter).to_json()
         if as_json:
-            print(json.dumps(compared, ensure_ascii=False, indent=1))
+            streams.write(json.dumps(compared, ensure_ascii=False, indent=1))
         else:
             print_adapters(compared, out)
         return
     report = compare_run(run)
     if as_json:
-        print(json.dumps(report.to_json(), ensure_ascii=False, indent=1))
+        streams.write(json.dumps(report.to_json(), ensure_ascii=False, indent=1))
     else:
         print_report(report, out)
 
@@ -362,7 +388,7 @@ def _answer(asked: Any, prompt: str, compare: bool) -> None:
     _tell("\n")
     if not completion.ended:
         count = asked.decoding.max_new_tokens
-        Console(stderr=True).print(f"(cut off after {count} tokens: --max-new-tokens)", style="dim")
+        streams.Voice(stderr=True).print(f"(cut off after {count} tokens: --max-new-tokens)", style="dim")
 
 
 def _user_turn() -> str:
@@ -373,8 +399,7 @@ def _user_turn() -> str:
 
 def _tell(text: str) -> None:
     # on a terminal an escape character of the model's could do anything
-    sys.stdout.write(text.replace("\x1b", "␛") if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    streams.write(text.replace("\x1b", "␛") if sys.stdout.isatty() else text, end="")
 
 
 @app.command()
@@ -425,7 +450,7 @@ def diff(
 
     found = difference(one, other)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False, indent=1))
+        streams.write(json.dumps(found, ensure_ascii=False, indent=1))
     else:
         print_difference(found, out)
 

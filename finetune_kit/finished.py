@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from finetune_kit.floors import check_floors
 from finetune_kit.model.adapters import as_started, detach
 from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer
+from finetune_kit.parsing import read_object
 from finetune_kit.run_folder import is_unfinished
 from finetune_kit.training.progress import telling
 
@@ -45,7 +45,7 @@ class FinishedRun:
     def is_reward_model(self) -> bool:
         """Its model scores answers and writes none."""
         saved = self.folder / ("adapter_config.json" if self.is_adapter else "config.json")
-        return saved.is_file() and is_classifier(json.loads(saved.read_text(encoding="utf-8")))
+        return saved.is_file() and is_classifier(read_object(saved))
 
 
 def open_run(folder: Path, words: list[str]) -> FinishedRun:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import errno
+import functools
+import glob
 import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import platform
+import secrets
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune_kit import processes
 from finetune_kit.config import RecipeConfig, leaves, to_yaml
-from finetune_kit.errors import SettingsError
+from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.parsing import read_object
+from finetune_kit.system import lock, write_whole
+
+log = logging.getLogger(__name__)
 
 STACK = (
     "torch",
@@ -83,6 +93,13 @@ def claim(config: RecipeConfig) -> Path:
 def _choose(config: RecipeConfig) -> Path:
     given = config.train.output_dir
     folder = Path("runs") / config.recipe if given is None else Path(given)
+    try:
+        # the longest names that a run gives its files
+        os.lstat(folder.with_name(f".{folder.name}.12345678.new") / "checkpoint-12345678" / ("x" * 48))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise _cannot_be_made(folder, folder, error) from None
     again = _is_run_again(config, folder)
     _check_openable(config.allow_changed)
     if given is None or again:
@@ -96,10 +113,32 @@ def _choose(config: RecipeConfig) -> Path:
         what = "holds another run" if (folder / "run.yaml").exists() else "is not empty"
         fix = f"Choose: output_dir={_next_free(folder)}"
         raise SettingsError(f"train.output_dir={folder} {what}; nothing in it was touched.", fix)
-    above = next(path for path in folder.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise SettingsError(f"train.output_dir={folder} cannot be made: {above} is no folder that can be written to.")
+    _try_to_make(folder)
     return folder
+
+
+def _try_to_make(folder: Path) -> None:
+    """Raises SettingsError where the folder cannot be made and written into; nothing is left behind."""
+    place = folder.absolute()
+    above = next(path for path in (place, *place.parents) if os.path.lexists(path) or path == path.parent)
+    try:
+        if above.is_symlink() and not above.exists():
+            raise OSError(errno.ENOENT, f"a link to {above.readlink()}, which is not there")
+        if not above.is_dir():
+            raise OSError(errno.ENOTDIR, "no folder")
+        with tempfile.TemporaryDirectory(prefix=".finetune_kit-", dir=above):
+            pass
+    except OSError as error:
+        raise _cannot_be_made(folder, above, error) from None
+
+
+def _cannot_be_made(folder: Path, above: Path, error: OSError) -> SettingsError:
+    shown = str(folder) if len(str(folder)) <= 80 else f"{str(folder)[:77]}…"
+    at = f" ({above})" if len(str(above)) <= 80 else ""
+    return SettingsError(
+        f"train.output_dir={shown} cannot be made and written into: {error.strerror}{at}.",
+        "Choose another place: output_dir=runs/mine",
+    )
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -119,7 +158,12 @@ def _check_openable(keys: Sequence[str]) -> None:
 def _goes_on(folder: Path, config: RecipeConfig) -> bool:
     if not is_unfinished(folder) or is_being_trained(folder):
         return False
-    return set(changed(read_identity(folder)["settings"], settings_of(config))) <= set(config.allow_changed)
+    try:
+        then = read_identity(folder)["settings"]
+    except SettingsError as error:  # another run's, which need not stop this one
+        log.warning("note: passed over: %s", error.message)
+        return False
+    return set(changed(then, settings_of(config))) <= set(config.allow_changed)
 
 
 def _refuse_others(folder: Path, config: RecipeConfig) -> None:
@@ -138,7 +182,10 @@ def settings_of(config: RecipeConfig) -> dict[str, Any]:
 
 def read_identity(folder: Path) -> dict[str, Any]:
     """What the run in a folder was begun with: settings, versions, and hashes of data, model and tokenizer."""
-    known: dict[str, Any] = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    fix = f"It is no run that can go on. Begin another: output_dir={_next_free(folder)}"
+    known = read_object(folder / IDENTITY, SettingsError, fix)
+    if missing := [name for name in ("settings", "versions") if not isinstance(known.get(name), dict)]:
+        raise SettingsError(f"{folder / IDENTITY} has no {' and no '.join(missing)}.", fix)
     return known
 
 
@@ -189,16 +236,34 @@ def is_being_trained(folder: Path) -> bool:
     """
     if _held and os.path.samestat(os.fstat(_held[0]), folder.stat()):
         return False
+    if os.name == "nt":
+        return False  # folders cannot be opened there
     number = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    found = lock(number)
+    if found is False:
         os.close(number)
         return True
+    if found is None:
+        _say_unlocked(folder.absolute().parent)
     for other in _held:
         os.close(other)
     _held[:] = [number]
     return False
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a killed command left beside its folder before that had its name: nothing holds its lock any more."""
+    for left in folder.absolute().parent.glob(f".{glob.escape(folder.name)}.????????.new"):
+        with contextlib.suppress(OSError):
+            number = os.open(left, os.O_RDONLY)
+            if lock(number):
+                shutil.rmtree(left, ignore_errors=True)
+            os.close(number)
+
+
+@functools.cache
+def _say_unlocked(place: Path) -> None:
+    log.warning("note: the file system of %s has no locks: do not start a second command on one run", place)
 
 
 def _is_run_again(config: RecipeConfig, folder: Path) -> bool:
@@ -233,25 +298,44 @@ def begin(config: RecipeConfig, ledger: Any, stamps: dict[str, Any]) -> Path:
         then = read_identity(folder)
         _compare(folder, then, identity, config)
         identity["began_with"] = then.get("began_with", then["versions"])
-    new = folder.absolute().with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
     texts = {
         IDENTITY: json.dumps(identity, indent=1, ensure_ascii=False),
         "run.yaml": to_yaml(config, versions()),
         "ledger.json": json.dumps(ledger.to_json(), indent=1, ensure_ascii=False),
     }
-    for name, text in texts.items():
-        (new / name).write_text(text, encoding="utf-8")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        new.replace(folder)
-    else:
-        for name in texts:
-            (new / name).replace(folder / name)
-        new.rmdir()
-    if is_being_trained(folder):
-        raise SettingsError(f"train.output_dir={folder} is being trained by another process.", "Choose another one.")
+    try:
+        _write(folder, texts)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder} cannot be written: {error.strerror or error}.", "Choose another place: output_dir=…"
+        ) from None
     return folder
+
+
+def _write(folder: Path, texts: dict[str, str]) -> None:
+    """The files into the folder, which this process locks: a new one appears with all of them. Where two commands do
+    this at once, the folder is that of the first one."""
+    busy = SettingsError(f"train.output_dir={folder} is being trained by another process.", "Choose another one.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if is_being_trained(folder):
+            raise busy
+        for name, text in texts.items():
+            write_whole(folder / name, text)
+        return
+    _remove_leftovers(folder)
+    new = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
+    new.mkdir(parents=True)
+    try:
+        for name, text in texts.items():
+            write_whole(new / name, text)
+        is_being_trained(new)  # it is locked before it has its name, and never without
+        new.replace(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another one was first
+            raise busy from None
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from finetune_kit.model.embedded import NAME as EMBEDDED
 from finetune_kit.model.embedded import embedded_folder
 from finetune_kit.model.folder import check_files, check_model
 from finetune_kit.network import hub_reachable
+from finetune_kit.parsing import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -306,7 +307,7 @@ def check_base(model: ModelConfig, folder: Path) -> None:
 
     if not (folder / BASE_RECORD).is_file():
         return
-    then, now = json.loads((folder / BASE_RECORD).read_text(encoding="utf-8")), base_record(model)
+    then, now = read_object(folder / BASE_RECORD), base_record(model)
     # through this transformers' own class, so that a default which a release adds is on both sides
     known = _architecture(AutoConfig.for_model(**then["config"]))
     keys = [key for key in sorted(known.keys() | now["config"]) if known.get(key) != now["config"].get(key)]

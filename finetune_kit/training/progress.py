@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from finetune_kit import processes
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class Voice(Console):
-    """A console whose lines may go into a file on a disk that is full: that costs lines, not the run."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        try:
-            super().print(*objects, **options)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-
+from finetune_kit.streams import NO_ROOM, Voice
+from finetune_kit.system import peak_memory, write_whole
 
 # what a run says on the way, once
 console = Voice(stderr=True, highlight=False, soft_wrap=True, quiet=not processes.is_main())
@@ -41,8 +25,7 @@ def peak_memory_gib() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return kilobytes / 2**20
+    return peak_memory() / 2**30
 
 
 def telling(when: str) -> Callable[[str, int, int], None]:
@@ -95,9 +78,7 @@ class Record:
             self._write_all()
 
     def _write_all(self) -> None:
-        beside = self.path.with_name(f".{self.path.name}.new")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
-        beside.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.history))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last_time = time.perf_counter()

@@ -11,8 +11,9 @@ from typing import Any
 from finetune_kit import processes
 from finetune_kit.config import TrainConfig
 from finetune_kit.errors import ResourceError
+from finetune_kit.streams import NO_ROOM
 from finetune_kit.training import checkpoint
-from finetune_kit.training.progress import NO_ROOM, console
+from finetune_kit.training.progress import console
 from finetune_kit.values import sized
 
 MOST_FAILED_SAVES = 3
