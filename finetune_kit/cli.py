@@ -180,7 +180,9 @@ def check(
     from finetune_kit.model.load import load_tokenizer
     from finetune_kit.training import budget
     from finetune_kit.training.plan import command_on_devices, does_not_fit, plan, print_plan, print_ways_on_devices
+    from finetune_kit.training.start import check_start
 
+    check_start(settings)
     room = budget.read_size(memory) if memory is not None else None
     tokenizer = load_tokenizer(settings.model, weights=measure)
     data = load_data(settings.data, settings.kind, tokenizer, seed=settings.train.seed)
@@ -240,7 +242,9 @@ def run(
 
         processes.start(on_cpu=device().type != "cuda")
     from finetune_kit.run_folder import claim, is_unfinished
+    from finetune_kit.training.start import check_start
 
+    processes.from_main(lambda: check_start(settings))
     keys = [word.strip() for word in (allow_changed or "").split(",") if word.strip()]
     settings.allow_changed = tuple(full_key(settings, key, "--allow-changed") for key in keys)
     folder = claim(settings)

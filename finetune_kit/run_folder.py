@@ -16,6 +16,7 @@ import platform
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ STACK = (
     "huggingface_hub",
 )
 
+ABANDONED = 60.0  # seconds; a folder younger than that may be about to be locked
 IDENTITY = "identity.json"  # in a run's folder: what a run that goes on there must have in common with it
 # settings that leave what is trained as it is
 FREE = (
@@ -256,7 +258,7 @@ def _remove_leftovers(folder: Path) -> None:
     for left in folder.absolute().parent.glob(f".{glob.escape(folder.name)}.????????.new"):
         with contextlib.suppress(OSError):
             number = os.open(left, os.O_RDONLY)
-            if lock(number):
+            if lock(number) and time.time() - os.fstat(number).st_mtime > ABANDONED:
                 shutil.rmtree(left, ignore_errors=True)
             os.close(number)
 
@@ -326,9 +328,9 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
     new = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
     new.mkdir(parents=True)
     try:
+        is_being_trained(new)  # locked before it has its name, it is never without
         for name, text in texts.items():
             write_whole(new / name, text)
-        is_being_trained(new)  # it is locked before it has its name, and never without
         new.replace(folder)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another one was first

@@ -249,6 +249,7 @@ def test_of_two_commands_on_one_folder_at_the_same_moment_one_begins_and_the_oth
 
 def test_what_a_killed_command_left_beside_is_removed_by_the_next_one(folder: Path) -> None:
     (folder / ".run.0badcafe.new").mkdir()
+    os.utime(folder / ".run.0badcafe.new", (0, 0))
     settings = config("output_dir=run")
     claim(settings)
     begin(settings, LEDGER, {"data": "abc"})
