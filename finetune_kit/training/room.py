@@ -220,7 +220,7 @@ def full(folder: Path, what: str) -> ResourceError:
     last = next(iter(reversed(checkpoint.checkpoints(folder))), None)
     kept = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
     on = "goes on from there" if last else "begins anew"
-    return ResourceError(f"{what} {kept}", f"Mend the disk or make room, and run the same command again: it {on}.")
+    return ResourceError(f"{what} {kept}", f"Make room, and run the same command again: it {on}.")
 
 
 def first_line(error: BaseException) -> str:

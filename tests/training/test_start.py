@@ -1,7 +1,9 @@
 """What would end a run late is refused before anything is read, in check and in run."""
 
+import errno
 import inspect
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,8 +11,11 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from finetune_kit.errors import SettingsError
-from finetune_kit.model.load import settle_generation
+from finetune_kit.config import ModelConfig
+from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.model import embedded
+from finetune_kit.model.load import load_tokenizer, settle_generation
+from finetune_kit.training import room
 from finetune_kit.training.start import LOSSES
 from tests.fixtures_cli import cli
 from tests.fixtures_evaluation import tiny_gpt2
@@ -98,3 +103,25 @@ def test_what_cannot_be_mended_is_refused_when_the_model_is_loaded() -> None:
     config.max_new_tokens = -3
     with pytest.raises(SettingsError, match=r"could not be saved with the result: .max_new_tokens. must be greater"):
         settle_generation(config, "base")
+
+
+def test_a_cache_that_cannot_be_written_names_the_setting_that_moves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FINETUNE_KIT_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(embedded, "_source", lambda: tmp_path / "model.gguf")
+    with pytest.raises(ResourceError, match="cannot be written: Not a directory") as caught:
+        load_tokenizer(ModelConfig())
+    assert caught.value.fix == "Name a folder that can: FINETUNE_KIT_CACHE=/path/to/folder"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EROFS])
+def test_a_disk_that_fails_under_a_run_is_a_message_and_another_error_stays_itself(number: int, tmp_path: Path) -> None:
+    heeded, said = room.heeding_disk, "The result could not be written: "
+    with pytest.raises(ResourceError, match=said + os.strerror(number)), heeded(tmp_path, "The result"):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(ResourceError, match=f"{said}Permission denied"), heeded(tmp_path, "The result"):
+        raise OSError(errno.EACCES, "Permission denied", str(tmp_path / "MANIFEST.json"))
+    with pytest.raises(FileNotFoundError), room.heeding_disk(tmp_path, "The result"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/elsewhere")
