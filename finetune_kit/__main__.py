@@ -1,5 +1,16 @@
 """python -m finetune_kit"""
 
-from finetune_kit.cli import main
+from finetune_kit import signals
 
-main()
+signals.install()  # before the imports, which take a while
+
+
+def main() -> None:
+    """The command line, heard from its first import on."""
+    from finetune_kit import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

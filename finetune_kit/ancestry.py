@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune_kit import values
+from finetune_kit import parsing, values
 from finetune_kit.config import ModelConfig, RecipeConfig
 from finetune_kit.errors import SettingsError
 
@@ -25,6 +24,7 @@ def start_from_run(config: RecipeConfig) -> None:
     """
     named = config.model.name_or_path
     folder = Path(named).expanduser()
+    ancestors(config)  # the result's card will need them
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return
     if not (folder / "run.yaml").is_file():
@@ -67,8 +67,12 @@ def ancestors(config: RecipeConfig) -> list[dict[str, Any]]:
     folder = Path((lora.init_from if lora else None) or config.model.name_or_path).expanduser()
     if not (folder / ANCESTRY).is_file():
         return []
-    entries: list[dict[str, Any]] = json.loads((folder / ANCESTRY).read_text(encoding="utf-8"))
-    return entries
+    entries = parsing.read(folder / ANCESTRY)
+    keys = ("recipe", "start", "data", "fingerprint", "verdict")
+    whole = isinstance(entries, list) and all(isinstance(one, dict) and one.keys() >= set(keys) for one in entries)
+    if not whole:
+        raise SettingsError(f"{folder / ANCESTRY} is no list of runs.", "Take the file out: it is told, not used.")
+    return list(entries)
 
 
 def as_text(entries: Sequence[dict[str, Any]]) -> list[str]:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune_kit import signals
 from finetune_kit.data.chat import end_token_ids, render_prompt
 from finetune_kit.data.records import Message
 from finetune_kit.errors import DataError, SettingsError
@@ -280,6 +281,8 @@ def converse(asked: Asked, read: Callable[[], str], tell: Callable[[str], None])
             said = read()
         except (EOFError, KeyboardInterrupt):
             tell("\n")
+            if signals.came:  # it ends the command, too
+                raise
             return
         word = said.strip().lower()
         if word in ENDS:
@@ -299,4 +302,7 @@ def converse(asked: Asked, read: Callable[[], str], tell: Callable[[str], None])
         except DataError as error:
             tell(f"{error}\n/reset begins anew.\n")
         except KeyboardInterrupt:
+            if "SIGTERM" in signals.came:
+                raise
+            signals.forget()  # it ended the answer
             tell("\n(stopped; your last turn is forgotten)\n")

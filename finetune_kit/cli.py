@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from finetune_kit import processes
+from finetune_kit import processes, signals, streams
 from finetune_kit import recipe as recipes
 from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, check_code, full_key, leaves, resolve
@@ -41,15 +41,29 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a us
 
 
 def main() -> NoReturn:
-    """Run the command line; a user's mistake ends with its message and exit code, a bug of ours with its traceback."""
+    """Run the command line; a user's mistake ends with its message and exit code, a bug of ours with its traceback.
+
+    A signal ends it as that, whatever a library made of it on the way.
+    """
     # names that transformers and TRL will rename one day, used by themselves: nothing that a user could mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not needed
     guard()
     os.environ.setdefault("TQDM_DISABLE", "1")  # training/progress.py says how far a run is
+    streams.spell_out()
+    signals.started()
     try:
-        # without standalone mode a typer.Exit comes back as its code, and a command's end as None
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        try:
+            # without standalone mode a typer.Exit comes back as its code, and a command's end as None
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+            streams.check_written()
+        except BaseException as error:
+            if not signals.came or isinstance(error, Stopped):
+                raise
+            raise _stopped() from error
+        if signals.came:
+            raise _stopped()
+        sys.exit(code)
     except FinetuneKitError as error:
         if processes.fails_first(error.exit_code):
             if "--debug" in sys.argv:
@@ -59,10 +73,22 @@ def main() -> NoReturn:
     except Exception as error:  # typer's own usage errors carry their message and code
         if not processes.fails_first(1):
             sys.exit(1)
+        if isinstance(error, typer.Abort):
+            _say_error("Nothing was answered.", "")
+            sys.exit(1)
         if not hasattr(error, "format_message"):
             raise
         _say_error(error.format_message(), _meant(sys.argv[1:]))
         sys.exit(getattr(error, "exit_code", 2))
+    finally:
+        signals.started(False)  # nothing is left to tidy up
+
+
+def _stopped() -> Stopped:
+    """The error of a command that a signal ended, where nothing that knows more has said so."""
+    error = Stopped(f"by {signals.came[0]}", "Run the same command again." if signals.is_resumable() else "")
+    error.exit_code = signals.exit_code()
+    return error
 
 
 def _meant(words: list[str]) -> str:
@@ -196,7 +222,9 @@ def check(
     from finetune_kit.training import budget
     from finetune_kit.training.plan import command_on_devices, does_not_fit, plan, print_plan, print_ways_on_devices
     from finetune_kit.training.plan import tokenizer_to_count_with as count_with
+    from finetune_kit.training.start import check_start
 
+    check_start(settings)
     room = budget.read_size(memory) if memory is not None else None
     here = device().type
     if measure and on not in (None, here):
@@ -221,7 +249,7 @@ def check(
 
         planned["measured"] = measure_step(recipe, settings)
     if json_:
-        print(as_json({**preview_json(data, tokenizer), "plan": planned}))
+        streams.write(as_json({**preview_json(data, tokenizer), "plan": planned}))
     else:
         print_preview(data, tokenizer, out)
         print_plan(settings, planned, out)
@@ -265,7 +293,9 @@ def run(
 
         processes.start(on_cpu=device().type != "cuda")
     from finetune_kit.run_folder import claim, is_unfinished, same_finished
+    from finetune_kit.training.start import check_start
 
+    processes.from_main(lambda: check_start(settings))
     keys = [word.strip() for word in (allow_changed or "").split(",") if word.strip()]
     settings.allow_changed = tuple(full_key(settings, key, "--allow-changed") for key in keys)
     folder = claim(settings)
@@ -288,6 +318,7 @@ def run(
     with stopping.heeding_signals(folder), room.heeding_disk(folder, "A file of the run"):
         artifact = recipe.run(settings)
         processes.finish()
+    signals.resumable(False)
     if not processes.is_main():
         return
     from finetune_kit.evaluation.report import print_report
@@ -343,13 +374,13 @@ def evaluate(
     if adapter:
         compared = compare_adapters(run, adapter).to_json()
         if json_:
-            print(as_json(compared))
+            streams.write(as_json(compared))
         else:
             print_adapters(compared, out)
         return
     report = compare_run(run)
     if json_:
-        print(as_json(report.to_json()))
+        streams.write(as_json(report.to_json()))
     else:
         print_report(report, out)
 
@@ -455,8 +486,7 @@ def _user_turn() -> str:
 
 def _tell(text: str) -> None:
     # on a terminal a control character of the model's could do anything; a file gets its text as it is
-    sys.stdout.write(escaped(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    streams.write(escaped(text) if sys.stdout.isatty() else text, end="")
 
 
 @app.command()
@@ -508,7 +538,7 @@ def diff(
 
     found = difference(one, other)
     if json_:
-        print(as_json(found))
+        streams.write(as_json(found))
     else:
         print_difference(found, out)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from finetune_kit import values
 from finetune_kit.errors import SettingsError
+from finetune_kit.parsing import read_object
 from finetune_kit.terminal import Console
 
 ABSENT = "absent"
@@ -70,8 +70,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     """{} where a run has not come that far."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+    return read_object(path) if path.is_file() else {}
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ FinetuneKitError
 ├── NumericsError     4   NaN, collapse, a result that does not hold
 ├── ResourceError     5   memory, disk, a package or a network that is not there
 ├── SecurityError     6   something that would run a stranger's code
-└── Stopped          75   ended by a signal; the same command goes on
+└── Stopped          75   ended by SIGTERM, and the same command goes on; else 143, or 130 after SIGINT
 
 0 is success. Any other exception is a bug of ours and keeps its traceback.
 """

@@ -33,6 +33,7 @@ from finetune_kit.model.adapters import as_started, detach
 from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer
 from finetune_kit.names import near_path
+from finetune_kit.parsing import read_object
 from finetune_kit.rl.rewards import RewardConfig, load_rewards
 from finetune_kit.run_folder import is_unfinished
 from finetune_kit.training.progress import telling
@@ -65,7 +66,7 @@ class FinishedRun:
         if self.is_adapter:
             return is_classifier(read_adapter_config(self.folder))
         saved = self.folder / "config.json"
-        return saved.is_file() and is_classifier(json.loads(saved.read_text(encoding="utf-8")))
+        return saved.is_file() and is_classifier(read_object(saved))
 
 
 def open_run(folder: Path, words: list[str], recipe: str | None = None) -> FinishedRun:

@@ -26,6 +26,7 @@ from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, 
 from finetune_kit.evaluation.intervals import spread_of
 from finetune_kit.model.load import hub_name
 from finetune_kit.network import hub_reachable
+from finetune_kit.parsing import read_object
 from finetune_kit.run_folder import versions
 
 WEIGHTS = (
@@ -330,7 +331,7 @@ def _results(folder: Path, config: RecipeConfig, task: str) -> list[Any]:
     sources = shown.held_out_path or shown.path
     data = sources if isinstance(sources, str) else ", ".join(sources)
     results = []
-    for metric in json.loads((folder / "report.json").read_text(encoding="utf-8"))["metrics"]:
+    for metric in read_object(folder / "report.json").get("metrics", []):
         if not math.isfinite(metric["after"]):
             continue
         spread = f"95 % interval {spread_of(metric, decimals=4)}"

@@ -35,6 +35,7 @@ from finetune_kit.evaluation.loss import IGNORED, Row, general_rows
 from finetune_kit.evaluation.preferences import sides
 from finetune_kit.finished import FinishedRun, check_writes, open_run, tokenizer_of
 from finetune_kit.model.load import base_record, load_adapted, load_dequantised
+from finetune_kit.parsing import read_object
 from finetune_kit.run_folder import versions
 from finetune_kit.terminal import doing
 from finetune_kit.training.progress import telling
@@ -369,5 +370,5 @@ def _card(run: FinishedRun, results: dict[str, Any]) -> str:
 def _reported(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
+    verdict = read_object(path).get("verdict", "none was kept")
     return [f"The run's own report, of the adapter against its base: {verdict}", ""]

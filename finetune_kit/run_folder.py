@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
+import functools
 import glob
 import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import platform
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -21,7 +24,11 @@ from typing import Any
 
 from finetune_kit import processes
 from finetune_kit.config import RecipeConfig, leaves, to_yaml
-from finetune_kit.errors import SettingsError
+from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.parsing import read_object
+from finetune_kit.system import lock, write_whole
+
+log = logging.getLogger(__name__)
 
 STACK = (
     "torch",
@@ -35,6 +42,7 @@ STACK = (
     "huggingface_hub",
 )
 
+ABANDONED = 60.0  # seconds; a folder younger than that may be about to be locked
 IDENTITY = "identity.json"  # in a run's folder: what a run that goes on there must have in common with it
 # settings that leave what is trained as it is
 FREE = (
@@ -90,6 +98,13 @@ def claim(config: RecipeConfig) -> Path:
 def _choose(config: RecipeConfig) -> Path:
     given = config.train.output_dir
     folder = Path("runs") / config.recipe if given is None else Path(given)
+    try:
+        # the longest names that a run gives its files
+        os.lstat(folder.with_name(f".{folder.name}.12345678.new") / "checkpoint-12345678" / ("x" * 48))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise _cannot_be_made(folder, folder, error) from None
     again = _is_run_again(config, folder)
     _check_openable(config.allow_changed)
     if given is None or again:
@@ -105,9 +120,7 @@ def _choose(config: RecipeConfig) -> Path:
         raise SettingsError(f"train.output_dir={folder} {what}; nothing in it was touched.", fix)
     elif not _reserve(folder):
         raise _taken(folder)
-    above = next(path for path in folder.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise SettingsError(f"train.output_dir={folder} cannot be made: {above} is no folder that can be written to.")
+    _try_to_make(folder)
     return folder
 
 
@@ -120,11 +133,35 @@ def same_finished(config: RecipeConfig, folder: Path) -> Path | None:
             continue
         try:
             known = read_identity(other)["settings"]
-        except (OSError, ValueError, KeyError, TypeError):  # of another release, or torn: not the same
+        except (SettingsError, OSError, ValueError, KeyError, TypeError):  # of another release, or torn: not the same
             continue
         if isinstance(known, dict) and not changed(known, settings_of(config)):
             return other
     return None
+
+
+def _try_to_make(folder: Path) -> None:
+    """Raises SettingsError where the folder cannot be made and written into; nothing is left behind."""
+    place = folder.absolute()
+    above = next(path for path in (place, *place.parents) if os.path.lexists(path) or path == path.parent)
+    try:
+        if above.is_symlink() and not above.exists():
+            raise OSError(errno.ENOENT, f"a link to {above.readlink()}, which is not there")
+        if not above.is_dir():
+            raise OSError(errno.ENOTDIR, "no folder")
+        with tempfile.TemporaryDirectory(prefix=".finetune_kit-", dir=above):
+            pass
+    except OSError as error:
+        raise _cannot_be_made(folder, above, error) from None
+
+
+def _cannot_be_made(folder: Path, above: Path, error: OSError) -> SettingsError:
+    shown = str(folder) if len(str(folder)) <= 80 else f"{str(folder)[:77]}…"
+    at = f" ({above})" if len(str(above)) <= 80 else ""
+    return SettingsError(
+        f"train.output_dir={shown} cannot be made and written into: {error.strerror}{at}.",
+        "Choose another place: output_dir=runs/mine",
+    )
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -144,8 +181,12 @@ def _check_openable(keys: Sequence[str]) -> None:
 def _goes_on(folder: Path, config: RecipeConfig) -> bool:
     if not is_unfinished(folder) or is_being_trained(folder):
         return False
-    differing = changed(read_identity(folder)["settings"], settings_of(config))
-    return set(differing) <= set(config.allow_changed) and _hold(folder)
+    try:
+        then = read_identity(folder)["settings"]
+    except SettingsError as error:  # another run's, which need not stop this one
+        log.warning("note: passed over: %s", error.message)
+        return False
+    return set(changed(then, settings_of(config))) <= set(config.allow_changed) and _hold(folder)
 
 
 def _refuse_others(folder: Path, config: RecipeConfig) -> None:
@@ -170,7 +211,10 @@ def settings_of(config: RecipeConfig) -> dict[str, Any]:
 
 def read_identity(folder: Path) -> dict[str, Any]:
     """What the run in a folder was begun with: settings, versions, and hashes of data, model and tokenizer."""
-    known: dict[str, Any] = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    fix = f"It is no run that can go on. Begin another: output_dir={_next_free(folder)}"
+    known = read_object(folder / IDENTITY, SettingsError, fix)
+    if missing := [name for name in ("settings", "versions") if not isinstance(known.get(name), dict)]:
+        raise SettingsError(f"{folder / IDENTITY} has no {' and no '.join(missing)}.", fix)
     return known
 
 
@@ -229,14 +273,13 @@ def is_being_trained(folder: Path) -> bool:
     """
     if _is_held(folder):
         return False
+    if os.name == "nt":
+        return False  # folders cannot be opened there
     number = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
+        return lock(number, shared=True) is False
     finally:
         os.close(number)
-    return False
 
 
 def _is_held(folder: Path) -> bool:
@@ -245,7 +288,7 @@ def _is_held(folder: Path) -> bool:
 
 def _hold(folder: Path) -> bool:
     """Lock a folder for this process, until it ends or holds another one; False where another process has it."""
-    if _is_held(folder):
+    if os.name == "nt" or _is_held(folder):
         return True
     number = _locked(folder, os.O_RDONLY)
     if number is not None:
@@ -259,16 +302,16 @@ def _keep(number: int) -> None:
     _held[:] = [number]
 
 
-def _locked(path: Path, flags: int) -> int | None:
-    """A file or folder, open and locked; None where another process has it."""
+def _locked(path: Path, flags: int, tell: bool = True) -> int | None:
+    """A file or folder, open and locked; None where another process has it. `tell`: say where there are no locks."""
     number = os.open(path, flags, 0o600)
     for _ in range(ASKED_FOR):
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            time.sleep(0.02)  # somebody may only be asking
-        else:
+        found = lock(number)
+        if found is None and tell:
+            _say_unlocked(path.absolute().parent)
+        if found is not False:
             return number
+        time.sleep(0.02)  # somebody may only be asking
     os.close(number)
     return None
 
@@ -280,13 +323,13 @@ def _reserve(folder: Path) -> bool:
     written nothing is reserved, and `begin` finds out.
     """
     named = folder.absolute().parent.resolve() / folder.name
-    if named in _reserved:
+    if os.name == "nt" or named in _reserved:
         return True
     home = Path(tempfile.gettempdir()) / f"finetune_kit-{os.getuid()}"
     file = home / f"{hashlib.sha256(os.fsencode(named)).hexdigest()[:32]}.lock"
     try:
         home.mkdir(mode=0o700, exist_ok=True)
-        number = _locked(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        number = _locked(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, tell=False)
     except OSError:
         return True
     if number is None:
@@ -305,6 +348,21 @@ def is_claimed(config: RecipeConfig) -> bool:
     folder = Path(config.train.output_dir)
     named = folder.absolute().parent.resolve() / folder.name
     return named in _reserved or (folder.is_dir() and _is_held(folder))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a killed command left beside its folder before that had its name: nothing holds its lock any more."""
+    for left in folder.absolute().parent.glob(f".{glob.escape(folder.name)}.????????.new"):
+        with contextlib.suppress(OSError):
+            number = os.open(left, os.O_RDONLY)
+            if lock(number) and time.time() - os.fstat(number).st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
+            os.close(number)
+
+
+@functools.cache
+def _say_unlocked(place: Path) -> None:
+    log.warning("note: the file system of %s has no locks: do not start a second command on one run", place)
 
 
 def _is_run_again(config: RecipeConfig, folder: Path) -> bool:
@@ -351,38 +409,45 @@ def begin(config: RecipeConfig, ledger: Any, stamps: dict[str, Any]) -> Path:
             raise _taken(folder)
     elif folder.is_dir() and any(folder.iterdir()):
         raise SettingsError(f"train.output_dir={folder} is not empty; nothing in it was touched.", "Choose another.")
-    above = folder.absolute().parent
-    above.mkdir(parents=True, exist_ok=True)
-    for left in above.glob(f".{glob.escape(folder.name)}.*.new"):  # of processes that were killed
-        if not is_being_trained(left):
-            shutil.rmtree(left, ignore_errors=True)
-    new = above / f".{folder.name}.{os.getpid()}.new"
-    new.mkdir()
-    lock = _locked(new, os.O_RDONLY)
     texts = {
         IDENTITY: json.dumps(identity, indent=1, ensure_ascii=False),
         "run.yaml": to_yaml(config, versions()),
         "ledger.json": json.dumps(ledger.to_json(), indent=1, ensure_ascii=False),
     }
-    for name, text in texts.items():
-        (new / name).write_text(text, encoding="utf-8")
-    if goes_on:
-        for name in texts:
-            (new / name).replace(folder / name)
-        new.rmdir()
-        if lock is not None:
-            os.close(lock)
-        return folder
     try:
-        new.replace(folder)  # with its lock: it is never there without
+        _write(folder, texts, goes_on)
     except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        raise _taken(folder) from None
-    if lock is not None:
-        _keep(lock)
+        raise ResourceError(
+            f"{folder} cannot be written: {error.strerror or error}.", "Choose another place: output_dir=…"
+        ) from None
     return folder
+
+
+def _write(folder: Path, texts: dict[str, str], goes_on: bool) -> None:
+    """The files into the folder, which this process locks: a new one appears with all of them. Where two commands do
+    this at once, the folder is that of the first one."""
+    if goes_on:
+        for name, text in texts.items():
+            write_whole(folder / name, text)
+        return
+    _remove_leftovers(folder)
+    new = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
+    new.mkdir(parents=True)
+    number = None if os.name == "nt" else _locked(new, os.O_RDONLY)
+    try:
+        for name, text in texts.items():
+            write_whole(new / name, text)
+        new.replace(folder)  # locked before it has its name, it is never without
+    except OSError as error:
+        if number is not None:
+            os.close(number)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another one was first
+            raise _taken(folder) from None
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    if number is not None:
+        _keep(number)
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,6 @@ rename the window, or fill the keyboard's buffer. All consoles here show such ch
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import sys
@@ -17,13 +16,12 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-import rich.console
 from rich.errors import LiveError
 from rich.segment import Segment
 
-from finetune_kit import processes
+from finetune_kit import processes, streams
+from finetune_kit.streams import NO_ROOM as NO_ROOM
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FIRST = 1.0  # seconds of silence before a piece of work is named where there is no terminal
 GAP = 3.0  # seconds between two lines about it
 
@@ -45,7 +43,7 @@ def as_json(content: Any) -> str:
     return "".join(f"\\u{ord(char):04x}" if ord(char) in _SHOWN else char for char in text)
 
 
-class Console(rich.console.Console):
+class Console(streams.Voice):
     """rich's console, with every text escaped; its own colours and cursor moves stay."""
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -61,15 +59,10 @@ class Console(rich.console.Console):
 
 
 class Voice(Console):
-    """A console whose lines may go into a file on a disk that is full: that costs lines, not the run. They are about
-    data, so that square brackets in them are no markup."""
+    """A console whose lines are about data, so that square brackets in them are no markup."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        try:
-            super().print(*objects, **{"markup": False, **options})
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
+        super().print(*objects, **{"markup": False, **options})
 
 
 # what a command says on the way, once
@@ -86,9 +79,6 @@ def guard() -> None:
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(Escaping())
     sys.excepthook = lambda *error: sys.stderr.write(escaped("".join(traceback.format_exception(*error))))
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # one that a test or a notebook has put there
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal that is ASCII only
 
 
 class _Work:

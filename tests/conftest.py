@@ -50,8 +50,8 @@ def lora_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Arti
 
 @pytest.fixture(scope="session")
 def full_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Artifact:
-    """A whole run of full_sft, 60 steps on 40 questions that all have the answer "yes", 8 held out. Read only."""
+    """A whole run of full_sft, 60 steps on 40 questions that all have the answer "yes", 20 held out. Read only."""
     home = furnish(tmp_path_factory.mktemp("full"), tiny_model)
     write_rows(home / "rows.jsonl", [{"prompt": f"is {n} a number?", "completion": "yes"} for n in range(40)])
-    words = ("max_steps=60", "learning_rate=5e-3", "held_out_size=8", "evaluate.size=8", "logging_steps=20")
+    words = ("max_steps=60", "learning_rate=5e-3", "held_out_size=20", "evaluate.size=20", "logging_steps=20")
     return train("full_sft", home, *words)

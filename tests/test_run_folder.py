@@ -1,6 +1,8 @@
 """Which folder a run gets, and what is in it before training."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from finetune_kit import system
 from finetune_kit.config import RecipeConfig, resolve
-from finetune_kit.errors import SettingsError
+from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.run_folder import begin, claim, versions
 
 LEDGER = SimpleNamespace(to_json=lambda: {"rows": 3})
@@ -258,9 +261,112 @@ def test_a_folder_with_something_in_it_is_never_begun_in_even_where_nobody_claim
     assert [path.name for path in folder.iterdir()] == ["README.md"]
 
 
-def test_what_a_killed_start_left_behind_is_removed_by_the_next_one() -> None:
-    Path(".run.999999.new").mkdir()
+@pytest.mark.parametrize("name", ["/proc/run", "x" * 300, "link", "link/run", "file/run", "x" * 250, "/dev/null/run"])
+def test_a_folder_that_cannot_be_written_is_refused_in_the_first_second(name: str, folder: Path) -> None:
+    (folder / "link").symlink_to("nowhere")
+    (folder / "file").write_text("mine")
+    with pytest.raises(SettingsError, match=r"train.output_dir=.* cannot be made and written into: "):
+        claim(config(f"output_dir={name}"))
+    assert sorted(path.name for path in folder.iterdir()) == ["file", "link"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": 3, "versions": {}}', "nothing of the kind"])
+def test_a_torn_identity_is_a_message_and_one_beside_is_passed_over(content: str, folder: Path) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "identity.json").write_text(content)
+    with pytest.raises(SettingsError, match=r"identity\.json") as caught:
+        claim(config("output_dir=run"))
+    assert caught.value.fix.endswith("output_dir=run-2")
+    (folder / "runs" / "lora_sft").mkdir(parents=True)
+    (folder / "runs" / "lora_sft" / "identity.json").write_text(content)
+    assert claim(config()) == Path("runs/lora_sft-2")
+
+
+BEGIN = """
+import sys
+from types import SimpleNamespace
+from finetune_kit.config import RecipeConfig, resolve
+from finetune_kit.errors import FinetuneKitError
+import finetune_kit.run_folder as run_folder
+from finetune_kit.run_folder import begin, claim
+run_folder._reserve = lambda folder: True  # as where the folder for temporary files cannot be written
+settings = resolve(RecipeConfig, "lora_sft", None, ["output_dir=run"])
+claim(settings)
+print(flush=True)
+input()
+try:
+    begin(settings, SimpleNamespace(to_json=dict), {"data": "abc"})
+    print("begun", flush=True)
+    input()
+except FinetuneKitError as error:
+    print(error.message, flush=True)
+"""
+
+
+def test_of_two_commands_on_one_folder_at_the_same_moment_one_begins_and_the_other_is_told(folder: Path) -> None:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", BEGIN], cwd=folder, **pipes) for _ in range(2)]
+    for process in both:
+        process.stdout.readline()  # both have found it free
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = sorted(process.stdout.readline().strip() for process in both)
+    for process in both:
+        process.communicate("\n")
+    assert said == ["begun", "train.output_dir=run is being trained by another process."]
+    assert [path.name for path in folder.iterdir()] == ["run"]
+
+
+def test_what_a_killed_command_left_beside_is_removed_by_the_next_one(folder: Path) -> None:
+    (folder / ".run.0badcafe.new").mkdir()
+    os.utime(folder / ".run.0badcafe.new", (0, 0))
     settings = config("output_dir=run")
     claim(settings)
     begin(settings, LEDGER, {"data": "abc"})
-    assert [path.name for path in Path().iterdir()] == ["run"]
+    assert [path.name for path in folder.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+def test_a_file_system_without_locks_is_told_and_the_run_goes_on(
+    number: int, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(system, "fcntl", SimpleNamespace(flock=flock, LOCK_SH=1, LOCK_EX=2, LOCK_NB=4))
+    for _ in range(2):  # begun, and gone on
+        settings = config("output_dir=run")
+        assert claim(settings) == Path("run")
+        begin(settings, LEDGER, {"data": "abc"})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"note: the file system of {folder} has no locks: do not start a second command on one run"
+    ]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_fails_at_the_first_file_is_a_message_and_leaves_nothing(
+    number: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    settings = config("output_dir=run")
+    claim(settings)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(ResourceError, match=rf"run cannot be written: {os.strerror(number)}\."):
+        begin(settings, LEDGER, {"data": "abc"})
+    assert list(folder.iterdir()) == []
+
+
+def test_a_system_without_fcntl_and_resource_lists_and_claims(folder: Path) -> None:
+    script = (
+        "import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
+        "import finetune_kit.training.progress as progress, finetune_kit.data.template\n"
+        "from finetune_kit.config import RecipeConfig, resolve\nfrom finetune_kit.run_folder import claim\n"
+        "print(claim(resolve(RecipeConfig, 'lora_sft')))\n"
+        "sys.argv = ['finetune_kit', 'list']\nimport finetune_kit.cli\nfinetune_kit.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("runs/lora_sft\nfull_sft")

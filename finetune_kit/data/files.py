@@ -8,12 +8,14 @@ import itertools
 import json
 import logging
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finetune_kit.errors import DataError, SecurityError
+from finetune_kit.parsing import NotJSON, parse
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +25,8 @@ Bad = Callable[[str, DataError], None]  # what comes of a row that cannot be rea
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 LONGEST_TEXT_RUN = 4096  # characters
-LARGEST_LINE = 64 * 2**20  # bytes of one JSONL row
+LARGEST_LINE = 64 * 2**20  # bytes of one row
+LARGEST_FILE = 4 * 2**30  # bytes of a file that has to be read as a whole
 _HELD_OUT_NAME = re.compile(r"(?:^|[^a-z])(?:test|valid|validation|val|eval|evaluation|dev|held_?out)(?:[^a-z]|$)")
 _BESIDES = re.compile(r"^(?:readme|licen[cs]e|requirements|notice)", re.IGNORECASE)
 
@@ -54,7 +57,9 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
 def _inside(path: Path, home: Path) -> bool:
     """True; SecurityError for a link that leads out of the folder: whoever made the folder chose what is read."""
     target = path.resolve()
-    if target.is_relative_to(home):
+    # a snapshot of the Hub's cache is made of links to the blobs beside it
+    homes = [home, *(above.parent / "blobs" for above in home.parents if above.name == "snapshots")]
+    if any(target.is_relative_to(own) for own in homes):
         return True
     raise SecurityError(
         f"{path} is a link to {target}, outside the data's folder.",
@@ -69,28 +74,31 @@ def refuse(where: str, error: DataError) -> None:
 
 @contextmanager
 def row_at(where: str, bad: Bad) -> Iterator[None]:
-    """What is done with one row: a DataError in it is `bad`'s, which may raise it, or go on with the next row."""
+    """What is done with one row: a DataError in it is `bad`'s, which may raise it, or go on with the next row.
+
+    So is a value that no arithmetic of ours can hold: an integer of 400 digits as a score.
+    """
     try:
         yield
     except DataError as error:
         bad(where, error)
+    except OverflowError as error:
+        bad(where, DataError(f"{where}: a number that is too large: {error}.", "Write a smaller one."))
+    except (RecursionError, MemoryError) as error:
+        said = "nested too deeply" if isinstance(error, RecursionError) else "too large for the memory"
+        bad(where, DataError(f"{where}: a value that is {said}.", "Mend the row, or take it out."))
 
 
 def read_jsonl(path: Path, bad: Bad = refuse) -> Numbered:
     """One object a line; blank lines are passed over. A DataError has line and column."""
     rows = []
-    with path.open("rb") as lines:
-        for number, raw in enumerate(iter(lambda: lines.readline(LARGEST_LINE + 1), b""), start=1):
-            if len(raw) > LARGEST_LINE:
-                raise DataError(
-                    f"{path}:{number}: a line of more than {LARGEST_LINE >> 20} MiB.", "Each row is a line of its own."
-                )
-            with row_at(f"{path.name}:{number}", bad):
-                text = _decode(raw, path, number)
-                if number == 1 and text.lstrip().startswith("["):
-                    _refuse_list(path, text)
-                if text.strip():
-                    rows.append((number, _object(_parse(text.rstrip("\r\n"), path, number), f"{path}:{number}")))
+    for number, raw in _lines(path):
+        with row_at(f"{path.name}:{number}", bad):
+            text = _decode(raw, path, number)
+            if number == 1 and text.lstrip().startswith("["):
+                _refuse_list(path, text)
+            if text.strip():
+                rows.append((number, _object(_parse(text.rstrip("\r\n"), path, number), f"{path}:{number}")))
     return rows
 
 
@@ -106,23 +114,17 @@ def _refuse_list(path: Path, first: str) -> None:
 
 def read_json(path: Path, bad: Bad = refuse) -> Numbered:
     """A list of objects, or {"data": [...]}; rows are numbered from 1. A file of one object a line is read as JSONL."""
-    raw = path.read_bytes()
+    raw = _whole(path, "One object a line can be larger:  jq -c '.[]' {0} > {1}.jsonl")
     text = _decode(raw, path, 1)
     if not text.strip():
         return []
     try:
-        content = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        content = parse(text)
+    except NotJSON as error:
+        if "Extra data" in error.what:
             return read_jsonl(path, bad)
-        raise DataError(f"{path}:{error.lineno}:{error.colno}: broken JSON: {error.msg}.", _MEND) from None
-    except _ConstantError as error:
-        line = next((n for n, row in enumerate(text.split("\n"), start=1) if str(error) in row), 1)
-        raise DataError(f"{path}:{line}: {error} is not JSON.", _NUMBER) from None
-    except _TwiceError as error:
-        raise DataError(f"{path}: '{error}' is written twice in one object.", _TWICE) from None
-    except RecursionError:
-        raise DataError(f"{path}: JSON nested too deeply.") from None
+        place = "".join(f":{number}" for number in (error.line, error.column) if number)
+        raise DataError(f"{path}{place}: {error.what}.", error.fix) from None
     if isinstance(content, dict):
         content = content.get("data", [content])
     if not isinstance(content, list):
@@ -139,37 +141,33 @@ def read_json(path: Path, bad: Bad = refuse) -> Numbered:
 def read_csv(path: Path, bad: Bad = refuse) -> Numbered:
     """Rows under a header line, numbered by the line they begin on; all values are text."""
     number = 0
-    with path.open("rb") as lines:
-        decoded = (_decode(raw, path, line) for line, raw in enumerate(lines, start=1))
-        csv.field_size_limit(2**31 - 1)
-        first = next(decoded, "")
-        delimiter = delimiter_of(first)
-        if delimiter != ",":
-            log.warning("%s: its columns are separated by %r, and read so", path, delimiter)
-        reader = csv.reader(itertools.chain([first], decoded), strict=True, delimiter=delimiter)
-        rows: Numbered = []
-        try:
-            header = next(reader, None)
-            if header is None:
-                return []
-            if len(set(header)) != len(header):
-                raise DataError(f"{path}:1: a column name is written twice: {', '.join(header)}.")
+    decoded = (_decode(raw, path, line) for line, raw in _lines(path))
+    csv.field_size_limit(2**31 - 1)
+    first = next(decoded, "")
+    delimiter = delimiter_of(first)
+    if delimiter != ",":
+        log.warning("%s: its columns are separated by %r, and read so", path, delimiter)
+    reader = csv.reader(itertools.chain([first], decoded), strict=True, delimiter=delimiter)
+    rows: Numbered = []
+    try:
+        header = next(reader, None)
+        if header is None:
+            return []
+        if len(set(header)) != len(header):
+            raise DataError(f"{path}:1: a column name is written twice: {', '.join(header)}.")
+        number = reader.line_num + 1
+        for values in reader:
+            with row_at(f"{path.name}:{number}", bad):
+                if values and len(values) != len(header):
+                    raise DataError(
+                        f"{path}:{number}: {len(values)} fields; the header has {len(header)} ({', '.join(header)}).",
+                        'Put a field with a comma or a line break into "…".',
+                    )
+                if values:
+                    rows.append((number, dict(zip(header, values, strict=True))))
             number = reader.line_num + 1
-            for values in reader:
-                with row_at(f"{path.name}:{number}", bad):
-                    if values and len(values) != len(header):
-                        raise DataError(
-                            f"{path}:{number}: {len(values)} fields; the header has {len(header)} "
-                            f"({', '.join(header)}).",
-                            'Put a field with a comma or a line break into "…".',
-                        )
-                    if values:
-                        rows.append((number, dict(zip(header, values, strict=True))))
-                number = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(
-                f"{path}:{max(1, number)}: broken CSV: {error}.", 'Check the quotes: "" inside "…".'
-            ) from None
+    except csv.Error as error:
+        raise DataError(f"{path}:{max(1, number)}: broken CSV: {error}.", 'Check the quotes: "" inside "…".') from None
     return rows
 
 
@@ -186,7 +184,8 @@ def read_txt(path: Path) -> list[tuple[int, str, bool]]:
     A short file gives shorter runs, so that about twenty come out and some can be held out. Raises DataError for JSON
     rows under this name, and for a character that is none.
     """
-    text = "".join(_decode(raw, path, number) for number, raw in enumerate(path.read_bytes().splitlines(True), start=1))
+    whole = _whole(path, "split -C 1G {0} {1}-")
+    text = "".join(_decode(raw, path, number) for number, raw in enumerate(whole.splitlines(True), start=1))
     if _is_json_rows(text):
         raise DataError(
             f"{path} holds rows of JSON, and would be trained as plain text, braces and all.",
@@ -258,31 +257,25 @@ READERS: dict[str, Callable[[Path, Bad], Numbered]] = {
     ".csv": read_csv,
 }
 
-_MEND = "Mend the line; each row is one JSON object with double quotes."
-_NUMBER = "Write null, or take the value out: JSON has no NaN and no Infinity."
+
+def _whole(path: Path, fix: str) -> bytes:
+    """A file that has to be in memory as a whole. `fix`: {0} is its name, {1} without the ending."""
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        name, bare = shlex.quote(path.name), shlex.quote(path.stem)
+        raise DataError(f"{path} has {size / 2**30:,.1f} GiB, more than {LARGEST_FILE >> 30}.", fix.format(name, bare))
+    return path.read_bytes()
 
 
-_TWICE = "Keep one of them: which one counts differs from reader to reader."
-
-
-class _ConstantError(Exception):
-    pass
-
-
-class _TwiceError(Exception):
-    pass
-
-
-def _once(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwiceError(next(name for name in names if names.count(name) > 1))
-    return row
-
-
-def _no_constant(name: str) -> Iterator[None]:
-    raise _ConstantError(name)
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(1-based number, bytes) of each line. Raises DataError for one that no row is as long as."""
+    with path.open("rb") as lines:
+        for number, raw in enumerate(iter(lambda: lines.readline(LARGEST_LINE + 1), b""), start=1):
+            if len(raw) > LARGEST_LINE:
+                raise DataError(
+                    f"{path}:{number}: a line of more than {LARGEST_LINE >> 20} MiB.", "Each row is a line of its own."
+                )
+            yield number, raw
 
 
 def _decode(raw: bytes, path: Path, line: int) -> str:
@@ -299,15 +292,10 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
 
 def _parse(text: str, path: Path, line: int) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{line}:{error.colno}: broken JSON: {error.msg}.", _MEND) from None
-    except _ConstantError as error:
-        raise DataError(f"{path}:{line}: {error} is not JSON.", _NUMBER) from None
-    except _TwiceError as error:
-        raise DataError(f"{path}:{line}: '{error}' is written twice in one object.", _TWICE) from None
-    except RecursionError:
-        raise DataError(f"{path}:{line}: JSON nested too deeply.") from None
+        return parse(text)
+    except NotJSON as error:
+        column = f":{error.column}" if error.column else ""
+        raise DataError(f"{path}:{line}{column}: {error.what}.", error.fix) from None
 
 
 def _object(row: Any, where: str) -> Row:

@@ -7,7 +7,6 @@ tool calls and tool results come out at all; what would vanish is written as tex
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 
 from finetune_kit.data.records import THOUGHTS, Message
 from finetune_kit.errors import DataError, SecurityError
+from finetune_kit.system import resource
 
 Note = Callable[[str], None]
 
@@ -129,7 +129,7 @@ def _within(seconds: float) -> Iterator[None]:
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, before)
-        if room is not None:
+        if room is not None and resource is not None:
             resource.setrlimit(resource.RLIMIT_AS, room)
 
 
@@ -141,6 +141,8 @@ def _alone() -> bool:
 
 def _more_memory(size: int) -> tuple[int, int] | None:
     """Let this process grow by `size` bytes and no more; returns the limits from before, None where that cannot be."""
+    if resource is None:
+        return None
     try:
         pages = int(STATM.read_text().split()[0])
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -29,7 +29,10 @@ MANIFEST = "MANIFEST.json"
 
 def cache_folder() -> Path:
     """FINETUNE_KIT_CACHE, or finetune_kit below the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune_kit"
+    try:
+        default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune_kit"
+    except RuntimeError:  # no home is known: no HOME, and no such user
+        default = Path(tempfile.gettempdir()) / f"finetune_kit-{os.getuid()}"
     return Path(os.environ.get("FINETUNE_KIT_CACHE") or default)
 
 
@@ -44,6 +47,17 @@ def embedded_folder() -> Path:
     if target.is_dir() and _holds(target):
         return target
     source = _source()
+    try:
+        return _make(source, target)
+    except OSError as error:
+        raise ResourceError(
+            f"The embedded model {NAME} is converted once into {target.parent}, which cannot be written: "
+            f"{error.strerror or error}.",
+            "Name a folder that can: FINETUNE_KIT_CACHE=/path/to/folder",
+        ) from None
+
+
+def _make(source: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():  # damaged since: make it anew
         shutil.rmtree(target)

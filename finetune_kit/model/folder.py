@@ -6,17 +6,16 @@ its config may name code (CVE-2026-4372), or shapes that no machine can hold.
 
 from __future__ import annotations
 
-import json
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from finetune_kit.errors import SecurityError, SettingsError
+from finetune_kit.parsing import read_object
 
 INDEX = "model.safetensors.index.json"
 READ = (".json", ".safetensors", ".jinja", ".model", ".txt")  # endings of what transformers and PEFT read
-LARGEST_JSON = 256 * 2**20  # bytes; a tokenizer.json of 256,000 words has 35 MB
 MOST_PARAMETERS = 10**13
 MOST_LAYERS = 4096
 # A file in 4 bits holds two parameters a byte. Ten times that: no layout of weights is that much smaller.
@@ -72,7 +71,7 @@ def check_weights(path: Path) -> None:
 
 
 def _check_index(path: Path, whole: bool) -> None:
-    content = _json(path)
+    content = read_object(path, SettingsError, "Get the model again.")
     names = content.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise SettingsError(f"{path}: expected a weight_map of file names.", "Get the model again.")
@@ -91,7 +90,7 @@ def check_config(path: Path, weights: int = 0) -> None:
 
     Raises SecurityError where it names code, SettingsError where it cannot be read or its shapes cannot be.
     """
-    config = _json(path)
+    config = read_object(path, SettingsError, "Get the model again.")
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind.replace("-", "_").replace(".", "_").isidentifier():
         raise SettingsError(
@@ -134,15 +133,3 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield key, value
         if isinstance(value, dict):
             yield from _settings(value)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise SettingsError(f"{path} has {path.stat().st_size:,} bytes: no config.json or index is that large.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{path} cannot be read as JSON: {error}.", "Get the model again.") from None
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path}: expected a JSON object, found {type(content).__name__}.", "Get the model again.")
-    return content

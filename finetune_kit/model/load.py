@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +23,7 @@ from finetune_kit.model.embedded import NAME as EMBEDDED
 from finetune_kit.model.folder import check_files, check_model
 from finetune_kit.names import near_path
 from finetune_kit.network import hub_reachable
+from finetune_kit.parsing import read_object
 from finetune_kit.terminal import doing
 from finetune_kit.values import LARGEST, load_text
 
@@ -36,6 +38,16 @@ ITS_OWN = {"local_files_only": True, "trust_remote_code": False}  # a run's fold
 TRUST = "model.trust_remote_code=true model.revision=<its commit, 40 digits>, both on the command line"
 PLANNED: ContextVar[str | None] = ContextVar("PLANNED", default=None)  # the kind of device that a plan is for
 BASE_RECORD = "base.json"  # beside an adapter: which base it belongs to
+# settings of sampling, with the value that asks for nothing
+SAMPLES = {
+    **{"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "top_h": None, "typical_p": 1.0},
+    **{"epsilon_cutoff": 0.0, "eta_cutoff": 0.0},
+}
+# settings of generation that act with others alone, and that transformers refuses to save without them
+IDLE = (
+    *("early_stopping", "length_penalty", "cache_implementation", "output_scores", "output_logits"),
+    *("output_attentions", "output_hidden_states", "num_return_sequences", "pad_token_id"),
+)
 OFFLINE_DEFAULT = f"Without a network, the embedded default works: model.name_or_path={EMBEDDED}"
 
 
@@ -217,7 +229,47 @@ def load_base(
     if base.base_model is base and hasattr(base, "model"):
         # Llama 4's text model names its backbone by the word of the multimodal one, and transformers and TRL miss it
         base.base_model_prefix = "model"
+    if auto_class == "AutoModelForCausalLM":
+        settle_generation(base.generation_config, model.name_or_path)
     return base.eval()
+
+
+def settle_generation(config: Any, name: str) -> None:
+    """Mend a generation config that transformers would refuse to save after all the training.
+
+    Sampling settings without do_sample, as many models have them, mean do_sample=true; what else has no effect where it
+    stands is put back to its default; both are said. Raises SettingsError for what cannot be.
+    """
+    from transformers import GenerationConfig
+
+    if config.temperature == 0:  # greedy, in the words of other libraries
+        config.temperature = None
+    samples = any(getattr(config, key, None) not in (None, default) for key, default in SAMPLES.items())
+    if samples and config.do_sample is not True:
+        config.do_sample = True
+        _say_once(f"note: {name}: its generation_config.json has sampling settings: do_sample=true is added to it")
+    plain, idle = GenerationConfig(), []
+    for key in IDLE:
+        was = getattr(config, key, None)
+        if was != getattr(plain, key, None) and _refused(config):
+            setattr(config, key, getattr(plain, key, None))
+            idle.append(f"{key}={was}")
+    if idle and not _refused(config):
+        _say_once(f"note: {name}: left out of its generation_config.json, without effect there: {', '.join(idle)}")
+    if said := _refused(config):
+        raise SettingsError(
+            f"model.name_or_path={name}: its generation_config.json could not be saved with the result: {said}",
+            "Mend that file in a copy of the model's folder, and name the folder.",
+        )
+
+
+def _refused(config: Any) -> str:
+    """What transformers has against saving a generation config, in one line; "" for nothing."""
+    try:
+        config.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        return " ".join(str(error).split())[:300]
+    return ""
 
 
 @functools.cache
@@ -328,6 +380,29 @@ def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: b
         return base if lora is None else adapters.attach(base, lora)
 
 
+def learned_positions(model: ModelConfig) -> int | None:
+    """How many positions the model has a table for, learned or computed once; None where any length can be read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shapes = load_model_config(model)
+    most = getattr(shapes.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    with torch.device("meta"):
+        try:
+            empty = AutoModelForCausalLM.from_config(shapes, trust_remote_code=model.trust_remote_code)
+        except (ValueError, KeyError):  # no language model, which is said elsewhere
+            return None
+    words = empty.get_input_embeddings()
+    tables = [(name, part.weight) for name, part in empty.named_modules() if isinstance(part, torch.nn.Embedding)]
+    tables = [(name, weight) for name, weight in tables if words is None or weight is not words.weight]
+    tables += [(name, buffer) for name, buffer in empty.named_buffers() if buffer is not None]
+    named = [weight for name, weight in tables if re.search(r"wpe|pos", name.rpartition(".")[2] or name)]
+    # OPT and BART keep two rows more
+    return most if any(weight.dim() > 1 and most <= weight.shape[0] <= most + 2 for weight in named) else None
+
+
 def base_record(model: ModelConfig) -> dict[str, Any]:
     """What an adapter remembers of its base: name, revision, the settings of its architecture, and its weights' hash.
 
@@ -355,7 +430,7 @@ def check_base(model: ModelConfig, folder: Path) -> None:
 
     if not (folder / BASE_RECORD).is_file():
         return
-    then, now = json.loads((folder / BASE_RECORD).read_text(encoding="utf-8")), base_record(model)
+    then, now = read_object(folder / BASE_RECORD), base_record(model)
     # through this transformers' own class, so that a default which a release adds is on both sides
     known = _architecture(AutoConfig.for_model(**then["config"]))
     keys = [key for key in sorted(known.keys() | now["config"]) if known.get(key) != now["config"].get(key)]

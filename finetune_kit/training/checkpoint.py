@@ -21,6 +21,8 @@ from finetune_kit import processes, run_folder
 from finetune_kit.config import RecipeConfig, leaves
 from finetune_kit.data.load import Data
 from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.parsing import read_object
+from finetune_kit.system import sync_folder, write_whole
 from finetune_kit.training.progress import console
 
 MANIFEST = "MANIFEST.json"
@@ -147,26 +149,6 @@ def commit(folder: Path, facts: dict[str, Any]) -> None:
     sync_folder(folder.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A text file that is there whole or not at all, whenever the process or the machine dies."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names in a folder are kept by its own fsync, not by those of its files."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
 def _sha256(path: Path, sync: bool = False) -> str:
     with path.open("rb", buffering=0) as file:
         if sync:
@@ -176,8 +158,7 @@ def _sha256(path: Path, sync: bool = False) -> str:
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The facts that a checkpoint was committed with."""
-    facts: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    return facts
+    return read_object(checkpoint / MANIFEST)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -203,7 +184,9 @@ def broken(checkpoint: Path) -> str:
         sizes = {name: (checkpoint / name).stat().st_size for name in files}
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        return f"{Path(error.filename or MANIFEST).name} cannot be read: {error.strerror}"
+    except (SettingsError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     # the trainer would read a pickle by its name, whoever put it there
     there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()}
@@ -218,7 +201,11 @@ def broken(checkpoint: Path) -> str:
 @functools.lru_cache(maxsize=8)  # a command looks at a checkpoint when it starts, and again before it loads it
 def _changed(checkpoint: Path, stamp: tuple[tuple[str, int], ...], manifest: int) -> str:
     for name, file in read_manifest(checkpoint)["files"].items():
-        if _sha256(checkpoint / name) != file["sha256"]:
+        try:
+            same = _sha256(checkpoint / name) == file["sha256"]
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if not same:
             return f"{name} has another SHA-256"
     return ""
 

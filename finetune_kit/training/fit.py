@@ -14,6 +14,7 @@ from finetune_kit.errors import SettingsError
 from finetune_kit.model.adapters import restore
 from finetune_kit.model.load import public_name
 from finetune_kit.model.precision import plain_forward
+from finetune_kit.parsing import read_object
 from finetune_kit.run_folder import read_identity
 from finetune_kit.training import checkpoint, room, stopping
 from finetune_kit.training.batches import lay_out
@@ -164,8 +165,8 @@ class Kept:
             self.record.restore({})
             return None
         self.then = checkpoint.read_manifest(found)
-        self.own = json.loads(self._own_file(found).read_text(encoding="utf-8"))
-        kept = json.loads((found / PROGRESS).read_text(encoding="utf-8"))
+        self.own = read_object(self._own_file(found))
+        kept = read_object(found / PROGRESS)
         self.record.restore(kept["record"])
         self.watch.restore(kept["watch"])
         steps = self._steps(int(kept["max_steps"]))

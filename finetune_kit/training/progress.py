@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from finetune_kit import processes
+from finetune_kit.system import peak_memory, write_whole
 from finetune_kit.terminal import GAP, NO_ROOM, console, doing
 
 __all__ = ["NO_ROOM", "Record", "console", "hooks", "peak_memory_gib", "telling"]
@@ -26,8 +25,7 @@ def peak_memory_gib() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return kilobytes / 2**20
+    return peak_memory() / 2**30
 
 
 def telling(when: str) -> Callable[[str, int, int], None]:
@@ -90,9 +88,7 @@ class Record:
             self._write_all()
 
     def _write_all(self) -> None:
-        beside = self.path.with_name(f".{self.path.name}.new")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
-        beside.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.history))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last_time = self.said_at = time.perf_counter()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,13 +13,15 @@ from typing import Any
 from finetune_kit import processes
 from finetune_kit.config import TrainConfig
 from finetune_kit.errors import ResourceError
+from finetune_kit.streams import NO_ROOM
 from finetune_kit.training import checkpoint
-from finetune_kit.training.progress import NO_ROOM, console
+from finetune_kit.training.progress import console
 from finetune_kit.values import sized
 
 MOST_FAILED_SAVES = 3
 SPARE = 16 * 2**20  # bytes left on the disk for the run's small files
 REHEARSED = 64 * 2**20  # bytes of weights that are written before the first step, at most
+FAILED = (errno.EIO, errno.ESTALE, errno.EROFS, errno.ENXIO, errno.ENODEV)
 FULL_DISK = ("No space left", "unexpected pos", "File too large", "Disk quota", "file write failed", "write failed")
 
 
@@ -150,7 +154,7 @@ class Disk:
             try:
                 part()
             except Exception as error:  # each library that writes has its own class for it
-                if not is_full_disk(error) or processes.sharding():
+                if not (is_full_disk(error) or failed_disk(error, self.folder)) or processes.sharding():
                     raise
                 why = first_line(error)
         if all_agree(accelerator, not why):
@@ -191,13 +195,21 @@ def is_full_disk(error: BaseException) -> bool:
     return any(sign in str(error) for sign in FULL_DISK)
 
 
+def failed_disk(error: BaseException, folder: Path) -> bool:
+    """Whether an error is the operating system's about a file in a folder, or one that any file there would meet."""
+    if not isinstance(error, OSError):
+        return "I/O error" in str(error)  # safetensors
+    named = [Path(os.fsdecode(name)).absolute() for name in (error.filename, error.filename2) if isinstance(name, str)]
+    return error.errno in FAILED or any(path.is_relative_to(folder.absolute()) for path in named)
+
+
 @contextlib.contextmanager
 def heeding_disk(folder: Path, what: str) -> Iterator[None]:
-    """A disk that is full becomes ResourceError: `what` could not be written, what is kept, how to go on."""
+    """A disk that is full or fails becomes ResourceError: `what` could not be written, what is kept, how to go on."""
     try:
         yield
     except Exception as error:  # each library that writes has its own class for it
-        if isinstance(error, ResourceError) or not is_full_disk(error):
+        if isinstance(error, ResourceError) or not (is_full_disk(error) or failed_disk(error, folder)):
             raise
         remove_halves(folder)
         raise full(folder, f"{what} could not be written: {first_line(error)}.") from error

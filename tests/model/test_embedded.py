@@ -118,7 +118,7 @@ class TestMaking:
             raise OSError("disk full")
 
         monkeypatch.setattr(embedded, "_convert", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(ResourceError, match="disk full"):
             embedded_folder()
         assert list((tmp_path / "cache").iterdir()) == []
 

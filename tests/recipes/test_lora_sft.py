@@ -115,7 +115,7 @@ def test_plain_text_is_trained_packed_and_its_perplexity_falls(home: Path) -> No
     assert report.main == "held_out_loss"
 
 
-def test_a_run_that_learns_nothing_is_no_difference_and_does_not_pass_require_improved(home: Path) -> None:
+def test_a_run_that_learns_nothing_on_4_rows_is_not_judged_and_does_not_pass_require_improved(home: Path) -> None:
     config = settings("lora_sft", home)
     words = [
         f"model.name_or_path={config.model.name_or_path}",
@@ -128,8 +128,8 @@ def test_a_run_that_learns_nothing_is_no_difference_and_does_not_pass_require_im
         command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert done.returncode == 4, done.stderr
-    assert "--require improved: No difference" in done.stderr
+    assert "--require improved: Too few to judge (4 rows)" in done.stderr
     report = json.loads((home / "nothing" / "report.json").read_text())
     assert [metric["difference"] for metric in report["metrics"]] == [0.0] * len(report["metrics"])
-    assert {metric["verdict"] for metric in report["metrics"]} == {"no difference"}
+    assert {metric["verdict"] for metric in report["metrics"]} == {"too few to judge (4 rows)"}
     assert (report["wins"], report["ties"], report["losses"]) == (0, 4, 0)

@@ -21,7 +21,9 @@ def home(tmp_path: Path, tiny_model: Path) -> Path:
 def test_a_whole_run_makes_chosen_answers_likelier_and_prefers_them(home: Path) -> None:
     artifact = train("orpo", home, "max_steps=10", "learning_rate=5e-3", "held_out_size=6", "eval_steps=5")
     found = {entry["name"]: entry for entry in artifact.report.metrics}
-    assert found["preference_accuracy"]["verdict"] == found["held_out_loss"]["verdict"] == "better"
+    assert found["preference_accuracy"]["after"] > 0.5
+    assert found["held_out_loss"]["after"] < found["held_out_loss"]["before"]
+    assert found["held_out_loss"]["verdict"] == "too few to judge (6 rows)"
 
 
 @pytest.mark.parametrize("words", [(), ("padding_free=false",), ("lora.r=0",)])

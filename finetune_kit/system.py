@@ -1,0 +1,62 @@
+"""What operating systems and file systems have or lack: locks, memory limits, a folder's fsync."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+fcntl: ModuleType | None
+resource: ModuleType | None
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
+
+def lock(number: int, shared: bool = False) -> bool | None:
+    """Lock an open file or folder for this process, `shared` with others that ask so: True where it has it now, False
+    where another one has, None where the file system, or the system, has no such locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(number, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # network file systems: no locks, or none on a folder
+        return None
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Names in a folder are kept by its own fsync, not by those of its files; nothing where folders have none."""
+    if os.name == "nt":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file that is there whole or not at all, whenever the process or the machine dies."""
+    beside = path.with_name(f".{path.name}.new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
+def peak_memory() -> int:
+    """Most memory that this process has had, in bytes."""
+    if resource is not None:
+        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    import psutil
+
+    return int(psutil.Process().memory_info().peak_wset)

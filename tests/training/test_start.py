@@ -1,0 +1,127 @@
+"""What would end a run late is refused before anything is read, in check and in run."""
+
+import errno
+import inspect
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import GenerationConfig
+
+from finetune_kit.config import ModelConfig
+from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.model import embedded
+from finetune_kit.model.load import load_tokenizer, settle_generation
+from finetune_kit.training import room
+from finetune_kit.training.start import LOSSES
+from tests.fixtures_cli import cli
+from tests.fixtures_evaluation import tiny_gpt2
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_samples_longer_than_the_positions_of_gpt2_are_refused_with_the_setting_that_mends_it(
+    command: str, home: Path
+) -> None:
+    shutil.copytree(home / "tiny", home / "gpt2")
+    (home / "gpt2" / "model.safetensors").unlink()
+    tiny_gpt2().save_pretrained(home / "gpt2")  # 512 positions
+    words = (f"model.name_or_path={home / 'gpt2'}", f"data.path={home / 'rows.jsonl'}")
+    said = cli(command, "lora_sft", *words)
+    assert said.code == 2
+    assert "has positions for 512 tokens; data.max_length=1,024 would be more.\nSet data.max_length=512" in said.err
+    said = cli(command, "grpo", *words, "data.max_length=500")
+    assert "data.max_length=500 and 64 sampled ones would be more.\nSet data.max_length=448" in said.err
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "word"),
+    [
+        ("dpo", "loss_type=[simpo]"),
+        ("dpo", "loss_type=[sigmoid,sigmod]"),
+        ("dpo", "loss_type=[]"),
+        ("dpo", "loss_weights=[1,2]"),
+        ("kto", "train.extra={loss_type: sigmoid}"),
+        ("grpo", "train.extra={loss_type: ppo}"),
+        ("lora_sft", "train.extra={loss_type: cross_entropy}"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused_at_once(
+    recipe: str, word: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    for command in ("check", "run"):
+        said = cli(command, recipe, "model.name_or_path=tiny", "data.path=not_read.jsonl", word)
+        assert said.code == 2, said.err
+        assert "loss_" in said.err
+    assert sorted(path.name for path in home.iterdir()) == ["rows.jsonl", "tiny"]
+
+
+def test_the_losses_are_those_of_trl_s_trainers() -> None:
+    from trl import DPOTrainer, GRPOTrainer, KTOTrainer
+
+    for trainer, name in ((DPOTrainer, "dpo"), (KTOTrainer, "labelled_completion"), (GRPOTrainer, "prompt")):
+        source = inspect.getsource(trainer)
+        found = set(re.findall(r'loss_type == "(\w+)"', source))
+        for names in re.findall(r"self\.loss_type in \[([^\]]*)\]", source):
+            found |= set(re.findall(r'"(\w+)"', names))
+        assert found == set(LOSSES[name])
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+        ({"top_k": 20}, {"do_sample": True, "top_k": 20}),
+        ({"do_sample": False, "min_p": 0.1}, {"do_sample": True, "min_p": 0.1}),
+        ({"temperature": 0.0}, {}),
+        ({"length_penalty": 0.8}, {}),
+        ({"temperature": 0.6, "early_stopping": True}, {"do_sample": True, "temperature": 0.6}),
+        ({"output_scores": True}, {}),
+        ({"pad_token_id": -1}, {}),
+        ({"num_beams": 4, "length_penalty": 0.8}, {"num_beams": 4, "length_penalty": 0.8}),
+    ],
+)
+def test_a_generation_config_that_could_not_be_saved_is_mended_at_load(
+    given: dict[str, object], kept: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(given))
+    config = GenerationConfig.from_pretrained(tmp_path / "base")
+    settle_generation(config, "base")
+    config.eos_token_id = [7]  # as a run does
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert {key: saved[key] for key in given.keys() | kept if saved.get(key) is not None} == kept
+
+
+def test_what_cannot_be_mended_is_refused_when_the_model_is_loaded() -> None:
+    config = GenerationConfig()
+    config.max_new_tokens = -3
+    with pytest.raises(SettingsError, match=r"could not be saved with the result: .max_new_tokens. must be greater"):
+        settle_generation(config, "base")
+
+
+def test_a_cache_that_cannot_be_written_names_the_setting_that_moves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FINETUNE_KIT_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(embedded, "_source", lambda: tmp_path / "model.gguf")
+    with pytest.raises(ResourceError, match="cannot be written: Not a directory") as caught:
+        load_tokenizer(ModelConfig())
+    assert caught.value.fix == "Name a folder that can: FINETUNE_KIT_CACHE=/path/to/folder"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EROFS])
+def test_a_disk_that_fails_under_a_run_is_a_message_and_another_error_stays_itself(number: int, tmp_path: Path) -> None:
+    heeded, said = room.heeding_disk, "The result could not be written: "
+    with pytest.raises(ResourceError, match=said + os.strerror(number)), heeded(tmp_path, "The result"):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(ResourceError, match=f"{said}Permission denied"), heeded(tmp_path, "The result"):
+        raise OSError(errno.EACCES, "Permission denied", str(tmp_path / "MANIFEST.json"))
+    with pytest.raises(FileNotFoundError), room.heeding_disk(tmp_path, "The result"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/elsewhere")
