@@ -26,7 +26,7 @@ def written(folder: Path, **values: Any) -> Path:
 
 
 def test_what_peft_writes_itself_is_taken_and_what_is_missing_has_peft_s_values(tmp_path: Path) -> None:
-    peft_config(LoraConfig(r=4, use_dora=True, modules_to_save=["lm_head"])).save_pretrained(tmp_path)
+    peft_config(LoraConfig(r=4, use_dora=True, modules_to_save=["lm_head"]), ["q_proj"]).save_pretrained(tmp_path)
     assert read_adapter_config(tmp_path)["r"] == 4
     assert read_adapter_config(written(tmp_path))["lora_dropout"] == 0.0
     for values in (
