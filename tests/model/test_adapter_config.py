@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 
-from finetune_kit.config import LoraConfig
 from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.model.adapter_config import read_adapter_config
-from finetune_kit.model.adapters import peft_config
 
 GOOD: dict[str, Any] = {
     "peft_type": "LORA",
@@ -26,7 +25,7 @@ def written(folder: Path, **values: Any) -> Path:
 
 
 def test_what_peft_writes_itself_is_taken_and_what_is_missing_has_peft_s_values(tmp_path: Path) -> None:
-    peft_config(LoraConfig(r=4, use_dora=True, modules_to_save=["lm_head"])).save_pretrained(tmp_path)
+    LoraConfig(r=4, use_dora=True, target_modules=["q_proj"], modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     assert read_adapter_config(tmp_path)["r"] == 4
     assert read_adapter_config(written(tmp_path))["lora_dropout"] == 0.0
     for values in (
