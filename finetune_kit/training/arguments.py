@@ -25,13 +25,12 @@ from finetune_kit.model.load import computes_in_bfloat16, device
 from finetune_kit.model.proof import PROOF_ROWS
 from finetune_kit.training.batches import check_batches, check_loader, micro_batch
 from finetune_kit.training.checkpoint import begin
+from finetune_kit.training.compiling import COMPILED_HERE, compile_where_it_pays
 from finetune_kit.training.guard import Guard, watching
 from finetune_kit.training.progress import console
 
 # transformers' names for the same AdamW; the fused one runs on every device here and is the fastest.
 DEFAULT_OPTIMIZER = "adamw_torch_fused"
-
-COMPILED_HERE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 # Arguments of the trainers that could not act here: why, and their names (with * for all that begin so).
 INERT = {
@@ -120,7 +119,6 @@ def build(
     if config.train.padding_free and (reason := padded_because(config, policy, data)):
         console.print(f"note: padded batches: {reason}")
     from finetune_kit.training.collate import plan_in_collator  # which needs torch when it is imported
-    from finetune_kit.training.compiling import compile_where_it_pays
 
     planned = steps(config, data, processes.count())
     passes = planned["steps"] * planned.get("passes_in_a_step", 1)

@@ -19,10 +19,10 @@ from finetune_kit import processes
 from finetune_kit.config import TrainConfig
 from finetune_kit.model import kernel
 from finetune_kit.model.packed import drops, way_of
-from finetune_kit.training.arguments import COMPILED_HERE
 
 log = logging.getLogger(__name__)
 
+COMPILED_HERE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # settings of transformers
 LONG_ENOUGH = 200  # forward and backward passes, below which compiling takes longer than it saves
 FASTER = 0.97  # of the plain time, at most
 ALIKE = 0.05  # relative difference of the gradient's norm, compiled, from the plain one, in bfloat16

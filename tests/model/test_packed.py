@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from finetune_kit.config import LoraConfig, ModelConfig
-from finetune_kit.model import adapters, head, kernel, layout, packed, proof
+from finetune_kit.model import adapters, head, kernel, layout, packed, proof, segments
 from finetune_kit.model.load import load_policy
 from tests.fixtures_training import prepare
 from tests.model import varlen
@@ -519,6 +519,22 @@ class TestCounts:
         assert self.flop(lambda: model(**inputs)) == (8 + 12 + 16 + 20 + 44) * a_token + slots * 2 * 32
 
 
+@both
+def test_a_routers_loss_over_packed_rows_is_that_over_padded_ones() -> None:
+    from transformers import Qwen3MoeConfig
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    model = make(Qwen3MoeConfig(**SHAPE, **experts, output_router_logits=True)).train()
+    inputs = batch()
+    expected = model(**inputs, use_cache=False)
+    assert packed.enable(model) == ""
+    seen = layer_tokens(model)
+    found = model(**inputs, use_cache=False)
+    assert seen == [52]
+    assert float((found.aux_loss - expected.aux_loss).detach().abs()) < 1e-6
+    assert float((found.loss - expected.loss).detach().abs()) < 1e-5
+
+
 def top_left(query: Any, key: Any, value: Any, queries: Any, keys: Any, *longest: int, **kwargs: Any) -> Any:
     """A kernel whose diagonal begins at the first key: queries behind a shared beginning see too little."""
     pairs = zip(query.split(queries.diff().tolist()), varlen.zip_split(key, value, keys), strict=True)
@@ -738,6 +754,63 @@ class TestVarlen:
             assert output.shape == (1, 52, 4, 8)
             output.sum().backward()
             assert [part.grad.shape for part in states] == [part.shape for part in states]
+
+    def choose(
+        self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], attends: Any = varlen.reference
+    ) -> tuple[str, Any]:
+        """What packed.enable says of three candidates that take so long, and the one that attends."""
+        from torch.nn.attention.flex_attention import create_mask
+        from torch.nn.functional import scaled_dot_product_attention
+
+        def dense(query: Any, key: Any, value: Any, block_mask: Any, scale: Any, enable_gqa: bool) -> Any:
+            """Flex attention's mask, seen by SDPA: on a CPU flex attention has no backward pass."""
+            sees = create_mask(block_mask.mask_mod, None, None, query.shape[2], key.shape[2], device="cpu")
+            return scaled_dot_product_attention(query, key, value, sees, scale=scale, enable_gqa=enable_gqa)
+
+        monkeypatch.setattr(segments, "_flex_eager", lambda: dense)
+        attend_by(monkeypatch, attends)
+        used: list[str] = []
+        found = [
+            kernel.Candidate(kind, kind, lambda kind=kind: used.append(kind))  # type: ignore[misc]  # bound here
+            for kind in ("varlen", "segments", "flex")
+        ]
+        monkeypatch.setattr(kernel, "candidates", lambda *given: found)
+
+        def clock(step: Any) -> float:
+            step()
+            return seconds[used[-1]]
+
+        monkeypatch.setattr(kernel, "clock_of", lambda device: clock)
+        model = make(FAMILIES["llama"]).train()
+        padded_loss, gradient = loss_and_gradient(model, batch())
+        said = packed.enable(model, batch()["input_ids"].tolist()[:3])
+        loss, found_gradient = loss_and_gradient(model, batch())
+        assert abs(loss - padded_loss) < 1e-5
+        assert float((found_gradient - gradient).norm() / gradient.norm()) < 1e-4
+        way = packed.way_of(model)
+        return said, way and way.attends.kind
+
+    @pytest.mark.parametrize("fastest", ["varlen", "segments", "flex"])
+    def test_of_right_candidates_the_fastest_attends_and_is_named(
+        self, fastest: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", logger="finetune_kit.model.packed")
+        seconds = {"varlen": 0.003, "segments": 0.003, "flex": 0.003, fastest: 0.001}
+        assert self.choose(monkeypatch, seconds) == ("", fastest)
+        (line,) = caplog.messages
+        assert line.startswith(f"packed rows: {fastest} attends (in one layer, forward and backward: {fastest} 1.00 ms")
+
+    @pytest.mark.parametrize("wrong", [top_left, one_way])
+    def test_a_wrong_one_is_refused_though_it_is_the_fastest_and_the_next_one_attends(
+        self, wrong: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        seconds = {"varlen": 0.001, "segments": 0.002, "flex": 0.003}
+        assert self.choose(monkeypatch, seconds, wrong) == ("", "segments")
+        assert any("packed rows: not by varlen" in line and "differ by" in line for line in caplog.messages)
+
+    def test_one_that_fails_when_it_is_timed_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seconds = {"varlen": 0.001, "segments": 0.003, "flex": 0.002}
+        assert self.choose(monkeypatch, seconds, out_of_order) == ("", "flex")
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's varlen kernel needs a GPU: pytest -m gpu")
