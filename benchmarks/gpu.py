@@ -305,7 +305,15 @@ def card_jobs(home: Path, toy: bool, results: Results, data: Path | None) -> lis
 
 
 def kernel_jobs(home: Path, toy: bool, results: Results, data: Path | None) -> list[Job]:
-    return [Job("kernels", "tests that need a GPU", [*PYTEST, "tests/model/test_packed.py"], 120, pytest_counts)]
+    return [
+        Job(
+            "kernels",
+            "tests that need a GPU",
+            [*PYTEST, "tests/model/test_packed.py", "tests/training/test_collate.py"],
+            120,
+            pytest_counts,
+        )
+    ]
 
 
 def recipe_jobs(home: Path, toy: bool, results: Results, data: Path | None) -> list[Job]:
