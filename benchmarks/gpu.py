@@ -45,7 +45,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"card": 40, "kernels": 40, "recipes": 120, "memory": 50, "speed": 170, "sampling": 60}  # seconds, of 480
 HERE = str(Path(__file__).resolve())
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-k", "on_a_gpu"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", "gpu"]
 VARIANTS = (
     *(("full_sft",), ("lora_sft",), ("qlora_sft",), ("lora_sft", "train.extra.torch_compile=true")),
     *(("reward_model",), ("reward_model", "model.load_in_4bit=true")),
@@ -305,7 +305,15 @@ def card_jobs(home: Path, toy: bool, results: Results, data: Path | None) -> lis
 
 
 def kernel_jobs(home: Path, toy: bool, results: Results, data: Path | None) -> list[Job]:
-    return [Job("kernels", "tests that need a GPU", [*PYTEST, "tests/model/test_packed.py"], 120, pytest_counts)]
+    return [
+        Job(
+            "kernels",
+            "tests that need a GPU",
+            [*PYTEST, "tests/model/test_packed.py", "tests/training/test_collate.py"],
+            120,
+            pytest_counts,
+        )
+    ]
 
 
 def recipe_jobs(home: Path, toy: bool, results: Results, data: Path | None) -> list[Job]:

@@ -43,12 +43,14 @@ HEAD_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_t
 class Way:
     """How a model's calls are packed.
 
-    attends: what attends. compiled: its layers are. windows: the sliding windows that attention was given so far; rows
-    longer than another one stay padded. said: why batches stayed padded so far, each of which a line says once.
-    own_head: model/head.py stands for TRL's fused head; measured: what that says of each label.
+    attends: what attends; chosen: the line that says why. compiled: its layers are. windows: the sliding windows that
+    attention was given so far; rows longer than another one stay padded. said: why batches stayed padded so far, each
+    of which a line says once. own_head: model/head.py stands for TRL's fused head; measured: what that says of each
+    label.
     """
 
     attends: Candidate = SEGMENTS
+    chosen: str = ""
     compiled: bool = False
     windows: set[int | None] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
@@ -152,7 +154,7 @@ def _enable(model: Any, causal: Any, rows: Sequence[Sequence[int]], own_head: bo
     def use(own: bool, measured: Sequence[str] = ()) -> None:
         way.own_head, way.measured = own, tuple(measured)
 
-    reason = _choose(model, causal, rows, found, turn_on, turn_off)
+    reason, way.chosen = _choose(model, causal, rows, found, turn_on, turn_off)
     if reason:
         for handle in handles:
             handle.remove()
@@ -171,26 +173,24 @@ def _choose(
     found: Sequence[Candidate],
     turn_on: Callable[[Candidate], None],
     turn_off: Callable[[], None],
-) -> str:
-    """Turn on the fastest candidate that is right; "" or why none is."""
+) -> tuple[str, str]:
+    """Turn on the fastest candidate that is right; "" or why none is, and where there was a choice a line about it."""
     dtype, reason = kernel.attention_dtype(causal), "no way to attend to packed rows works here"
     timed = kernel.by_time(found, attend, rows or [[0] * 128, [0] * 64], causal.config, causal.device, dtype)
     for candidate, _ in timed:
         turn_off()
         reason = disproof(model, causal, rows, partial(turn_on, candidate))
         if not reason:
-            if len(timed) > 1 and processes.is_main():
-                log.info("packed rows: %s", said_times(candidate, timed))
-            return ""
+            return "", said_times(candidate, timed) if len(timed) > 1 else ""
         if len(timed) > 1:
             log.warning("packed rows: not by %s: %s", candidate.name, reason)
-    return reason
+    return reason, ""
 
 
 def said_times(chosen: Candidate, timed: Sequence[tuple[Candidate, float]]) -> str:
     """The candidate that attends, and how long each takes in a layer."""
     times = ", ".join(f"{candidate.name} {1000 * seconds:.2f} ms" for candidate, seconds in timed)
-    return f"{chosen.name} attends (in one layer, forward and backward: {times})"
+    return f"packed rows: {chosen.name} attends (in one layer, forward and backward: {times})"
 
 
 def acts_on(model: Any) -> bool:

@@ -118,6 +118,8 @@ def build(
     announce(config, policy, data)
     if config.train.padding_free and (reason := padded_because(config, policy, data)):
         console.print(f"note: padded batches: {reason}")
+    if (way := packed.way_of(policy)) is not None and way.chosen:
+        console.print(f"note: {way.chosen}", markup=False)
     from finetune_kit.training.collate import plan_in_collator  # which needs torch when it is imported
 
     planned = steps(config, data, processes.count())

@@ -758,7 +758,7 @@ class TestVarlen:
     def choose(
         self, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], attends: Any = varlen.reference
     ) -> tuple[str, Any]:
-        """What packed.enable says of three candidates that take so long, and the one that attends."""
+        """What packed.enable says of three candidates that take so long, and how it then packs."""
         from torch.nn.attention.flex_attention import create_mask
         from torch.nn.functional import scaled_dot_product_attention
 
@@ -787,17 +787,16 @@ class TestVarlen:
         loss, found_gradient = loss_and_gradient(model, batch())
         assert abs(loss - padded_loss) < 1e-5
         assert float((found_gradient - gradient).norm() / gradient.norm()) < 1e-4
-        way = packed.way_of(model)
-        return said, way and way.attends.kind
+        return said, packed.way_of(model)
 
     @pytest.mark.parametrize("fastest", ["varlen", "segments", "flex"])
     def test_of_right_candidates_the_fastest_attends_and_is_named(
-        self, fastest: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, fastest: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        caplog.set_level("INFO", logger="finetune_kit.model.packed")
         seconds = {"varlen": 0.003, "segments": 0.003, "flex": 0.003, fastest: 0.001}
-        assert self.choose(monkeypatch, seconds) == ("", fastest)
-        (line,) = caplog.messages
+        said, way = self.choose(monkeypatch, seconds)
+        assert (said, way.attends.kind) == ("", fastest)
+        line = way.chosen
         assert line.startswith(f"packed rows: {fastest} attends (in one layer, forward and backward: {fastest} 1.00 ms")
 
     @pytest.mark.parametrize("wrong", [top_left, one_way])
@@ -805,12 +804,14 @@ class TestVarlen:
         self, wrong: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         seconds = {"varlen": 0.001, "segments": 0.002, "flex": 0.003}
-        assert self.choose(monkeypatch, seconds, wrong) == ("", "segments")
+        said, way = self.choose(monkeypatch, seconds, wrong)
+        assert (said, way.attends.kind) == ("", "segments")
         assert any("packed rows: not by varlen" in line and "differ by" in line for line in caplog.messages)
 
     def test_one_that_fails_when_it_is_timed_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seconds = {"varlen": 0.001, "segments": 0.003, "flex": 0.002}
-        assert self.choose(monkeypatch, seconds, out_of_order) == ("", "flex")
+        said, way = self.choose(monkeypatch, seconds, out_of_order)
+        assert (said, way.attends.kind) == ("", "flex")
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's varlen kernel needs a GPU: pytest -m gpu")
