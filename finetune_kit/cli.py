@@ -19,7 +19,7 @@ from finetune_kit import processes
 from finetune_kit import recipe as recipes
 from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, full_key, leaves, resolve
-from finetune_kit.errors import FinetuneKitError, NumericsError, SettingsError, Stopped
+from finetune_kit.errors import FinetuneKitError, NumericsError, ResourceError, SettingsError, Stopped
 from finetune_kit.floors import check_floors
 
 app = typer.Typer(
@@ -292,6 +292,26 @@ def evaluate(
         print(json.dumps(report.to_json(), ensure_ascii=False, indent=1))
     else:
         print_report(report, out)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")], debug: Debug = False
+) -> None:
+    """Prove a finished run once more.
+
+    A fresh process loads its folder with plain libraries and must give the same outputs; the report keeps the result.
+    """
+    from finetune_kit.finished import open_run, verify_run
+
+    proof = verify_run(open_run(folder, []))
+    if proof.difference is None:
+        raise ResourceError(f"Nothing was proven: {proof.reason}.", "Free memory, or take a larger machine.")
+    out.print(
+        f"A fresh process loaded it and gave the same outputs to {proof.difference:.1e}, "
+        f"in {proof.dtype} on {proof.device} (rounding allows {proof.tolerance:.1e}).",
+        markup=False,
+    )
 
 
 @app.command()

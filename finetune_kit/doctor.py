@@ -16,7 +16,7 @@ from rich.table import Table
 
 from finetune_kit import recipe as recipes
 from finetune_kit.config import resolve
-from finetune_kit.errors import FinetuneKitError
+from finetune_kit.errors import FinetuneKitError, ResourceError
 from finetune_kit.floors import reason
 
 if TYPE_CHECKING:
@@ -122,4 +122,7 @@ def tiny_run() -> float:
             "evaluate.general_text=false",
         ]
         recipe.run(resolve(recipe.config_class, recipe.word, None, words))
-        return float(json.loads((folder / "run" / "report.json").read_text())["reload_max_logit_difference"])
+        results = json.loads((folder / "run" / "report.json").read_text())
+        if results["reload_max_logit_difference"] is None:
+            raise ResourceError(f"the saved run could not be proven: {results['reload']['not_made']}")
+        return float(results["reload_max_logit_difference"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,23 @@ from typing import Any
 from finetune_kit import recipe as recipes
 from finetune_kit.artifact import is_here
 from finetune_kit.config import COMMAND_LINE, ModelConfig, RecipeConfig, leaves, recipe_of_yaml, resolve
-from finetune_kit.data.load import load_data
+from finetune_kit.data.chat import end_token_ids
+from finetune_kit.data.load import Data, load_data
 from finetune_kit.errors import SecurityError, SettingsError
-from finetune_kit.evaluation.compare import Report, compare
+from finetune_kit.evaluation.compare import Judge, Report, compare
 from finetune_kit.evaluation.compare import measure as measure_model
+from finetune_kit.evaluation.loss import general_rows
 from finetune_kit.evaluation.rewards import compare_rewards, measure_rewards
 from finetune_kit.floors import check_floors
 from finetune_kit.model.adapters import as_started, detach
 from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer
+from finetune_kit.rl.rewards import RewardConfig, load_rewards
 from finetune_kit.run_folder import is_unfinished
 from finetune_kit.training.progress import telling
+from finetune_kit.verify import PROBE, Proof, prove, release, sentence
+
+log = logging.getLogger(__name__)
 
 OF_ITS_BASE = ("model.name_or_path", "model.trust_remote_code")  # what may be said of it again
 BASE = "base"  # its column among the adapters
@@ -156,13 +163,42 @@ def compare_run(run: FinishedRun) -> Report:
     data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     if run.is_adapter:
         model = model_of(run)
+        judge = _judge(run, data, model)
         with as_started(model, config.lora.init_from):  # type: ignore[attr-defined]  # a run of an adapter has it
-            before = measure_model(model, tokenizer, data, config.evaluate)
-    else:
-        before = measure_model(load_base(config.model), tokenizer, data, config.evaluate)
-        model = model_of(run)
-    after = measure_model(model, tokenizer, data, config.evaluate)
+            before = measure_model(model, tokenizer, data, config.evaluate, judge=judge)
+    else:  # one after the other, in the types of training
+        judge = _judge(run, data)
+        base = load_base(config.model, trained_in_full=True)
+        before = measure_model(base, tokenizer, data, config.evaluate, judge=judge)
+        del base
+        release()
+        model = load_base(own_model(run), trained_in_full=True)
+    after = measure_model(model, tokenizer, data, config.evaluate, judge=judge)
     return compare(before, after, config.evaluate, getattr(config, "beta", 1.0))
+
+
+def _judge(run: FinishedRun, data: Data, policy: Any = None) -> Judge | None:
+    """What scored the run's answers, beside the data's own scores: the rewards it was trained for. None where it has
+    none, where evaluate.reward_model takes their place, and, with a warning, where one of them is not here.
+
+    `policy`: see rl.rewards.load_rewards. Raises SecurityError for a function in the run's own folder.
+    """
+    config = run.config
+    reward = getattr(config, "reward", None)
+    if not isinstance(reward, RewardConfig) or config.evaluate.reward_model or not config.evaluate.size:
+        return None
+    for source in reward.sources:
+        path = source.rpartition(":")[0]
+        if path.endswith(".py") and Path(path).expanduser().resolve().is_relative_to(run.folder.resolve()):
+            raise SecurityError(
+                f"{run.folder / 'run.yaml'} names the reward {source}, which would be run as code.",
+                "Read it; if you trust it, move it out of the folder and name it in run.yaml by its absolute path.",
+            )
+    try:
+        return load_rewards(reward, data, config.model, policy).judge
+    except SettingsError as error:
+        log.warning("answers are measured without the rewards that the run was trained for: %s", error.message)
+        return None
 
 
 def _compare_rewards(run: FinishedRun) -> Report:
@@ -175,9 +211,38 @@ def _compare_rewards(run: FinishedRun) -> Report:
         with model.disable_adapter():
             before = measure_rewards(model, tokenizer, data, config.evaluate)
     else:
-        before = measure_rewards(load_scorer(config.model, *head), tokenizer, data, config.evaluate)
-        model = load_saved(config.model, run.folder, *head)
+        base = load_scorer(config.model, *head, trained_in_full=True)
+        before = measure_rewards(base, tokenizer, data, config.evaluate)
+        del base
+        release()
+        model = load_scorer(own_model(run), *head, trained_in_full=True)
     return compare_rewards(before, measure_rewards(model, tokenizer, data, config.evaluate), data, config.evaluate)
+
+
+def verify_run(run: FinishedRun) -> Proof:
+    """Prove once more, or for the first time, that a fresh process gives with plain transformers and PEFT what this
+    package gives with the run's folder, and write that into its report and card.
+
+    Raises NumericsError where it gives something else.
+    """
+    config, tokenizer = run.config, tokenizer_of(run)
+    if run.is_reward_model:
+        ends = end_token_ids(tokenizer, config.data.chat_template_kwargs)
+        model = load_saved(config.model, run.folder, tokenizer, ends, config.train.seed)
+    else:
+        model = model_of(run) if run.is_adapter else load_base(own_model(run), trained_in_full=True)
+    probe = list(general_rows(tokenizer)[0][0][:PROBE])
+    proof = prove(model, config.model, run.folder, probe)
+    path, card = run.folder / "report.json", run.folder / "README.md"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    told = {**results, **proof.to_json()}
+    beside = run.folder / ".report.json.new"
+    beside.write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+    beside.replace(path)
+    if card.is_file() and "reload" in results:
+        text = card.read_text(encoding="utf-8").replace(sentence(results), sentence(told))
+        card.write_text(text, encoding="utf-8")
+    return proof
 
 
 @dataclass

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from finetune_kit.errors import DataError, ResourceError
+from finetune_kit.model.precision import as_trained
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def generate(
 
 @contextlib.contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """No gradients, no dropout; the model's mode is what it was afterwards.
+    """No gradients, no dropout, the arithmetic of training; the model's mode is what it was afterwards.
 
     `torch.no_grad`, not `inference_mode`: buffers that a model renews on the way (dynamic RoPE, 8-bit state) would
     otherwise be inference tensors, which the next training step refuses.
@@ -99,7 +100,7 @@ def evaluation_mode(model: Any) -> Iterator[None]:
     training = {module for module in model.modules() if module.training}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_trained(model):
             yield
     finally:
         for module in training:

@@ -66,4 +66,5 @@ def run(config: Config) -> Artifact:
     history = trainer.train()
     after = measure(policy, tokenizer, data, config.evaluate, telling("after"), judge=rewards.judge)
     report = compare(before, after, config.evaluate, history=history)
+    del trainer, rewards  # optimizer, reference and judge need not be in memory beside the proof
     return save(policy, tokenizer, config, data, report, history)

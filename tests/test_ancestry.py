@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from finetune_kit.ancestry import ANCESTRY, start_from_run
-from finetune_kit.artifact import Artifact, probe_logits
+from finetune_kit.artifact import Artifact
 from finetune_kit.config import ModelConfig
 from finetune_kit.errors import SettingsError
 from finetune_kit.finished import compare_run, model_of, open_run
 from finetune_kit.merge import merge
 from finetune_kit.model.load import load_base
+from finetune_kit.verify import probe_logits
 from tests.fixtures_cli import cli
 from tests.fixtures_training import fit_only, furnish_pairs, prepare, settings, train, write_rows
 

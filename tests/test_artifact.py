@@ -11,8 +11,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from finetune_kit import artifact
-from finetune_kit.artifact import Artifact, reload_difference, save, save_weights, without_paths
+from finetune_kit.artifact import Artifact, save, save_weights, without_paths
 from finetune_kit.errors import NumericsError
+from finetune_kit.verify import prove
 from tests.fixtures_training import Trained, fit_only, prepare, settings
 
 PROBE = list(range(5, 45))
@@ -68,7 +69,7 @@ class TestReload:
         folder = store(trained, tmp_path / "saved")
         (folder / "tokenizer.json").write_text("broken")
         with pytest.raises(NumericsError, match="cannot be loaded by transformers and PEFT"):
-            reload_difference(trained.model, trained.config, folder, PROBE)
+            prove(trained.model, trained.config.model, folder, PROBE)
 
 
 def tamper(path: Path) -> None:

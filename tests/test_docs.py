@@ -29,6 +29,7 @@ from finetune_kit.data.load import load_data, load_records
 from finetune_kit.data.records import LabelledCompletion, Message, Preference, Record, Text
 from finetune_kit.errors import DataError
 from finetune_kit.model.load import load_tokenizer
+from finetune_kit.verify import Proof
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -79,7 +80,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.out, "width", WIDTH)
     # the fresh process that loads what was saved takes most of a small run's time; test_artifact.py has it
-    monkeypatch.setattr(artifact, "reload_difference", lambda *_: 0.0)
+    monkeypatch.setattr(artifact, "prove", lambda *_: Proof(0.0, 1e-4, "float32", "cpu"))
     lines = [f"Chapter {n}. The ship sailed on, and day {n} was as calm as the one before.\n" for n in range(60)]
     (tmp_path / "my_book.txt").write_text("".join(lines))
     return tmp_path

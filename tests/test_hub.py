@@ -23,6 +23,7 @@ from finetune_kit.finished import open_run
 from finetune_kit.model.load import base_license, base_record, load_base, load_tokenizer
 from finetune_kit.network import hub_reachable
 from finetune_kit.rl.settings import PPOSettings, check_settings
+from finetune_kit.verify import Proof
 from tests.fixtures_cli import ROOT, cli, python
 from tests.fixtures_hub import TOKEN, Hub, environment
 from tests.fixtures_hub import hub as hub
@@ -430,7 +431,7 @@ def test_a_run_from_the_hub_is_pushed_with_its_checkpoints_fetched_and_measured_
 def test_a_checkpoint_that_cannot_be_pushed_does_not_end_the_run_and_an_end_that_cannot_keeps_it(
     hub: Hub, at_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact, "reload_difference", lambda *_: 0.0)  # the test above has it
+    monkeypatch.setattr(artifact, "prove", lambda *_: Proof(0.0, 1e-4, "float32", "cpu"))  # the test above has it
     hub.fail("repos/create", 500, times=100)
     said = cli("run", "lora_sft", *ASKED, "save_steps=1", "hub.strategy=every_save")
     assert said.code == 5
@@ -444,7 +445,7 @@ def test_a_checkpoint_that_cannot_be_pushed_does_not_end_the_run_and_an_end_that
 def test_a_run_that_fails_its_requirement_is_not_pushed(
     hub: Hub, at_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact, "reload_difference", lambda *_: 0.0)
+    monkeypatch.setattr(artifact, "prove", lambda *_: Proof(0.0, 1e-4, "float32", "cpu"))
     said = cli("run", "lora_sft", *ASKED, "learning_rate=0", "--require", "improved")
     assert said.code == 4
     assert "ada/out" not in hub.repos

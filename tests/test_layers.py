@@ -16,7 +16,7 @@ LEVELS = (
     {"values", "names", "floors", "processes"},
     {"config", "ancestry", "recipe", "run_folder", "network"},
     {"data", "model", "generation", "rl.math"},
-    {"training", "rl", "evaluation", "artifact", "hub"},
+    {"training", "rl", "evaluation", "verify", "artifact", "hub"},
     {"recipes"},
     {"prompt_file", "finished", "answering", "merge", "doctor", "difference"},
     {"cli", "__main__"},

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from finetune_kit import processes
 from finetune_kit import recipe as recipes
-from finetune_kit.artifact import probe_logits
 from finetune_kit.config import ModelConfig
 from finetune_kit.errors import SettingsError
 from finetune_kit.model.load import load_adapted, load_base
 from finetune_kit.training.sharing import check_wrapper, last_round
+from finetune_kit.verify import probe_logits
 from tests import two_shards
 from tests.fixtures_cli import ROOT, Said
 from tests.two_processes import ALIKE, figures, kept, train, write_home

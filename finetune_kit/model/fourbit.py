@@ -13,26 +13,29 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
-def quantization_config(model: ModelConfig, device: torch.device) -> BitsAndBytesConfig:
-    """How transformers is to quantise the linear layers while it loads them, tensor by tensor."""
+def quantization_config(model: ModelConfig, device: torch.device, bfloat16: bool) -> BitsAndBytesConfig:
+    """How transformers is to quantise the linear layers while it loads them, tensor by tensor.
+
+    `bfloat16`: whether the device computes in it.
+    """
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=model.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=model.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=compute_dtype(device),
+        bnb_4bit_compute_dtype=compute_dtype(device, bfloat16),
     )
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
+def compute_dtype(device: torch.device, bfloat16: bool) -> torch.dtype:
     """What 4-bit weights are unpacked to for a product: bfloat16 where the device computes in it, else float16, else
     float32. On a CPU without bfloat16 units that type is 20 to 160 times slower."""
     import torch
 
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if bfloat16:
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def check_device(device: torch.device) -> list[str]:

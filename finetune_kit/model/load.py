@@ -113,7 +113,15 @@ def weight_dtype(model: ModelConfig, trained_in_full: bool) -> torch.dtype:
 
 
 def computes_in_bfloat16() -> bool:
-    """True on a GPU with bfloat16 units. On a CPU without them bfloat16 is eight times slower than float32."""
+    """True on a GPU with bfloat16 units. On a CPU without them bfloat16 is eight times slower than float32.
+
+    Everything that depends on it asks this function; a GPU without them trains in float32.
+    """
+    return _has_bfloat16_units()
+
+
+def _has_bfloat16_units() -> bool:
+    """Where a test puts another device's answer."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -146,7 +154,7 @@ def load_base(
         for note in fourbit.check_device(device()):
             _say_once(note)
         fourbit.check_base(load_model_config(model), model.name_or_path)
-        quantised = {"quantization_config": fourbit.quantization_config(model, device())}
+        quantised = {"quantization_config": fourbit.quantization_config(model, device(), computes_in_bfloat16())}
     disable_progress_bar()
     with _said_plainly(model):
         source = _from(model, weights=True)
@@ -202,7 +210,9 @@ def load_adapted(model: ModelConfig, folder: Path, base: PreTrainedModel | None 
 
     A vocabulary that the run made longer is made as long again. Raises SettingsError for an adapter of another base.
     """
-    base = load_base(model) if base is None else base
+    if base is None:
+        base = load_base(model)
+        base = fourbit.prepare(base) if model.load_in_4bit else base  # as in training: norms and embeddings in float32
     check_base(model, folder)  # now that its files are here
     rows = _saved_vocabulary(base, folder)
     if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:

@@ -13,6 +13,7 @@ from finetune_kit.config import TrainConfig
 from finetune_kit.errors import SettingsError
 from finetune_kit.model.adapters import restore
 from finetune_kit.model.load import public_name
+from finetune_kit.model.precision import plain_forward
 from finetune_kit.run_folder import read_identity
 from finetune_kit.training import checkpoint, room, stopping
 from finetune_kit.training.batches import lay_out
@@ -65,7 +66,10 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
         while not kept.trained:
             try:
                 with stopping.finishing_steps():
-                    trainer.train(resume_from_checkpoint=str(start) if start else None)
+                    try:
+                        trainer.train(resume_from_checkpoint=str(start) if start else None)
+                    finally:
+                        plain_forward(trainer.model)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not room.out_of_memory(error):
@@ -89,7 +93,21 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
     if (weights := watch.best_folder or (start if kept.trained else None)) is not None:
         processes.barrier()  # the main process may still be writing it
         restore(trainer.model, weights)
+    let_go(trainer)
     return record.history
+
+
+def let_go(trainer: Any) -> None:
+    """Give the memory of optimizer, gradients and a frozen reference back: what comes is measured and proven."""
+    if processes.sharding():
+        return  # its engine computes what is measured
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    if hasattr(trainer, "ref_model"):
+        trainer.ref_model = None
+    trainer.accelerator.free_memory()
+    room.empty_cache()
 
 
 class Kept:

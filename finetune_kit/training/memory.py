@@ -84,7 +84,7 @@ def settle_types(policy: Any, model: ModelConfig) -> list[str]:
     packed_weights = {id(layer.weight) for layer in quantised.values()}
     for parameter in policy.parameters():
         if id(parameter) in packed_weights:
-            parameter.data = parameter.data.to(compute_dtype(device()))
+            parameter.data = parameter.data.to(compute_dtype(device(), computes_in_bfloat16()))
         elif parameter.requires_grad or model.load_in_4bit:
             parameter.data = parameter.data.to(torch.float32)
     return list(quantised)

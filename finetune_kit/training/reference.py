@@ -160,7 +160,12 @@ def _path(policy: Any, config: RecipeConfig, data: Data) -> Path | None:
     facts = {
         "base": [base["weights"], base["config"], files],
         "adapter": [hashlib.sha256(path.read_bytes()).hexdigest() for path in adapter],
-        "arithmetic": [str(policy.dtype), policy.device.type, *(quantised if quantised[0] else ())],
+        "arithmetic": [
+            str(policy.dtype),
+            policy.device.type,
+            computes_in_bfloat16(),
+            *(quantised if quantised[0] else ()),
+        ],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for row in data.train:

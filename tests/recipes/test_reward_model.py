@@ -13,16 +13,17 @@ import torch
 from finetune_kit import recipe as recipes
 from finetune_kit.answering import Decoding
 from finetune_kit.answering import prepare as prepare_answering
-from finetune_kit.artifact import Artifact, reload_difference
+from finetune_kit.artifact import Artifact
 from finetune_kit.config import ModelConfig
 from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt
 from finetune_kit.data.load import load_data
-from finetune_kit.errors import DataError, SettingsError
+from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.evaluation.rewards import measure_rewards
 from finetune_kit.finished import compare_adapters, compare_run, open_run
 from finetune_kit.merge import merge
 from finetune_kit.model.load import load_tokenizer
 from finetune_kit.model.reward import load_saved, score_rows
+from finetune_kit.verify import prove
 from tests import fixtures_training
 from tests.conftest import furnish
 from tests.fixtures_training import settings, train, write_rows
@@ -107,7 +108,8 @@ def test_the_reload_test_notices_a_head_that_is_not_the_saved_one(good_run: Arti
     tokenizer = load_tokenizer(run.config.model, saved=run.folder)
     model = load_saved(run.config.model, run.folder, tokenizer, [tokenizer.eos_token_id])
     model.get_base_model().score.modules_to_save["default"].weight.data.add_(0.01)
-    assert reload_difference(model, run.config, run.folder, [40, 41, 42, 3]) > 1e-3
+    with pytest.raises(NumericsError, match="its outputs differ by"):
+        prove(model, run.config.model, run.folder, [40, 41, 42, 3])
 
 
 def test_evaluate_measures_the_same_numbers_again(good_run: Artifact) -> None:
