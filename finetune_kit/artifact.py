@@ -64,6 +64,7 @@ def save(
     The main process does it, the others wait; of a model that is cut into shards all of them compute and gather the
     weights first. Where two models do not fit beside each other, this one is on the CPU afterwards.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     plain_forward(model)
     release()
     sharded = processes.is_sharded(model)

@@ -140,31 +140,31 @@ class TestChild:
             (1, "MemoryError", "ran out of memory"),
             (-signal.SIGKILL, "", "ended by SIGKILL, as a system does that is short of memory"),
             (-signal.SIGABRT, "what():  std::bad_alloc", "ran out of memory"),
+            (-signal.SIGSEGV, "", "ended by SIGSEGV"),
             (1, "ImportError: Using bitsandbytes 4-bit quantization requires bitsandbytes", "lacks a package"),
         ],
     )
+    def test_what_ended_it_is_told_as_what_it_is_and_speaks_not_against_the_weights(
+        self, code: int, said: str, why: str
+    ) -> None:
+        failure = verify._failure(code, said, Path("run"))
+        assert isinstance(failure, NotMade)
+        assert why in failure.message
+        assert isinstance(verify._failure(1, "Traceback\nValueError: no such key", Path("run")), NumericsError)
+
     def test_a_proof_that_cannot_be_made_costs_no_run_and_is_said_with_the_command_that_makes_it(
-        self,
-        trained: Trained,
-        lora_run: Artifact,
-        tmp_path: Path,
-        monkeypatch: Any,
-        capsys: Any,
-        code: int,
-        said: str,
-        why: str,
+        self, trained: Trained, lora_run: Artifact, tmp_path: Path, monkeypatch: Any, capsys: Any
     ) -> None:
         monkeypatch.setattr(trained.config.train, "output_dir", str(tmp_path))
-        done = subprocess.CompletedProcess([], code, "", said)
+        done = subprocess.CompletedProcess([], 1, "", "torch.OutOfMemoryError: CUDA out of memory.")
         with monkeypatch.context() as patch:
             patch.setattr(verify.subprocess, "run", lambda *_, **__: done)
             save(trained.model, trained.tokenizer, trained.config, trained.data, lora_run.report, [])
         results = json.loads((tmp_path / "report.json").read_text())
         assert results["reload_max_logit_difference"] is None
-        assert why in results["reload"]["not_made"]
-        assert f"python -m finetune_kit verify {tmp_path}" in capsys.readouterr().out.replace("\n", " ")
-        card = (tmp_path / "README.md").read_text()
-        assert "was not proven: on cpu the fresh process" in card
+        assert "ran out of memory" in results["reload"]["not_made"]
+        assert f"python -m finetune_kit verify {tmp_path}" in capsys.readouterr().err
+        assert "was not proven: on cpu the fresh process" in (tmp_path / "README.md").read_text()
 
     def test_verify_makes_it_later_and_puts_it_into_report_and_card(self, lora_run: Artifact, tmp_path: Path) -> None:
         folder = Path(shutil.copytree(lora_run.folder, tmp_path / "run"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -33,10 +34,19 @@ def as_loaded(model: Any) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(model.device.type, enabled=False), torch.compiler.set_stance("force_eager"):
+        with torch.autocast(model.device.type, enabled=False), _nothing_compiled():
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def _nothing_compiled() -> AbstractContextManager[Any]:
+    import torch
+
+    if "torch._dynamo" not in sys.modules:  # its import takes seconds
+        return contextlib.nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 def plain_forward(model: Any) -> None:
