@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from finetune_kit import artifact, cli, config, recipe
+from finetune_kit import artifact, cli, config, finished, recipe
 from finetune_kit.data.formats import FORMATS, recognise
 from finetune_kit.data.load import load_data, load_records
 from finetune_kit.data.records import LabelledCompletion, Message, Preference, Record, Text
@@ -80,7 +80,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.out, "width", WIDTH)
     # the fresh process that loads what was saved takes most of a small run's time; test_artifact.py has it
-    monkeypatch.setattr(artifact, "prove", lambda *_: Proof(0.0, 1e-4, "float32", "cpu"))
+    for module in (artifact, finished):
+        monkeypatch.setattr(module, "prove", lambda *_: Proof(0.0, 1e-4, "float32", "cpu"))
     lines = [f"Chapter {n}. The ship sailed on, and day {n} was as calm as the one before.\n" for n in range(60)]
     (tmp_path / "my_book.txt").write_text("".join(lines))
     return tmp_path

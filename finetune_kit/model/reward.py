@@ -58,6 +58,7 @@ def load_saved(model: ModelConfig, folder: Path, tokenizer: Any, end_token_ids: 
         whole = replace(model, name_or_path=str(folder), revision=None)
         return load_scorer(whole, tokenizer, end_token_ids, seed)
     base = load_scorer(model, tokenizer, end_token_ids, seed)
+    base = fourbit.prepare(base) if model.load_in_4bit else base  # as in training
     check_base(model, folder)
     return adapters.load_adapter(base, str(folder)).eval()
 
