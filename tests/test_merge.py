@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from finetune_kit import merge as merging
-from finetune_kit.artifact import TOLERANCE, Artifact, save_weights
+from finetune_kit.artifact import Artifact, save_weights
 from finetune_kit.data.chat import IGNORED
 from finetune_kit.data.load import load_data
 from finetune_kit.errors import NumericsError, ResourceError, SettingsError
@@ -28,6 +28,7 @@ from finetune_kit.merge import (
 from finetune_kit.model.load import load_base, load_policy, load_tokenizer
 from finetune_kit.run_folder import IDENTITY, claim
 from finetune_kit.training.checkpoint import begin
+from finetune_kit.verify import TOLERANCE
 from tests.fixtures_cli import cli
 from tests.fixtures_training import fit_only, settings
 
