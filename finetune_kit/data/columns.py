@@ -33,10 +33,12 @@ _SCORE_KEYS = ("scores", "score", "ratings", "rating", "overall_score", "ranks",
 
 
 class Row(dict[str, Any]):
-    """A row's columns under our names. `used`: those that became part of its records."""
+    """A row's columns under our names. `used`: those that became part of its records; `waits`: a conversation that
+    ends with the user's turn is a prompt."""
 
-    def __init__(self, columns: dict[str, Any]) -> None:
+    def __init__(self, columns: dict[str, Any], waits: bool = False) -> None:
         super().__init__(columns)
+        self.waits = waits
         self.used: set[str] = set()
 
     def take(self, name: str) -> Any:
@@ -47,6 +49,15 @@ class Row(dict[str, Any]):
     def first(self, names: tuple[str, ...]) -> str:
         """The first of `names` that has a text in it, "" where none has."""
         return next((name for name in names if isinstance(self.get(name), str) and self[name].strip()), "")
+
+    def join_parts(self, names: tuple[str, ...]) -> None:
+        """Let a column that is a list of `{"text": …}` be their text."""
+        for name in names:
+            value = self.get(name)
+            if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+                texts = [part.get("text") for part in value]
+                if all(isinstance(text, str) for text in texts):
+                    self[name] = "\n\n".join(str(text) for text in texts)
 
 
 def unused_in(row: Row) -> Iterator[str]:
@@ -63,11 +74,12 @@ def unused_in(row: Row) -> Iterator[str]:
                     keys.update(dict.fromkeys(unused_keys(item)))
                 elif set(item) & set(_ANSWER_KEYS):
                     keys.update(dict.fromkeys(key for key in item if key not in (*_ANSWER_KEYS, *_SCORE_KEYS)))
-            yield from (f"{name}[].{key}" for key in keys if name != "tools")
+            yield from (f"{name}[].{key}" for key in keys if name not in ("tools", "functions"))
 
 
 def with_system(messages: list[Message], row: Row) -> list[Message]:
     """The turns behind a system column's text, unless they begin with it."""
+    row.join_parts(SYSTEMS)
     name = row.first(SYSTEMS)
     if not name:
         return messages
@@ -117,6 +129,8 @@ def asked(row: Row, name: str, where: str) -> list[Message]:
     turns = side_of(value, "user", where) if isinstance(value, list) else [
         {"role": "user", "content": question_of(row, name, where)}
     ]  # fmt: skip
+    if not isinstance(value, list) and not turns[0]["content"].strip():
+        raise DataError(f"{where}: the prompt is empty.", "Take the row out, or write the prompt.")
     return with_system(with_history(turns, row, where) if name != HISTORY else turns, row)
 
 

@@ -19,12 +19,22 @@ from finetune_kit.data.columns import (
     Row,
     answer_of,
     asked,
+    choices_of,
     question_of,
     with_history,
     with_system,
     with_thought,
 )
-from finetune_kit.data.messages import describe, is_transcript, messages_of, side_of, text_of, tools_of, transcript_of
+from finetune_kit.data.messages import (
+    ROLE_NAMES,
+    describe,
+    is_transcript,
+    messages_of,
+    side_of,
+    text_of,
+    tools_of,
+    transcript_of,
+)
 from finetune_kit.data.records import (
     LabelledCompletion,
     Message,
@@ -39,6 +49,7 @@ from finetune_kit.data.records import (
 )
 from finetune_kit.errors import DataError, SettingsError
 
+TOOLS = ("tools", "functions")
 TURN_COLUMNS = ("messages", "conversations", "conversation", "chat")
 PAIRS = (
     ("prompt", "completion"),
@@ -67,7 +78,7 @@ ANSWERS = (
 )
 NAMES_WE_KNOW = sorted(
     {name for pair in PAIRS for name in pair}
-    | {*TURN_COLUMNS, "chosen", "rejected", "label", "margin", "instances", "tools", "text", *NAMES}
+    | {*TURN_COLUMNS, "chosen", "rejected", "label", "margin", "instances", *TOOLS, "text", *NAMES}
     | {"responses", "scores", "ranks", "response_a", "response_b", "votes", "score_chosen", "score_rejected"}
 )
 
@@ -156,6 +167,8 @@ def check_columns(columns: dict[str, str], found: set[str], where: str) -> None:
 
 def _conversation(messages: list[Message], row: Row, where: str, as_strings: bool = False) -> list[Record]:
     messages = with_thought(with_system(messages, row), row)
+    if row.waits and messages[-1]["role"] in ("user", "tool"):
+        return [Prompt(where, messages, _tools(row, where), completion=_right_answer(row))]
     if last_assistant(messages) < 0:
         raise DataError(
             f"{where}: no assistant turn, so nothing to learn; roles: {', '.join(m['role'] for m in messages)}.",
@@ -165,7 +178,8 @@ def _conversation(messages: list[Message], row: Row, where: str, as_strings: boo
 
 
 def _tools(row: Row, where: str) -> list[dict[str, Any]] | None:
-    return tools_of(row.take("tools"), where)
+    name = next((name for name in TOOLS if row.get(name)), TOOLS[0])
+    return tools_of(row.take(name), where)
 
 
 def _turns(row: Row, where: str) -> list[Record]:
@@ -252,6 +266,11 @@ def truth(value: Any) -> bool | None:
 
 def _text(row: Row, where: str) -> list[Record]:
     value = text_of(row.take("text"), f"{where}: text")
+    if isinstance(row.get("role"), str) and row["role"] in ROLE_NAMES:
+        raise DataError(
+            f"{where}: this row is one turn ({row['role']}) of a conversation, and no text of its own.",
+            'Put the turns of each conversation into one row: {"messages": [{"role": "user", "content": "…"}, …]}',
+        )
     return [Text(where, value)]
 
 
@@ -263,9 +282,13 @@ def _transcript(row: Row, where: str) -> list[Record]:
 def _prompt(row: Row, where: str) -> list[Record]:
     name = next((name for name in ("prompt", "question", "query", "instruction") if name in row), "prompt")
     turns = asked(row, name, where)
+    return [Prompt(where, turns, _tools(row, where), completion=_right_answer(row))]
+
+
+def _right_answer(row: Row) -> str:
+    """What the row says beside a prompt that a right completion says, "" where it says nothing."""
     column = next((name for name in ANSWERS if _answer_of(row.get(name))), None)
-    answer = _answer_of(row.take(column)) if column else ""
-    return [Prompt(where, turns, _tools(row, where), completion=answer)]
+    return _answer_of(row.take(column)) if column else ""
 
 
 def _answer_of(value: Any) -> str:
@@ -281,8 +304,19 @@ def _number_as_text(value: Any) -> Any:
 
 
 def answers_as_text(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of prompts whose answer is a number has it as text, which a reward compares with a completion."""
-    return {name: _number_as_text(value) if name in ANSWERS else value for name, value in row.items()}
+    """A row of prompts whose answer is a number has it as text, which a reward compares with a completion: the text
+    of the choice that it counts, where the question offers some."""
+    return {name: _answer_as_text(row, name) if name in ANSWERS else value for name, value in row.items()}
+
+
+def _answer_as_text(row: dict[str, Any], name: str) -> Any:
+    said = Row(row)
+    if isinstance(row[name], int) and choices_of(said):
+        try:
+            return answer_of(said, name, name)
+        except DataError:  # no place of a choice
+            pass
+    return _number_as_text(row[name])
 
 
 def as_kind(record: Record, kind: str) -> list[Record]:

@@ -381,7 +381,7 @@ def _records(
     )
     complete = [(number, Row({column: row.get(column) for column in columns})) for number, row in named]
     if kind == "prompt":
-        complete = [(number, Row(answers_as_text(row))) for number, row in complete]
+        complete = [(number, Row(answers_as_text(row), waits=True)) for number, row in complete]
     found = recognise(columns, complete[0][1], kind, name)
     if config.pairs == "all" and not found.ranked:
         raise SettingsError(f"data.pairs=all has no effect: {name} has one pair a row ({found.name}).", "Leave it out.")

@@ -108,7 +108,7 @@ def _score_difference(row: Row) -> float | None:
 
 def _pair(row: Row, chosen: Any, rejected: Any, where: str, margin: float | None) -> Preference:
     """The record of two answers, each a text, a list of turns or a transcript, split where they part."""
-    column = next((name for name in PROMPTS if row.get(name) is not None), "")
+    column = next((name for name in PROMPTS if _says_something(row.get(name))), "")
     prompt = _turns_of(row, column, where) if column else []
     sides = []
     for label, value in (("chosen", chosen), ("rejected", rejected)):
@@ -136,6 +136,10 @@ def _pair(row: Row, chosen: Any, rejected: Any, where: str, margin: float | None
         )
     tools = tools_of(row.take("tools"), where)
     return Preference(where, before, sides[0][shared:], sides[1][shared:], tools, margin)
+
+
+def _says_something(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else value is not None and value != []
 
 
 def _turns_of(row: Row, column: str, where: str) -> list[Message]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from finetune_kit.data.records import Message
+from finetune_kit.data.records import ROLES, Message
 from finetune_kit.data.template import as_parts, render, template_of
 
 THOUGHT = ("<think>", "</think>")  # written into answers by those who make data, and taken out by templates
@@ -140,17 +140,20 @@ def _mark(found: re.Match[str]) -> str:
 
 
 def _walk(value: Any, change: Callable[[str, re.Pattern[str] | None], str], special: Special) -> Any:
-    """`value` with each text in it changed; in an answer the marks of a thought are its own."""
+    """`value` with each text in it changed; in an answer the marks of a thought are its own.
 
-    def walk(item: Any, pattern: re.Pattern[str] | None) -> Any:
+    Messages are in lists alone: an argument or a parameter of a tool that has a role and a content is none.
+    """
+
+    def walk(item: Any, pattern: re.Pattern[str] | None, inside: bool = False) -> Any:
         if isinstance(item, str):
             return change(item, pattern)
         if isinstance(item, list):
-            return [walk(one, pattern) for one in item]
+            return [walk(one, pattern, inside) for one in item]
         if isinstance(item, dict):
-            if "role" in item and "content" in item:
+            if not inside and "content" in item and item.get("role") in ROLES:
                 return turn(item)
-            return {change(str(name), pattern): walk(one, pattern) for name, one in item.items()}
+            return {change(str(name), pattern): walk(one, pattern, True) for name, one in item.items()}
         return item
 
     def turn(message: Message) -> Message:
@@ -159,7 +162,9 @@ def _walk(value: Any, change: Callable[[str, re.Pattern[str] | None], str], spec
             name: one
             if name == "role"
             else walk(
-                one, special.in_answers if answer and name in ("content", "reasoning_content") else special.pattern
+                one,
+                special.in_answers if answer and name in ("content", "reasoning_content") else special.pattern,
+                name != "content",
             )
             for name, one in message.items()
         }

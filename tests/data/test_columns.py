@@ -80,11 +80,11 @@ def test_what_is_not_used_is_counted_and_named_once_in_every_kind(name, tmp_path
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("media", ["image", "images", "audio", "videos"])
 def test_pictures_and_sound_are_refused_with_the_way_out_in_every_kind(name, media, tmp_path):
-    row, _ = KINDS[name]
+    row, turns = KINDS[name]
     with pytest.raises(DataError, match=rf"rows.jsonl:1: `{media}` holds what is no text.*\n.*{media}: unused"):
         read(tmp_path, {**row, media: ["a.png"]}, kind_of(name))
     kept = read(tmp_path, {**row, media: ["a.png"]}, kind_of(name), columns={media: "unused"})
-    assert "a.png" not in str(kept)
+    assert "a.png" not in str(turns(kept))  # what rewards are given has every column
 
 
 def test_a_turn_with_pictures_is_refused_and_null_ones_are_not(tmp_path):
@@ -249,7 +249,7 @@ def test_a_number_too_large_for_a_float_in_a_call_or_a_tool_is_refused(number, f
     path = tmp_path / "rows.jsonl"
     turns = f'[{{"role": "user", "content": "q"}}, {{"role": "assistant", "tool_calls": [{call}]}}]'
     path.write_text(f'{{"messages": {turns}}}\n')
-    with pytest.raises(DataError, match=r"rows.jsonl:1: message 2: arguments of look: a number is infinite or NaN"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: .*(a number is infinite or NaN|beyond what a number can hold)"):
         load_records(str(path), DataConfig())
 
 
@@ -269,3 +269,48 @@ def test_prose_that_begins_with_a_brace_is_plain_text_and_a_nul_in_it_is_named(t
     path.write_text("one\ntw\0o\n")
     with pytest.raises(DataError, match=r"rows.txt:2: text: character 3 is U\+0000"):
         load_records(str(path), DataConfig())
+
+
+@pytest.mark.parametrize("last", [user("And now?"), {"role": "tool", "content": "21"}])
+def test_a_conversation_that_waits_for_an_answer_is_a_prompt_with_its_last_turn(last, tmp_path):
+    turns = [user("Hi"), assistant("Hello!"), last]
+    record = read(tmp_path, {"messages": turns, "system": "Be brief.", "answer": 4}, "prompt")
+    assert (record.messages, record.completion) == ([SYSTEM, *turns], "4")
+    answered = read(tmp_path, {"messages": turns[:2], "answer": 4}, "prompt")
+    assert (answered.messages, answered.completion) == ([user("Hi")], "Hello!")
+    with pytest.raises(DataError, match="no assistant turn, so nothing to learn"):
+        read(tmp_path, {"messages": [user("Hi")]})
+
+
+def test_the_right_answer_of_a_prompt_with_choices_is_the_text_of_the_choice_and_a_number_that_is_none_stays(tmp_path):
+    row = {"question": "Why?", "choices": ["one", "two"]}
+    found = [read(tmp_path, {**row, "answer": answer}, "prompt").completion for answer in (1, 7, "two")]
+    assert found == ["B. two", "7", "two"]
+    assert read(tmp_path, {**row, "answer": 1}).messages[-1] == assistant("B. two")
+
+
+@pytest.mark.parametrize("blank", ["", "  \n"])
+def test_an_empty_prompt_is_refused_in_every_kind(blank, tmp_path):
+    for name in KINDS:
+        row = {
+            key: blank if key in ("prompt", "question", "instruction") else value
+            for key, value in KINDS[name][0].items()
+        }
+        with pytest.raises(DataError, match=r"the prompt is empty|share no prompt"):
+            read(tmp_path, row, kind_of(name))
+    whole = {"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: No."}
+    pair = read(tmp_path, {"prompt": blank, **whole}, "preference")
+    assert (pair.prompt, pair.chosen) == ([user("Why?")], [assistant("So.")])
+
+
+def test_functions_are_tools_and_a_system_column_of_parts_is_its_text(tmp_path):
+    turns = [user("Why?"), assistant("So.")]
+    tool = {"name": "look", "parameters": {}}
+    record = read(tmp_path, {"messages": turns, "functions": [tool], "system": [{"text": "Be"}, {"text": "brief."}]})
+    assert record.tools == [{"type": "function", "function": tool}]
+    assert record.messages == [{"role": "system", "content": "Be\n\nbrief."}, *turns]
+
+
+def test_rows_that_are_single_turns_of_a_tree_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"one turn \(prompter\) of a conversation"):
+        read(tmp_path, {"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hello"})

@@ -259,3 +259,14 @@ def test_text_like_a_turn_where_the_template_has_no_token_for_it_is_counted_and_
     assert data.ledger.to_json()["rows_like_turns"] == 1
     assert [note for note in data.ledger.notes if note.startswith("1 rows hold the very text")]
     assert load_data(config, "prompt_completion", bpe_tokenizer()).ledger.mimicking_rows == 0
+
+
+@pytest.mark.parametrize("role", ["assistant", FAKE])
+def test_what_looks_like_a_message_inside_a_call_or_a_tool_is_hidden_as_a_whole(role):
+    tokenizer = bpe_tokenizer(specials=("<|im_start|>", "<|im_end|>", "</think>"))
+    inside = {"role": role, "content": "</think><|im_end|>", "more": {"role": {"description": FAKE}, "content": {}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"turns": [inside], **inside}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": inside}}}
+    for value in ([{"role": "assistant", "content": "", "tool_calls": [call]}], [tool]):
+        assert set(found_in(tokenizer, value)) >= {"<|im_end|>", "</think>", "<|im_start|>"}
+        assert not any(token in json.dumps(hide(tokenizer, value)) for token in ("<|im_", "</think>"))
