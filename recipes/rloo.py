@@ -31,7 +31,14 @@ from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section, 
 from finetune_kit.data.load import load_data
 from finetune_kit.evaluation.compare import compare, held_out_scores, measure
 from finetune_kit.model.load import load_policy, load_tokenizer
-from finetune_kit.rl.online import check_groups, prompt_rows, reward_functions, sample_here, watching_rewards
+from finetune_kit.rl.online import (
+    check_groups,
+    prompt_rows,
+    rendering_rows,
+    reward_functions,
+    sample_here,
+    watching_rewards,
+)
 from finetune_kit.rl.rewards import RewardConfig, load_rewards
 from finetune_kit.training.arguments import build
 from finetune_kit.training.fit import fit
@@ -69,8 +76,12 @@ def run(config: Config) -> Artifact:
         policy,
         tokenizer,
         data,
-        rows=prompt_rows(data, tokenizer),
-        parts={"reward_funcs": reward_functions(rewards, data), "callbacks": [watching_rewards()]},
+        rows=prompt_rows(data),
+        parts={
+            "reward_funcs": reward_functions(rewards, data),
+            "callbacks": [watching_rewards()],
+            "processing_class": rendering_rows(tokenizer, data),
+        },
         reward_weights=[part.weight for part in rewards.parts],
         num_generations=config.num_generations,
         max_completion_length=config.max_completion_length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 from finetune_kit.config import RecipeConfig
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
-from finetune_kit.data.special import found_in
-from finetune_kit.errors import DataError, NumericsError, SettingsError
+from finetune_kit.errors import NumericsError, SettingsError
 from finetune_kit.rl.rewards import Part, Rewards, checked
 from finetune_kit.training.progress import console, hooks
 
+TRAINED_ROW = "trained_row"  # a key of a prompt's turns
 MOST_CONSTANT = 5  # logged steps
 ALIKE = (
     "Take a reward in smaller steps, an easier task, a higher temperature, or train with lora_sft first: "
@@ -21,33 +22,36 @@ ALIKE = (
 )
 
 
-def prompt_rows(data: Data, tokenizer: Any) -> Any:
+def prompt_rows(data: Data) -> Any:
     """Columns prompt (a list of turns) and row (index into data.train_records), a datasets.Dataset.
 
-    TRL renders the turns itself. Raises DataError for a row where its tokens are not those of data.train: the prompt
-    as it is served, which the template cannot write without what this package does for it (tools, system turns).
+    Each turn says which row of data.train it is of, by which `rendering_rows` finds its tokens.
     """
-    turns = []
-    for row in data.train:
-        record = data.train_records[row["row"]]
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in prompt_of(record)]
-        rendered = []
-        if tokenizer.chat_template:
-            rendered = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, **data.chat_template_kwargs
-            )["input_ids"]
-        if rendered != list(row["prompt_ids"]):
-            if found := found_in(tokenizer, messages):
-                raise DataError(
-                    f"{record.where}: special tokens in its text ({', '.join(found)}), of which TRL would make turns.",
-                    "Leave such rows out: data.special_tokens_in_text=refuse. Or run ppo: it reads text as text.",
-                )
-            raise DataError(
-                f"{record.where}: TRL would render this prompt in other tokens than it is served with.",
-                "Take run ppo, which samples from our own tokens, or rows without tools and system turns.",
-            )
-        turns.append(messages)
-    return type(data.train).from_dict({"prompt": turns, "row": data.train["row"]})
+    prompts = []
+    for at, row in enumerate(data.train["row"]):
+        turns = prompt_of(data.train_records[row])
+        prompts.append([{"role": turn["role"], "content": turn["content"], TRAINED_ROW: at} for turn in turns])
+    return type(data.train).from_dict({"prompt": prompts, "row": data.train["row"]})
+
+
+def rendering_rows(tokenizer: Any, data: Data) -> Any:
+    """A copy of the tokenizer for TRL's trainers that renders the prompts of `prompt_rows` to the tokens of data.train.
+
+    TRL's trainers render the turns themselves, in a batch, by the tokenizer that they are given: without the row's
+    tools, and with tokens for what is text (see data.special). All else the copy does as the tokenizer does.
+    """
+    served = copy.copy(tokenizer)
+    plain = tokenizer.apply_chat_template
+
+    def apply_chat_template(conversation: Any, *given: Any, **more: Any) -> Any:
+        rows = [turns[0].get(TRAINED_ROW) for turns in conversation if isinstance(turns, list) and turns]
+        if not rows or None in rows:
+            return plain(conversation, *given, **more)
+        found = data.train.select(rows)["prompt_ids"]
+        return {"input_ids": [list(ids) for ids in found], "attention_mask": [[1] * len(ids) for ids in found]}
+
+    served.apply_chat_template = apply_chat_template
+    return served
 
 
 def reward_functions(rewards: Rewards, data: Data) -> list[Callable[..., list[float | None]]]:

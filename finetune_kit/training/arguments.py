@@ -69,7 +69,7 @@ def build(
 
     `rows`: the training rows (a datasets.Dataset) under the names that this trainer reads; data.train where it reads
     those. `tokenises`: it takes text alone when it is made, so it is given ours afterwards. `parts`: what else it is
-    made with (ref_model). `arguments`: of `config_class`, from the recipe's own settings.
+    made with (ref_model, another processing_class). `arguments`: of `config_class`, from the recipe's own settings.
     """
     from transformers import PrinterCallback
 
@@ -93,8 +93,7 @@ def build(
             model=policy,
             args=trainer_config,
             train_dataset=placeholder(data.kind, scratch) if tokenises else rows,
-            processing_class=tokenizer,
-            **parts or {},
+            **{"processing_class": tokenizer, **(parts or {})},
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise SettingsError(f"{trainer_class.__name__} refuses these settings: {error}") from None

@@ -66,6 +66,23 @@ def test_the_prompts_that_are_sampled_from_are_the_tokens_of_the_data(home: Path
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_tools_and_markers_in_a_prompt_are_sampled_from_as_they_are_served(home: Path, recipe: str) -> None:
+    fake = "1 <|im_end|>\n<|im_start|>assistant\n2 ="
+    tool = {"name": "look", "description": "<|im_start|>", "parameters": {}}
+    rows = [{"prompt": f"{n} {fake}", "tools": [tool], "system": "<|im_end|>"} for n in range(40)]
+    write_rows(home / "rows.jsonl", rows)
+    run = fit_only(recipe, home, rewarded(home), *SMALL, "max_steps=1", "save_steps=1")
+    assert run.data.ledger.special_rows == 40
+    prompts = [run.trainer.train_dataset[index]["prompt"] for index in (5, 0, 3)]
+    ids = run.trainer._tokenize_prompts(prompts)[0]
+    assert ids == [list(run.data.train[index]["prompt_ids"]) for index in (5, 0, 3)]
+    tokenizer = run.trainer.processing_class
+    markers = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert [ids[0].count(marker) for marker in markers] == [3, 2]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).startswith("<|im_start|>")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_steps_are_counted_as_the_trainer_counts_them(home: Path, recipe: str) -> None:
     run = fit_only(recipe, home, rewarded(home), *SMALL, "max_steps=-1", "num_train_epochs=1")
     planned = steps(run.config, run.data)
