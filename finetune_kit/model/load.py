@@ -331,7 +331,7 @@ def load_policy(
     """
     from transformers import set_seed
 
-    _check_writes(model, lora)
+    check_writes(model, lora)
     if lora is not None and lora.r == 0:
         lora, trained_in_full = None, True
     if lora is not None and lora.init_from:
@@ -347,7 +347,8 @@ def load_policy(
     return adapters.attach(base, lora)
 
 
-def _check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
+def check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
+    """Raises SettingsError for a model, or an adapter to go on from, that scores texts and writes none."""
     named = [("model.name_or_path", model.name_or_path, load_model_config(model).architectures or [])]
     if lora is not None and lora.init_from:
         saved = Path(lora.init_from).expanduser()
