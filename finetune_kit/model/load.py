@@ -387,18 +387,27 @@ def learned_positions(model: ModelConfig) -> int | None:
     from transformers import AutoModelForCausalLM
 
     shapes = load_model_config(model)
-    most = getattr(shapes.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(most, int):
+    if not isinstance(getattr(shapes.get_text_config(), "max_position_embeddings", None), int):
         return None
     with torch.device("meta"):
         try:
             empty = AutoModelForCausalLM.from_config(shapes, trust_remote_code=model.trust_remote_code)
         except (ValueError, KeyError):  # no language model, which is said elsewhere
             return None
-    words = empty.get_input_embeddings()
-    tables = [(name, part.weight) for name, part in empty.named_modules() if isinstance(part, torch.nn.Embedding)]
+    return positions_of(empty)
+
+
+def positions_of(model: Any) -> int | None:
+    """The same of a model that is loaded, with an adapter or without."""
+    import torch
+
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    words = model.get_input_embeddings()
+    tables = [(name, part.weight) for name, part in model.named_modules() if isinstance(part, torch.nn.Embedding)]
     tables = [(name, weight) for name, weight in tables if words is None or weight is not words.weight]
-    tables += [(name, buffer) for name, buffer in empty.named_buffers() if buffer is not None]
+    tables += [(name, buffer) for name, buffer in model.named_buffers() if buffer is not None]
     named = [weight for name, weight in tables if re.search(r"wpe|pos", name.rpartition(".")[2] or name)]
     # OPT and BART keep two rows more
     return most if any(weight.dim() > 1 and most <= weight.shape[0] <= most + 2 for weight in named) else None

@@ -9,16 +9,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from finetune_kit.config import ModelConfig
-from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.config import EvaluateConfig, ModelConfig
+from finetune_kit.data.chat import render_prompt
+from finetune_kit.data.records import prompt_of
+from finetune_kit.errors import DataError, ResourceError, SettingsError
+from finetune_kit.evaluation.compare import measure
 from finetune_kit.model import embedded
-from finetune_kit.model.load import load_tokenizer, settle_generation
+from finetune_kit.model.load import learned_positions, load_base, load_tokenizer, settle_generation
 from finetune_kit.training import room
 from finetune_kit.training.start import LOSSES
 from tests.fixtures_cli import cli
-from tests.fixtures_evaluation import tiny_gpt2
+from tests.fixtures_evaluation import held_out, tiny_gpt2
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
@@ -58,6 +61,45 @@ def test_a_loss_that_is_none_is_refused_at_once(
         assert said.code == 2, said.err
         assert "loss_" in said.err
     assert sorted(path.name for path in home.iterdir()) == ["rows.jsonl", "tiny"]
+
+
+def with_positions(home: Path, kind: str) -> Path:
+    """The tiny tokenizer beside a model that has 128 learned positions; OPT's table has two rows more."""
+    sizes = {"vocab_size": 261, "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+    if kind == "opt":
+        own = {"ffn_dim": 32, "word_embed_proj_dim": 32, "max_position_embeddings": 128}
+        model = OPTForCausalLM(OPTConfig(**sizes, **own, pad_token_id=0, bos_token_id=1, eos_token_id=3))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=128, bos_token_id=1, eos_token_id=3))
+    shutil.copytree(home / "tiny", home / kind)
+    (home / kind / "model.safetensors").unlink()
+    model.save_pretrained(home / kind)
+    return home / kind
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_learned_positions_are_128_with_and_without_the_two_rows_more_of_opt(kind: str, home: Path) -> None:
+    said = cli("check", "lora_sft", f"model.name_or_path={with_positions(home, kind)}", "data.max_length=129")
+    assert said.code == 2
+    assert f"{kind} has positions for 128 tokens; data.max_length=129 would be more." in said.err
+    assert learned_positions(ModelConfig(name_or_path=str(home / kind))) == 128
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_answers_end_where_the_learned_positions_do_and_a_prompt_that_fills_them_is_refused(
+    kind: str, home: Path
+) -> None:
+    model = load_base(ModelConfig(name_or_path=str(with_positions(home, kind))))
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(home / kind)))
+    data = held_out(tokenizer, [("a" * 80, "b"), ("c", "d"), ("e" * 60, "f")])
+    found = measure(model, tokenizer, data, EvaluateConfig(max_new_tokens=60))
+    room = [128 - len(render_prompt(tokenizer, prompt_of(record), None, {})) for record in data.held_out_records]
+    assert room[0] < room[2] < 60 < room[1]
+    lengths = [len(answer.ids) + answer.ended for answer in found.completions]
+    assert all(length <= limit for length, limit in zip(lengths, [room[0], 60, room[2]], strict=True))
+    assert len(found.general_nll) > 0
+    with pytest.raises(DataError, match=r"held.jsonl:1: a prompt of 1\d\d tokens; the model has positions for 128"):
+        measure(model, tokenizer, held_out(tokenizer, [("a" * 120, "b")]), EvaluateConfig(max_new_tokens=60))
 
 
 OPTIMS = "lora_sft data.path=none.jsonl train.optim="
