@@ -163,7 +163,7 @@ def _answer(
                 max_new_tokens=limit,
                 end_token_ids=data.end_token_ids,
                 batch_size=config.batch_size,
-                progress=told and (lambda count, done=done: told(done + count)),
+                progress=_beside(told, done),
             )
             found.update(zip(chosen, answers, strict=True))
         return [found[index] for index in mine]
@@ -171,6 +171,11 @@ def _answer(
     measurement.completions = processes.spread(len(prompts), answer, processes.is_sharded(model))
     ends = tokenizer.convert_ids_to_tokens(data.end_token_ids)
     measurement.decoding = {"do_sample": False, "max_new_tokens": longest, "end_tokens": ends}
+
+
+def _beside(told: Callable[[int], None] | None, done: int) -> Callable[[int], None] | None:
+    """Progress that counts on from what is done."""
+    return None if told is None else lambda count: told(done + count)
 
 
 def _limits(model: Any, lengths: list[int], longest: int, where: Sequence[str]) -> list[int]:

@@ -474,8 +474,10 @@ def _weight_files(model: ModelConfig) -> list[Path]:
     folder = Path(name) if Path(name).is_dir() else _cached_folder(name, model.revision) or Path(name)
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if not files[0].is_file():
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
-        files = [folder / file for file in sorted(set(listed))]
+        listed = read_object(index, SettingsError, "Get the model again.").get("weight_map") if index.is_file() else {}
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise SettingsError(f"{index}: expected a weight_map of file names.", "Get the model again.")
+        files = [folder / file for file in sorted(set(listed.values()))]
     return files
 
 
@@ -581,7 +583,9 @@ def _own_code(name: str, revision: str | None, local: bool) -> str:
             path = hf_hub_download(name, file, revision=revision, local_files_only=local)
         except EntryNotFoundError:
             continue
-        named = json.loads(Path(path).read_text(encoding="utf-8")).get("auto_map", {})
+        named = read_object(Path(path), SettingsError, "Get the model again.").get("auto_map") or {}
+        if not isinstance(named, dict):
+            raise SecurityError(f"{path}: auto_map is no object, so the code that would be run is not known.")
         for value in named.values():
             modules.update(str(part) for part in (value if isinstance(value, list) else [value]) if part)
     if elsewhere := sorted(module for module in modules if "--" in module):
