@@ -81,6 +81,14 @@ def main() -> NoReturn:
             raise
         _say_error(error.format_message(), _meant(sys.argv[1:]))
         sys.exit(getattr(error, "exit_code", 2))
+    except BaseException as error:
+        # tokenizers' own; it is no Exception. Its library ends a search that would take forever by such a panic
+        if type(error).__name__ != "PanicException":
+            raise
+        if processes.fails_first(SettingsError.exit_code):
+            said = " ".join(str(error).split())[:200]
+            _say_error(f"The tokenizer gave up on a text: {said}", "Take a tokenizer whose patterns end on any text.")
+        sys.exit(SettingsError.exit_code)
     finally:
         signals.started(False)  # nothing is left to tidy up
 

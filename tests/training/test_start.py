@@ -165,6 +165,23 @@ def test_a_plan_for_another_device_does_not_ask_this_machine_for_packages(
     assert cli(*words, "train.extra.adam_bta2=0.9").code == 2
 
 
+def test_a_tokenizer_whose_pattern_never_ends_is_a_message_and_leaves_no_folder(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    written = json.loads((home / "tiny" / "tokenizer.json").read_text())
+    endless = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    written["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [endless, written["pre_tokenizer"]]}
+    (home / "tiny" / "tokenizer.json").write_text(json.dumps(written))
+    rows = [json.dumps({"prompt": "a" * 60 + f"!{number}", "completion": "b"}) for number in range(8)]
+    (home / "rows.jsonl").write_text("\n".join(rows))
+    for command in ("check", "run"):
+        said = cli(command, "lora_sft", "model.name_or_path=tiny", "data.path=rows.jsonl")
+        assert said.code == 2
+        assert "The tokenizer gave up on a text: Onig: Regex search error: retry-limit-in-match over" in said.err
+    assert sorted(path.name for path in home.iterdir()) == ["rows.jsonl", "tiny"]
+
+
 def test_the_losses_are_those_of_trl_s_trainers() -> None:
     from trl import DPOTrainer, GRPOTrainer, KTOTrainer
 
