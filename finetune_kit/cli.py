@@ -49,6 +49,7 @@ def main() -> NoReturn:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not needed
     guard()
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO stands there; the pinned release has what is used
     os.environ.setdefault("TQDM_DISABLE", "1")  # training/progress.py says how far a run is
     streams.spell_out()
     signals.started()
@@ -80,6 +81,14 @@ def main() -> NoReturn:
             raise
         _say_error(error.format_message(), _meant(sys.argv[1:]))
         sys.exit(getattr(error, "exit_code", 2))
+    except BaseException as error:
+        # tokenizers' own; it is no Exception. Its library ends a search that would take forever by such a panic
+        if type(error).__name__ != "PanicException":
+            raise
+        if processes.fails_first(SettingsError.exit_code):
+            said = " ".join(str(error).split())[:200]
+            _say_error(f"The tokenizer gave up on a text: {said}", "Take a tokenizer whose patterns end on any text.")
+        sys.exit(SettingsError.exit_code)
     finally:
         signals.started(False)  # nothing is left to tidy up
 
@@ -224,9 +233,9 @@ def check(
     from finetune_kit.training.plan import tokenizer_to_count_with as count_with
     from finetune_kit.training.start import check_start
 
-    check_start(settings)
-    room = budget.read_size(memory) if memory is not None else None
     here = device().type
+    check_start(settings, elsewhere=on not in (None, here))
+    room = budget.read_size(memory) if memory is not None else None
     if measure and on not in (None, here):
         raise SettingsError(f"--measure trains two steps here, on {here}, not on {on}.", "Leave one of them out.")
     tokenizer, assumed = count_with(settings.model, weights=measure)
@@ -295,7 +304,8 @@ def run(
     from finetune_kit.run_folder import claim, is_unfinished, same_finished
     from finetune_kit.training.start import check_start
 
-    processes.from_main(lambda: check_start(settings))
+    with doing("starting"):
+        processes.from_main(lambda: check_start(settings))
     keys = [word.strip() for word in (allow_changed or "").split(",") if word.strip()]
     settings.allow_changed = tuple(full_key(settings, key, "--allow-changed") for key in keys)
     folder = claim(settings)

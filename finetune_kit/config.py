@@ -209,12 +209,15 @@ SECTIONS: dict[str, type] = {
 class RecipeConfig:
     """What every recipe's Config has.
 
-    `kind`: the kind of record that it trains on (data/records.py). `recipe` names it for people, `recipe_word` finds it
-    again: a built-in's name, or a path. `origins` maps a dotted key to where its value came from; absent: the recipe.
-    `allow_changed`: settings in which it may differ from the unfinished run that goes on.
+    `kind`: the kind of record that it trains on (data/records.py). `trainer_config`: the dataclass of the trainer's own
+    arguments, such as trl.SFTConfig, which check and run look through before anything is read. `recipe` names it for
+    people, `recipe_word` finds it again: a built-in's name, or a path. `origins` maps a dotted key to where its value
+    came from; absent: the recipe. `allow_changed`: settings in which it may differ from the unfinished run that goes
+    on.
     """
 
     kind: ClassVar[str] = "prompt_completion"
+    trainer_config: ClassVar[str] = ""
 
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
@@ -226,6 +229,9 @@ class RecipeConfig:
     def cut_matters(self) -> str:
         """Why the loss of a step depends on how its rows are cut into forward passes; "" where it does not."""
         return ""
+
+    def check_itself(self) -> None:
+        """What a recipe has against its own settings, before anything is read: it raises SettingsError."""
 
     def __post_init__(self) -> None:
         self.recipe: str = ""

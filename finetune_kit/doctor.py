@@ -17,6 +17,7 @@ from finetune_kit import recipe as recipes
 from finetune_kit.config import resolve
 from finetune_kit.errors import FinetuneKitError, ResourceError
 from finetune_kit.floors import reason
+from finetune_kit.parsing import read_object
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -123,7 +124,7 @@ def tiny_run() -> float:
             "evaluate.general_text=false",
         ]
         recipe.run(resolve(recipe.config_class, recipe.word, None, words))
-        results = json.loads((folder / "run" / "report.json").read_text())
+        results = read_object(folder / "run" / "report.json")
         if results["reload_max_logit_difference"] is None:
             raise ResourceError(f"the saved run could not be proven: {results['reload']['not_made']}")
         return float(results["reload_max_logit_difference"])

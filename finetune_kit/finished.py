@@ -261,7 +261,7 @@ def verify_run(run: FinishedRun) -> Proof:
     probe = list(general_rows(tokenizer)[0][0][:PROBE])
     proof = prove(model, config.model, run.folder, probe)
     path, card = run.folder / "report.json", run.folder / "README.md"
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_object(path)
     told = {**results, **proof.to_json()}
     beside = run.folder / ".report.json.new"
     beside.write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -192,7 +192,7 @@ def push_checkpoint(config: RecipeConfig, checkpoint: Path) -> str:
     }
     adapter = f"{checkpoint.name}/adapter_config.json"
     if adapter in files:
-        content = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+        content = read_object(checkpoint / "adapter_config.json")
         content["base_model_name_or_path"] = hub_name(config.model.name_or_path)  # PEFT writes the whole path
         files[adapter] = json.dumps(content, indent=2).encode()
     try:

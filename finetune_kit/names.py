@@ -191,6 +191,8 @@ def near_path(path: str) -> str:
     """ "Did you mean runs/lora_sft? " for a path that is not there, where one beside it is spelled like it; else ""."""
     place, there = Path(path).expanduser(), []
     with contextlib.suppress(OSError, RuntimeError, ValueError):
+        if place.exists():
+            return ""  # it is there, and is something else
         there = sorted(entry.name for entry in place.parent.iterdir() if not entry.name.startswith("."))
     near = difflib.get_close_matches(place.name, there, n=1, cutoff=0.75)
     if not near:  # another ending, or another case

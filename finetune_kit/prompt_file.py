@@ -108,7 +108,7 @@ def _row(raw: bytes) -> dict[str, Any] | None:
     """A line that we wrote, else None."""
     try:
         row = json.loads(raw)
-    except ValueError:  # broken JSON, or bytes that are no UTF-8
+    except (ValueError, RecursionError):  # broken JSON, or bytes that are no UTF-8
         return None
     return row if isinstance(row, dict) and isinstance(row.get("row"), int) and "made_with" in row else None
 

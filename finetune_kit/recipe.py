@@ -61,6 +61,7 @@ class Recipe:
         where none was. A recipe that exits ends in SettingsError: no run is over without its report."""
         check(config)
         check_code(config)
+        config.check_itself()
         start_from_run(config)
         if not is_claimed(config):
             claim(config)

@@ -45,6 +45,7 @@ from finetune_kit.training.reference import frozen_copy, set_reference
 @dataclass
 class Config(RecipeConfig):
     kind: ClassVar[str] = "preference"
+    trainer_config: ClassVar[str] = "trl.DPOConfig"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-5, warmup_steps=0.1)
     beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, 10]")

@@ -26,6 +26,7 @@ Paper
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from finetune_kit.artifact import Artifact, save
 from finetune_kit.config import RecipeConfig, TrainConfig, section
@@ -39,6 +40,7 @@ from finetune_kit.training.progress import telling
 
 @dataclass
 class Config(RecipeConfig):
+    trainer_config: ClassVar[str] = "trl.SFTConfig"
     # a tenth of the rate that suits an adapter: every weight moves, so each needs to move less
     train: TrainConfig = section(TrainConfig, learning_rate=2e-5, warmup_steps=0.05, gradient_checkpointing=False)
 

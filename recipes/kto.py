@@ -43,6 +43,7 @@ from finetune_kit.training.reference import frozen_copy, release_copy
 @dataclass
 class Config(RecipeConfig):
     kind: ClassVar[str] = "labelled_completion"
+    trainer_config: ClassVar[str] = "trl.KTOConfig"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-5, warmup_steps=0.1, per_device_train_batch_size=16)
     beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, 10]")

@@ -26,6 +26,7 @@ Paper
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from finetune_kit.artifact import Artifact, save
 from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section
@@ -39,6 +40,7 @@ from finetune_kit.training.progress import telling
 
 @dataclass
 class Config(RecipeConfig):
+    trainer_config: ClassVar[str] = "trl.SFTConfig"
     lora: LoraConfig = section(LoraConfig)
     # far above full_sft's rate: the adapter's weights start at zero and are few
     train: TrainConfig = section(TrainConfig, learning_rate=5e-4, warmup_steps=0.05)

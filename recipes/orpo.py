@@ -42,6 +42,7 @@ from finetune_kit.training.progress import telling
 @dataclass
 class Config(RecipeConfig):
     kind: ClassVar[str] = "preference"
+    trainer_config: ClassVar[str] = "trl.experimental.orpo.ORPOConfig"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-4, warmup_steps=0.05)
     beta: float = setting(0.1, "weight of the odds ratio (the paper's lambda)", within="(0, 10]")

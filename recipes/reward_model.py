@@ -45,6 +45,7 @@ from finetune_kit.training.progress import telling
 @dataclass
 class Config(RecipeConfig):
     kind: ClassVar[str] = "preference"
+    trainer_config: ClassVar[str] = "trl.RewardConfig"
 
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=1e-3, warmup_steps=0.05)

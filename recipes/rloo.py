@@ -48,6 +48,7 @@ from finetune_kit.training.progress import telling
 @dataclass
 class Config(RecipeConfig):
     kind: ClassVar[str] = "prompt"
+    trainer_config: ClassVar[str] = "trl.RLOOConfig"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=1e-4, per_device_train_batch_size=32, logging_steps=1)
     reward: RewardConfig = section(RewardConfig)
@@ -58,11 +59,13 @@ class Config(RecipeConfig):
     epsilon: float = setting(0.2, "ratio to the sampling policy beyond which nothing is gained", within="(0, 1)")
     num_iterations: int = setting(1, "passes over each step's completions", within="[1, inf)")
 
+    def check_itself(self) -> None:
+        check_groups(self, self.num_generations)
+
 
 def run(config: Config) -> Artifact:
     from trl import RLOOConfig, RLOOTrainer
 
-    check_groups(config, config.num_generations)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     rewards = load_rewards(config.reward, data, config.model)

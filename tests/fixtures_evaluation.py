@@ -80,5 +80,6 @@ def held_out(tokenizer: Any, pairs: list[tuple[str, str]], **changes: Any) -> Si
         "score": None,
         "end_token_ids": [tokenizer.eos_token_id],
         "chat_template_kwargs": {},
+        "special_tokens_in_text": "text",
     }
     return SimpleNamespace(**{**data, **changes})

@@ -2,16 +2,24 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_kit.config import ModelConfig
 from finetune_kit.data import files
 from finetune_kit.data.files import data_files, read_csv, read_json, read_jsonl, read_txt
+from finetune_kit.data.messages import parse_json
 from finetune_kit.errors import DataError, SecurityError, SettingsError
+from finetune_kit.model.adapter_config import read_adapter_config
+from finetune_kit.model.load import weights_stamp
 from finetune_kit.parsing import DEEPEST, NotJSON, parse, read_object
+from finetune_kit.rl.checkpoint import NUMBERS, TENSORS, read_checkpoint
+from finetune_kit.rl.rewards import check_gate
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 BAD = {
@@ -102,3 +110,38 @@ def test_a_snapshot_of_the_hub_s_cache_is_read_through_its_links_and_no_other_li
     (snapshot / "data" / "more.jsonl").symlink_to(tmp_path / "secret.jsonl")
     with pytest.raises(SecurityError, match=r"outside the data's folder"):
         data_files(snapshot)
+
+
+TORN = {
+    "cut": '{"peft_type": ',
+    "deep": "[" * 100_000,
+    "digits": '{"r": ' + "9" * 5000 + "}",
+    "a list": "[]",
+    "no UTF-8": b'{"r": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("kind", TORN)
+def test_files_of_folders_that_others_made_are_refused_by_name_whatever_is_in_them(kind: str, tmp_path: Path) -> None:
+    content = TORN[kind]
+    raw = content if isinstance(content, bytes) else content.encode()
+    index = tmp_path / "model.safetensors.index.json"
+    for name in ("adapter_config.json", "report.json", index.name):
+        (tmp_path / name).write_bytes(raw)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    (tmp_path / NUMBERS).write_bytes(raw)
+    (tmp_path / TENSORS).write_bytes(b"")
+    readers: dict[str, Callable[[], Any]] = {
+        "adapter_config.json": lambda: read_adapter_config(tmp_path),
+        "report.json": lambda: check_gate(tmp_path, ignore=False),
+        NUMBERS: lambda: read_checkpoint(tmp_path),
+        index.name: lambda: weights_stamp(ModelConfig(name_or_path=str(tmp_path))),
+    }
+    for name, read in readers.items():
+        with pytest.raises(SettingsError) as caught:
+            read()
+        assert name in caught.value.message
+    if isinstance(content, str) and kind != "a list":
+        with pytest.raises(DataError, match=r"rows.jsonl:3: expected JSON"):
+            parse_json(content, "rows.jsonl:3")

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any, TypeGuard
 
+from finetune_kit import parsing
 from finetune_kit.data.records import ROLES, THOUGHTS, Message
 from finetune_kit.errors import DataError
 
@@ -255,9 +256,9 @@ def _check_numbers(value: Any, where: str) -> None:
 def parse_json(text: str, where: str) -> Any:
     """JSON inside a column; DataError with its place in the text."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected JSON, found {text[:40]!r} ({error}).") from None
+        return parsing.parse(text, strict=False)
+    except parsing.NotJSON as error:
+        raise DataError(f"{where}: expected JSON, found {text[:40]!r} ({error.what}).") from None
 
 
 def is_transcript(value: Any) -> TypeGuard[str]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit import processes
@@ -19,6 +20,8 @@ from finetune_kit.evaluation.intervals import ALIKE, SHARE, entry
 from finetune_kit.evaluation.loss import general_losses, row_losses
 from finetune_kit.evaluation.metrics import BUILT_IN, choose_metrics, score_rows
 from finetune_kit.generation import Completion, generate
+from finetune_kit.model.load import positions_of
+from finetune_kit.terminal import console
 
 if TYPE_CHECKING:
     import torch
@@ -146,20 +149,63 @@ def _answer(
     rendering = (data.chat_template_kwargs, data.special_tokens_in_text)
     prompts = [render_prompt(tokenizer, *pair, *rendering) for pair in zip(turns, tools, strict=True)]
 
+    limits = _limits(model, [len(prompt) for prompt in prompts], longest, measurement.where)
+    told = _told(progress, "answers", len(prompts))
+
     def answer(mine: list[int]) -> list[Completion]:
-        return generate(
-            model,
-            tokenizer,
-            [prompts[index] for index in mine],
-            max_new_tokens=longest,
-            end_token_ids=data.end_token_ids,
-            batch_size=config.batch_size,
-            progress=_told(progress, "answers", len(prompts)),
-        )
+        found: dict[int, Completion] = {}
+        for limit in sorted({limits[index] for index in mine}, reverse=True):  # one, where the positions have no end
+            chosen, done = [index for index in mine if limits[index] == limit], len(found)
+            answers = generate(
+                model,
+                tokenizer,
+                [prompts[index] for index in chosen],
+                max_new_tokens=limit,
+                end_token_ids=data.end_token_ids,
+                batch_size=config.batch_size,
+                progress=_beside(told, done),
+            )
+            found.update(zip(chosen, answers, strict=True))
+        return [found[index] for index in mine]
 
     measurement.completions = processes.spread(len(prompts), answer, processes.is_sharded(model))
     ends = tokenizer.convert_ids_to_tokens(data.end_token_ids)
     measurement.decoding = {"do_sample": False, "max_new_tokens": longest, "end_tokens": ends}
+
+
+def _beside(told: Callable[[int], None] | None, done: int) -> Callable[[int], None] | None:
+    """Progress that counts on from what is done."""
+    return None if told is None else lambda count: told(done + count)
+
+
+def _limits(model: Any, lengths: list[int], longest: int, where: Sequence[str]) -> list[int]:
+    """The most new tokens for each prompt: `longest`, and fewer where the model's learned positions end before.
+
+    Raises DataError for a prompt that leaves no position for an answer.
+    """
+    room = positions_of(model)
+    if room is None:
+        return [longest] * len(lengths)
+    limits = [min(longest, room - length) for length in lengths]
+    if (least := min(limits, default=1)) < 1:
+        row = limits.index(least)
+        raise DataError(
+            f"{where[row]}: a prompt of {lengths[row]:,} tokens; the model has positions for {room:,}, and its answer "
+            "needs some.",
+            "Take the row out, or answer no held-out prompts: evaluate.size=0",
+        )
+    if cut := sum(limit < longest for limit in limits):
+        _say_once(
+            f"note: {cut} of {len(limits)} held-out prompts leave fewer than {longest} of the model's {room:,} "
+            "positions: their answers end there"
+        )
+    return limits
+
+
+@cache
+def _say_once(note: str) -> None:
+    """What is measured before is measured after, too."""
+    console.print(note, markup=False)
 
 
 def _conversation(turns: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from finetune_kit import processes
 from finetune_kit.errors import NumericsError
 from finetune_kit.generation import evaluation_mode, in_batches
+from finetune_kit.model.load import positions_of
 from finetune_kit.model.packed import acts_on
 
 IGNORED = -100  # label of a token that is not trained
@@ -41,8 +42,10 @@ def row_losses(
 
 def general_losses(model: Any, tokenizer: Any, batch_size: int) -> tuple[list[float], list[int]]:
     """The same of the fixed general text, each of its paragraphs in STRETCHES of about equal length. A paragraph is one
-    row of the model's, so that a stretch is predicted from all of its paragraph before it."""
-    rows = general_rows(tokenizer)
+    row of the model's, so that a stretch is predicted from all of its paragraph before it. Where the model's positions
+    end, the paragraph does."""
+    room = positions_of(model)  # None: no end
+    rows = [(ids[:room], labels[:room]) for ids, labels in general_rows(tokenizer)]
     where = [f"general text, paragraph {number}" for number in range(1, len(rows) + 1)]
     nll, tokens = [], []
     for losses in _losses(model, rows, where, batch_size, list):

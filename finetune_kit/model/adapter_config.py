@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import math
 import re
 import types
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_kit.errors import SecurityError, SettingsError
+from finetune_kit.parsing import read_object
 
 NAME = "adapter_config.json"
 LARGEST = 2**20  # bytes; target_modules may list every layer
@@ -65,14 +65,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST:
             raise SettingsError(f"{path} has {path.stat().st_size:,} bytes: no {NAME} is that large.", AGAIN)
-        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}.", AGAIN) from None
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{path} cannot be read as JSON: {error}.", AGAIN) from None
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path}: expected a JSON object, found {type(content).__name__}.", AGAIN)
-    return content
+    return read_object(path, SettingsError, AGAIN)
 
 
 def _refuse_code(given: dict[str, Any], path: Path) -> None:

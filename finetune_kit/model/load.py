@@ -331,7 +331,7 @@ def load_policy(
     """
     from transformers import set_seed
 
-    _check_writes(model, lora)
+    check_writes(model, lora)
     if lora is not None and lora.r == 0:
         lora, trained_in_full = None, True
     if lora is not None and lora.init_from:
@@ -347,7 +347,8 @@ def load_policy(
     return adapters.attach(base, lora)
 
 
-def _check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
+def check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
+    """Raises SettingsError for a model, or an adapter to go on from, that scores texts and writes none."""
     named = [("model.name_or_path", model.name_or_path, load_model_config(model).architectures or [])]
     if lora is not None and lora.init_from:
         saved = Path(lora.init_from).expanduser()
@@ -386,18 +387,27 @@ def learned_positions(model: ModelConfig) -> int | None:
     from transformers import AutoModelForCausalLM
 
     shapes = load_model_config(model)
-    most = getattr(shapes.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(most, int):
+    if not isinstance(getattr(shapes.get_text_config(), "max_position_embeddings", None), int):
         return None
     with torch.device("meta"):
         try:
             empty = AutoModelForCausalLM.from_config(shapes, trust_remote_code=model.trust_remote_code)
         except (ValueError, KeyError):  # no language model, which is said elsewhere
             return None
-    words = empty.get_input_embeddings()
-    tables = [(name, part.weight) for name, part in empty.named_modules() if isinstance(part, torch.nn.Embedding)]
+    return positions_of(empty)
+
+
+def positions_of(model: Any) -> int | None:
+    """The same of a model that is loaded, with an adapter or without."""
+    import torch
+
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    words = model.get_input_embeddings()
+    tables = [(name, part.weight) for name, part in model.named_modules() if isinstance(part, torch.nn.Embedding)]
     tables = [(name, weight) for name, weight in tables if words is None or weight is not words.weight]
-    tables += [(name, buffer) for name, buffer in empty.named_buffers() if buffer is not None]
+    tables += [(name, buffer) for name, buffer in model.named_buffers() if buffer is not None]
     named = [weight for name, weight in tables if re.search(r"wpe|pos", name.rpartition(".")[2] or name)]
     # OPT and BART keep two rows more
     return most if any(weight.dim() > 1 and most <= weight.shape[0] <= most + 2 for weight in named) else None
@@ -464,8 +474,10 @@ def _weight_files(model: ModelConfig) -> list[Path]:
     folder = Path(name) if Path(name).is_dir() else _cached_folder(name, model.revision) or Path(name)
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if not files[0].is_file():
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
-        files = [folder / file for file in sorted(set(listed))]
+        listed = read_object(index, SettingsError, "Get the model again.").get("weight_map") if index.is_file() else {}
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise SettingsError(f"{index}: expected a weight_map of file names.", "Get the model again.")
+        files = [folder / file for file in sorted(set(listed.values()))]
     return files
 
 
@@ -571,7 +583,9 @@ def _own_code(name: str, revision: str | None, local: bool) -> str:
             path = hf_hub_download(name, file, revision=revision, local_files_only=local)
         except EntryNotFoundError:
             continue
-        named = json.loads(Path(path).read_text(encoding="utf-8")).get("auto_map", {})
+        named = read_object(Path(path), SettingsError, "Get the model again.").get("auto_map") or {}
+        if not isinstance(named, dict):
+            raise SecurityError(f"{path}: auto_map is no object, so the code that would be run is not known.")
         for value in named.values():
             modules.update(str(part) for part in (value if isinstance(value, list) else [value]) if part)
     if elsewhere := sorted(module for module in modules if "--" in module):

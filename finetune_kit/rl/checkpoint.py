@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune_kit.errors import SettingsError
+from finetune_kit.parsing import read_object
 from finetune_kit.training import checkpoint
 
 TENSORS, NUMBERS = "state.safetensors", "state.json"
@@ -49,7 +50,9 @@ def read_checkpoint(path: Path) -> Snapshot:
 
     if not (path / NUMBERS).is_file() or not (path / TENSORS).is_file():
         raise SettingsError(f"{path} is no checkpoint of PPO: {NUMBERS} and {TENSORS} belong to it.")
-    numbers = json.loads((path / NUMBERS).read_text(encoding="utf-8"))
+    numbers = read_object(path / NUMBERS)
+    if not isinstance(numbers.get("scheduler"), dict) or not isinstance(numbers.get("record"), dict):
+        raise SettingsError(f"{path / NUMBERS}: expected scheduler and record, as a run of PPO writes them.")
     scheduler, record = numbers.pop("scheduler"), numbers.pop("record")
     return Snapshot(load_file(path / TENSORS), numbers, scheduler, record)
 

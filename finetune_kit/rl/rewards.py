@@ -7,28 +7,40 @@ a reward gives back is checked before it moves a weight. Functions of the user's
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune_kit import parsing
 from finetune_kit.ancestry import model_of
 from finetune_kit.config import ModelConfig, setting
 from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt, text_ids
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
-from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
-from finetune_kit.model.adapter_config import read_adapter_config
+from finetune_kit.data.tasks import PREFIX
+from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, ResourceError, SettingsError
+from finetune_kit.model.adapter_config import NAME, read_adapter_config
 from finetune_kit.model.adapters import REWARD_HEADS, is_adapter
-from finetune_kit.model.load import BASE_RECORD, check_base, hub_name, load_model_config, load_tokenizer, public_name
+from finetune_kit.model.folder import check_files, check_weights
+from finetune_kit.model.load import (
+    BASE_RECORD,
+    OFFLINE_DEFAULT,
+    check_base,
+    hub_name,
+    load_model_config,
+    load_tokenizer,
+    public_name,
+)
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer, score_rows
+from finetune_kit.names import near_path
 from finetune_kit.rl.reward_function import Ended, bind, import_function, numbers_of, raised, read_from_turns
 
 Score = Callable[..., Any]  # what it returns is looked at by `checked`
 ModelScore = Callable[[list[str], list[str], list[Any]], list[float]]
 QUANTISED = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+A_MODEL = "Name the folder or Hub id of a reward model, such as that of a reward_model run."
 KNOWN = "Known: task (the data's own scorer), path/to/file.py:function, or a reward model's folder or Hub id."
 
 
@@ -136,14 +148,7 @@ def load_rewards(config: RewardConfig, data: Data, model: ModelConfig, policy: A
 
     Raises SettingsError for a source that cannot be, a wrong number of weights, or a reward model that did not pass.
     """
-    if not config.sources:
-        raise SettingsError("reward.sources is empty: nothing would be learned.", KNOWN)
-    if config.weights and len(config.weights) != len(config.sources):
-        raise SettingsError(
-            f"reward.weights has {len(config.weights)} numbers for {len(config.sources)} sources.", "Give one each."
-        )
-    if len(set(config.sources)) != len(config.sources):
-        raise SettingsError("reward.sources names one source twice.", "Give it once, with reward.weights.")
+    _check_lists(config)
     weights = config.weights or [1.0] * len(config.sources)
     parts = [
         _part(source, weight, config, data, model, policy)
@@ -155,6 +160,68 @@ def load_rewards(config: RewardConfig, data: Data, model: ModelConfig, policy: A
         for at, part in enumerate(parts, start=1)
     ]
     return Rewards(tuple(parts))
+
+
+def _check_lists(config: RewardConfig) -> None:
+    if not config.sources:
+        raise SettingsError("reward.sources is empty: nothing would be learned.", KNOWN)
+    if config.weights and len(config.weights) != len(config.sources):
+        raise SettingsError(
+            f"reward.weights has {len(config.weights)} numbers for {len(config.sources)} sources.", "Give one each."
+        )
+    if len(set(config.sources)) != len(config.sources):
+        raise SettingsError("reward.sources names one source twice.", "Give it once, with reward.weights.")
+
+
+def check_sources(config: RewardConfig, rows: Sequence[str], policy: ModelConfig) -> None:
+    """What load_rewards would say of these sources without loading data, weights or a function.
+
+    `rows`: the data's paths. Raises SettingsError.
+    """
+    _check_lists(config)
+    for source in config.sources:
+        path, colon, _ = source.rpartition(":")
+        if source == "task":
+            if not all(name.startswith(PREFIX) for name in rows):
+                raise no_scorer()
+        elif source.endswith(".py"):
+            raise SettingsError(f"reward.sources: {source} names no function.", f"Write {source}:score")
+        elif colon and path.endswith(".py"):
+            _function_file(path)
+        else:
+            check_judge("reward.sources", source, policy)
+            check_gate(Path(source).expanduser(), config.ignore_gate)
+
+
+def check_judge(setting: str, source: str, policy: ModelConfig) -> None:
+    """Raises SettingsError where `source`, which `setting` names, is no reward model: its config is read, no weights.
+
+    `policy`: the base of an adapter may be the policy's own.
+    """
+    folder = Path(source).expanduser()
+    adapted = (folder / NAME).is_file()
+    # runs/reward beside other runs is no Hub id
+    local = source.startswith((".", "/", "~")) or source.count("/") > 1 or ("/" in source and folder.parent.is_dir())
+    if not adapted and not (folder / "config.json").is_file() and (local or folder.is_dir()):
+        raise SettingsError(
+            f"{setting}: {source}: no reward model there (adapter_config.json or config.json).",
+            f"{near_path(source)}{KNOWN}" if setting == "reward.sources" else f"{near_path(source)}{A_MODEL}",
+        )
+    try:
+        if not adapted:
+            _check_classifier(source, load_model_config(ModelConfig(name_or_path=source)), setting)
+            return
+        check_files(folder)
+        if not is_classifier(read_adapter_config(folder)):
+            raise SettingsError(f"{setting}: {source} is an adapter that writes text: no reward model.", A_MODEL)
+        check_weights(folder / "adapter_model.safetensors")
+        load_model_config(_base_of(folder, policy))
+    except (SettingsError, ResourceError) as error:
+        if error.message.startswith(setting):
+            raise
+        raise type(error)(
+            f"{setting}: {source}: {error.message}", error.fix.replace(OFFLINE_DEFAULT, A_MODEL)
+        ) from None
 
 
 def _part(source: str, weight: float, config: RewardConfig, data: Data, model: ModelConfig, policy: Any) -> Part:
@@ -172,14 +239,25 @@ def task_score(data: Data) -> Score:
     """The data's own scorer in [0, 1], as the report uses it. Raises SettingsError where the data have none."""
     scorer = data.score
     if scorer is None:
-        raise SettingsError(
-            "reward.sources=[task]: these data have no scorer of their own (reasoning_gym/<task> has, and needs "
-            "held-out rows).",
-            "Set reward.sources to path/to/file.py:function or to a reward model.",
-        )
+        raise no_scorer()
     return lambda prompts, completions, records: [
         scorer(completion, record.metadata) for completion, record in zip(completions, records, strict=True)
     ]
+
+
+def no_scorer() -> SettingsError:
+    return SettingsError(
+        "reward.sources=[task]: these data have no scorer of their own (reasoning_gym/<task> has, and needs "
+        "held-out rows).",
+        "Set reward.sources to path/to/file.py:function or to a reward model.",
+    )
+
+
+def _function_file(path: str) -> Path:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise SettingsError(f"reward.sources: {path}: no such file.", near_path(path) + KNOWN)
+    return file
 
 
 def python_score(path: str, function: str, config: RewardConfig, data: Data, model: ModelConfig) -> Score:
@@ -187,9 +265,7 @@ def python_score(path: str, function: str, config: RewardConfig, data: Data, mod
 
     Raises SettingsError where there is no such file or function, or it has another signature than the two.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise SettingsError(f"reward.sources: {path}: no such file.", KNOWN)
+    file = _function_file(path)
     found, own = import_function(path, function, config.timeout)
     rows = [record for record in (*data.train_records, *data.held_out_records) if hasattr(record, "metadata")]
     tokenizers: list[Any] = []
@@ -216,8 +292,9 @@ def check_gate(folder: Path, ignore: bool) -> None:
     report = folder / "report.json"
     if ignore or not report.is_file():
         return
-    gate = json.loads(report.read_text(encoding="utf-8")).get("gate")
-    if gate and not gate.get("passed"):
+    gate = parsing.read_object(report).get("gate")
+    if gate and not (isinstance(gate, dict) and gate.get("passed")):
+        gate = gate if isinstance(gate, dict) else {}
         raise SettingsError(
             f"{folder} did not pass its own test as a reward: {gate.get('reason') or 'no reason given'}",
             "Train a better reward model, or set reward.ignore_gate=true.",
@@ -313,9 +390,14 @@ def load_judge(source: str, policy: ModelConfig, kwargs: dict[str, Any]) -> tupl
     return model, tokenizer
 
 
-def _check_classifier(source: str, config: Any) -> None:
+def _check_classifier(source: str, config: Any, setting: str = "reward.sources") -> None:
     if not is_classifier(config.to_dict()):
-        raise SettingsError(f"reward.sources: {source} is {', '.join(config.architectures)}: no reward model.", KNOWN)
+        what = ", ".join(config.architectures or ["of no architecture"])
+        raise SettingsError(f"{setting}: {source} is {what}: no reward model.", A_MODEL)
+    if config.num_labels != 1:
+        raise SettingsError(
+            f"{setting}: {source} is a classifier with {config.num_labels} labels; a reward model has one.", A_MODEL
+        )
 
 
 def _base_of(folder: Path, policy: ModelConfig) -> ModelConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from finetune_kit import processes
@@ -11,6 +12,7 @@ from finetune_kit.config import RecipeConfig, TrainConfig, section, setting
 from finetune_kit.data.load import Data
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.model.adapters import is_adapter
+from finetune_kit.names import near_path
 from finetune_kit.rl.rewards import RewardConfig
 
 
@@ -59,6 +61,9 @@ class PPOSettings(RecipeConfig):
     min_length: float = setting(1.2, "mean length, end token counted, below which it stops", "tokens", "[0, inf)")
     max_constant_updates: int = setting(5, "updates with all scores alike after which it stops", within="[1, inf)")
 
+    def check_itself(self) -> None:
+        check_settings(self, processes.count())
+
 
 # train settings that PPO's own loop has no use for, and why
 INERT = {
@@ -98,8 +103,37 @@ def check_settings(config: PPOSettings, devices: int) -> None:
         raise SettingsError(f"train.optim={config.train.optim}: PPO's optimizer is AdamW.", "Leave it out.")
     if not config.use_vllm and config.vllm_gpu_memory_utilization != PPOSettings.vllm_gpu_memory_utilization:
         raise SettingsError("vllm_gpu_memory_utilization has no effect without use_vllm=true.", "Leave it out.")
+    _check_value(config)
     if config.adaptive_kl_target is not None and config.kl_coef == 0:
         raise SettingsError("adaptive_kl_target has no effect with kl_coef=0: nothing times anything.", "Set kl_coef.")
+
+
+def _check_value(config: PPOSettings) -> None:
+    """That the value can be of its kind, and start from what it is to start from."""
+    lora = getattr(config, "lora", None)
+    if config.value_model == "adapter" and (lora is None or lora.r == 0):
+        raise SettingsError(
+            "value_model=adapter needs a policy with an adapter; this one is trained in full.",
+            "Set value_model=shared or separate.",
+        )
+    if config.value_init_from is None:
+        return
+    if config.value_model == "shared":
+        raise SettingsError(
+            "value_init_from: a head fits the trunk it was trained on, and value_model=shared has the policy's.",
+            "Set value_model=adapter (reward model with an adapter) or separate (in full).",
+        )
+    named, folder = config.value_init_from, Path(config.value_init_from).expanduser()
+    if config.value_model == "adapter" and not (folder / "adapter_config.json").is_file():
+        raise SettingsError(
+            f"value_init_from={named}: no adapter there, and value_model=adapter needs one.",
+            f"{near_path(named)}Set value_model=separate for a reward model trained in full.",
+        )
+    if config.value_model == "separate" and not (folder / "config.json").is_file():
+        raise SettingsError(
+            f"value_init_from={named}: no whole model there, and value_model=separate needs one.",
+            f"{near_path(named)}Set value_model=adapter for a reward model with an adapter.",
+        )
 
 
 def check_prompts(prompts: list[list[int]], data: Data, policy: Any, max_new_tokens: int) -> None:

@@ -220,12 +220,16 @@ def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int
 def make_arguments(config_class: Any, config: RecipeConfig, data: Data, **own: Any) -> Any:
     """An instance of `config_class`; `own`: arguments from the recipe's own settings. What it refuses by itself is a
     SettingsError, too."""
+    return instance(config_class, config, training_arguments(config_class, config, data), own)
+
+
+def instance(config_class: Any, config: RecipeConfig, arguments: dict[str, Any], own: dict[str, Any]) -> Any:
+    """The same from arguments that are known, such as those before any data are read."""
     for name in own:
         if name in config.train.extra:
             raise SettingsError(f"train.extra.{name}: the recipe sets it.", f"See its own settings, such as {name}=…")
-    arguments = {**training_arguments(config_class, config, data), **own}
     try:
-        return config_class(**arguments)
+        return config_class(**{**arguments, **own})
     except (ValueError, TypeError) as error:
         raise SettingsError(f"{config_class.__name__} refuses these settings: {error}") from None
     except ImportError as error:
@@ -233,48 +237,66 @@ def make_arguments(config_class: Any, config: RecipeConfig, data: Data, **own: A
 
 
 def check_parts(trainer_class: Any, arguments: Any, policy: Any) -> None:
-    """Look for optimizer, schedule and trackers now: the trainer would make them only when it starts.
+    """Look for optimizer, schedule and trackers now: the trainer would make them only when it starts. `policy`: None
+    before it is loaded; optimizers that are made of its layers are looked at for their package alone.
 
     Raises SettingsError where an argument of theirs is wrong or missing, ResourceError where a package is.
     """
-    import torch
-    from transformers import get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
 
+    _try("optim", lambda: trainer_class.get_optimizer_cls_and_kwargs(arguments, policy), "optim_args", policy)
+    check_schedule(arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs or {})
+    _try("report_to", lambda: [tracker() for tracker in get_reporting_integration_callbacks(arguments.report_to)])
+
+
+def check_schedule(name: str, known: dict[str, Any]) -> None:
+    """Raises SettingsError where a schedule by transformers' name cannot be made with the arguments `known`."""
+    import torch
+    from transformers import get_scheduler
+
     any_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    schedule, known = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs or {}
-    makers: dict[str, Callable[[], Any]] = {
-        "optim": lambda: trainer_class.get_optimizer_cls_and_kwargs(arguments, policy),
-        "lr_scheduler_type": lambda: get_scheduler(schedule, any_optimizer, 1, 2, scheduler_specific_kwargs=known),
-        "report_to": lambda: [tracker() for tracker in get_reporting_integration_callbacks(arguments.report_to)],
-    }
-    own = {"optim": "train.extra.optim_args", "lr_scheduler_type": "train.extra.lr_scheduler_kwargs"}
-    for name, make in makers.items():
-        try:
-            make()
-        except (ImportError, RuntimeError, ValueError, TypeError) as error:
-            message = f"train.{name}: {error}"
-            if isinstance(error, ImportError | RuntimeError) or "install" in str(error):
-                raise ResourceError(message) from None
-            raise SettingsError(message, f"Its own arguments: {own[name]}" if name in own else "") from None
+    _try(
+        "lr_scheduler_type",
+        lambda: get_scheduler(name, any_optimizer, 1, 2, scheduler_specific_kwargs=known),
+        "lr_scheduler_kwargs",
+    )
+
+
+def _try(name: str, make: Callable[[], Any], own: str = "", policy: Any = True) -> None:
+    """Make what train.`name` asks for; `own`: where its own arguments are given."""
+    try:
+        make()
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        if policy is None and "You need to pass a" in str(error):  # the model
+            return
+        message = f"train.{name}: {error}"
+        if isinstance(error, ImportError | RuntimeError) or "install" in str(error):
+            raise ResourceError(message) from None
+        raise SettingsError(message, f"Its own arguments: train.extra.{own}" if own else "") from None
 
 
 def training_arguments(config_class: Any, config: RecipeConfig, data: Data) -> dict[str, Any]:
     """The keyword arguments of `config_class`, with `train.extra` checked against its fields."""
-    train = config.train
-    check_train(train)
+    check_train(config.train)
     check_best_metric(config, data)
     check_batches(config, data)
-    rows, accumulation = micro_batch(train, data, processes.count())
+    batch = micro_batch(config.train, data, processes.count())
+    return arguments_of(config_class, config, data.kind, batch, data.packed)
+
+
+def arguments_of(
+    config_class: Any, config: RecipeConfig, kind: str, batch: tuple[int, int], packed_rows: bool
+) -> dict[str, Any]:
+    """The same from the few facts that the data add: their kind, (rows in a forward pass, passes in a step), and
+    whether they are packed."""
+    train, (rows, accumulation) = config.train, batch
     arguments: dict[str, Any] = {
         "output_dir": train.output_dir,
         "learning_rate": train.learning_rate,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
         # KTO's rows come shuffled, each beside the one that its KL estimate is taken from
-        "train_sampling_strategy": "sequential"
-        if data.kind == "labelled_completion"
-        else train.train_sampling_strategy,
+        "train_sampling_strategy": "sequential" if kind == "labelled_completion" else train.train_sampling_strategy,
         "num_train_epochs": train.num_train_epochs,
         "max_steps": train.max_steps,
         "warmup_steps": train.warmup_steps,
@@ -300,8 +322,8 @@ def training_arguments(config_class: Any, config: RecipeConfig, data: Data) -> d
         "bf16": computes_in_bfloat16(),
         "dataloader_pin_memory": device().type == "cuda",
         # the samples have their final length; only packing still needs the row's length
-        "max_length": config.data.max_length if data.packed else None,
-        "packing": data.packed,
+        "max_length": config.data.max_length if packed_rows else None,
+        "packing": packed_rows,
         "packing_strategy": "bfd",
     }
     known = {item.name for item in dataclasses.fields(config_class)}
@@ -309,7 +331,7 @@ def training_arguments(config_class: Any, config: RecipeConfig, data: Data) -> d
         arguments[name] = _extra(name, value, arguments, config_class)
     for name in COMPILED_HERE:  # layer by layer (training/compiling.py); the trainer would compile the whole model
         arguments.pop(name, None)
-    if device().type == "cuda" and data.kind != "prompt":  # batches are put together and planned beside the training
+    if device().type == "cuda" and kind != "prompt":  # batches are put together and planned beside the training
         arguments.setdefault("dataloader_num_workers", 1)
     arguments.setdefault("ddp_find_unused_parameters", False)  # every trained weight is used in every pass
     return {name: value for name, value in arguments.items() if name in known}

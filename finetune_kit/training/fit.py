@@ -367,6 +367,6 @@ def lean_checkpoint(folder: Path) -> None:
         path.unlink(missing_ok=True)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        content = json.loads(adapter.read_text(encoding="utf-8"))
+        content = read_object(adapter)
         content["base_model_name_or_path"] = public_name(content["base_model_name_or_path"])
         adapter.write_text(json.dumps(content, indent=2), encoding="utf-8")

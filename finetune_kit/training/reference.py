@@ -54,6 +54,17 @@ def _precomputed(config: Any) -> bool:
     return bool(getattr(config, "precompute_ref_log_probs", False))
 
 
+def check_smoothing(config: Any) -> None:
+    """Raises SettingsError for no loss at all, and for label smoothing of losses that have none."""
+    if not config.loss_type:
+        raise SettingsError("loss_type is empty: nothing would be learned.", "Such as loss_type=[sigmoid]")
+    if config.label_smoothing and not SMOOTHED & set(config.loss_type):
+        raise SettingsError(
+            f"label_smoothing has no effect on loss_type={config.loss_type}.",
+            "Take loss_type=[robust] (arXiv 2403.00409), or leave it out.",
+        )
+
+
 def set_reference(trainer: Any, config: Any, data: Data) -> None:
     """Give a trainer that has not begun its reference, and prove that this is the policy's start.
 
@@ -63,15 +74,9 @@ def set_reference(trainer: Any, config: Any, data: Data) -> None:
 
     Raises NumericsError unless every implicit reward is 0 before the first step, and the sigmoid loss ln 2: a policy
     trained against another reference is pulled towards that one without a word. Raises SettingsError for a loss that
-    TRL does not know, and for label smoothing of losses that have none.
+    TRL does not know, and as check_smoothing.
     """
-    if not config.loss_type:
-        raise SettingsError("loss_type is empty: nothing would be learned.", "Such as loss_type=[sigmoid]")
-    if config.label_smoothing and not SMOOTHED & set(config.loss_type):
-        raise SettingsError(
-            f"label_smoothing has no effect on loss_type={config.loss_type}.",
-            "Take loss_type=[robust] (arXiv 2403.00409), or leave it out.",
-        )
+    check_smoothing(config)
     release_copy(trainer, config)
     if config.precompute_ref_log_probs:
         with trainer.accelerator.autocast():  # the arithmetic of training
