@@ -12,6 +12,7 @@ from finetune_kit.data.records import prompt_of
 from finetune_kit.data.special import found_in
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.rl.rewards import Part, Rewards, checked
+from finetune_kit.terminal import doing
 from finetune_kit.training.progress import console, hooks
 
 MOST_CONSTANT = 5  # logged steps
@@ -108,7 +109,8 @@ def sample_here(policy: Any) -> None:
         wanted = more.get("generation_config")
         streams = "streamer" in more or "custom_generate" in more
         ours = {} if wanted is None or streams else decoding.through_graphs(policy, wanted)
-        return plain(*given, **more, **ours)
+        with doing("sampling completions"):
+            return plain(*given, **more, **ours)
 
     policy.generate = generate
 
