@@ -286,16 +286,17 @@ def run(
     """
     if require not in (None, "improved"):
         raise SettingsError(f"--require {require}: expected improved.")
-    recipe, settings = _read(word, config, words)
-    check_code(settings)
-    if processes.is_launched():
-        from finetune_kit.model.load import device
+    with doing("starting"):
+        recipe, settings = _read(word, config, words)
+        check_code(settings)
+        if processes.is_launched():
+            from finetune_kit.model.load import device
 
-        processes.start(on_cpu=device().type != "cuda")
-    from finetune_kit.run_folder import claim, is_unfinished, same_finished
-    from finetune_kit.training.start import check_start
+            processes.start(on_cpu=device().type != "cuda")
+        from finetune_kit.run_folder import claim, is_unfinished, same_finished
+        from finetune_kit.training.start import check_start
 
-    processes.from_main(lambda: check_start(settings))
+        processes.from_main(lambda: check_start(settings))
     keys = [word.strip() for word in (allow_changed or "").split(",") if word.strip()]
     settings.allow_changed = tuple(full_key(settings, key, "--allow-changed") for key in keys)
     folder = claim(settings)
@@ -317,7 +318,8 @@ def run(
     with doing("starting"):
         _import_heavy()
     with stopping.heeding_signals(folder), room.heeding_disk(folder, "A file of the run"):
-        artifact = recipe.run(settings)
+        with doing(f"running {recipe.name}"):
+            artifact = recipe.run(settings)
         processes.finish()
     signals.resumable(False)
     if not processes.is_main():

@@ -90,8 +90,9 @@ class _Work:
         self.changed = threading.Condition()
         self.thread: threading.Thread | None = None
         self.since = 0.0  # the innermost one has its name
+        self.began = 0.0  # it began, or went on
         self.due = 0.0
-        self.heard = 0.0  # anything was printed
+        self.heard = time.monotonic()  # anything was printed, or the program began
 
     def begin(self, what: str, after: float) -> None:
         with self.changed:
@@ -112,8 +113,9 @@ class _Work:
                 self.names[-1], self.since = what, time.monotonic()
 
     def _anew(self, after: float) -> None:
-        self.since = time.monotonic()
-        self.due = self.since + after
+        """Short pieces of work, one after the other, are no reason to be silent for longer than GAP."""
+        self.since = self.began = time.monotonic()
+        self.due = min(self.since + after, max(self.since, self.heard + GAP))
         self.changed.notify_all()
 
     def _watch(self) -> None:
@@ -124,12 +126,12 @@ class _Work:
                     self.thread = None
                     return
                 now = time.monotonic()
-                rest = max(self.due, self.heard + GAP if self.heard > self.since else 0.0) - now
+                rest = max(self.due, self.heard + GAP if self.heard > self.began else 0.0) - now
                 if rest > 0:
                     self.changed.wait(rest)
                     continue
                 passed = f" ({now - self.since:.0f} s)" if now - self.since >= GAP else ""
-                self.due = now + GAP
+                self.due, self.heard = now + GAP, now
                 with contextlib.suppress(ValueError, OSError):  # nobody listens any more
                     console.print(f"{self.names[-1]} …{passed}")
                 self.changed.wait(0.01)  # lets the work that waits for the lock end

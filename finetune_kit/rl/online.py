@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -109,7 +110,8 @@ def sample_here(policy: Any) -> None:
         wanted = more.get("generation_config")
         streams = "streamer" in more or "custom_generate" in more
         ours = {} if wanted is None or streams else decoding.through_graphs(policy, wanted)
-        with doing("sampling completions"):
+        # not in evaluation, which says itself how far it is
+        with doing("sampling completions") if policy.training else contextlib.nullcontext():
             return plain(*given, **more, **ours)
 
     policy.generate = generate
