@@ -19,6 +19,7 @@ from finetune_kit.finished import FinishedRun, check_writes, model_of, own_model
 from finetune_kit.generation import Completion, generate
 from finetune_kit.model.load import load_base, load_model_config
 from finetune_kit.prompt_file import Line, answered, append_answers, read_prompts
+from finetune_kit.terminal import doing
 
 SEEDS = 2**32
 COMMANDS = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer, /help says this again."
@@ -260,11 +261,25 @@ def _fields(side: str, completion: Completion) -> dict[str, Any]:
 def answer_one(asked: Asked, messages: list[Message], tell: Callable[[str], None]) -> Completion:
     """The answer to a conversation; `tell` is given its text as it comes, after the base's where that is to answer."""
     ids, turn = prompt_ids(asked, messages), len(messages) - 1
-    if asked.base is not None:
-        tell("base:  ")
-        answers(asked, [ids], of_base=True, shift=turn, stream=tell)
-        tell("\ntuned: ")
-    return answers(asked, [ids], shift=turn, stream=tell)[0]
+
+    def written(before: str, **of: Any) -> Completion:
+        with contextlib.ExitStack() as silence:
+            silence.enter_context(doing("reading the prompt"))
+
+            def told(text: str) -> None:
+                silence.close()
+                tell(begun.pop() + text if begun else text)
+
+            begun = [before] if before else []
+            found = answers(asked, [ids], shift=turn, stream=told, **of)[0]
+        if begun:  # it wrote nothing
+            tell(before)
+        return found
+
+    if asked.base is None:
+        return written("")
+    written("base:  ", of_base=True)
+    return written("\ntuned: ")
 
 
 def converse(asked: Asked, read: Callable[[], str], tell: Callable[[str], None]) -> None:

@@ -295,14 +295,15 @@ def run(
     """
     if require not in (None, "improved"):
         raise SettingsError(f"--require {require}: expected improved.")
-    recipe, settings = _read(word, config, words)
-    check_code(settings)
-    if processes.is_launched():
-        from finetune_kit.model.load import device
+    with doing("starting"):
+        recipe, settings = _read(word, config, words)
+        check_code(settings)
+        if processes.is_launched():
+            from finetune_kit.model.load import device
 
-        processes.start(on_cpu=device().type != "cuda")
-    from finetune_kit.run_folder import claim, is_unfinished, same_finished
-    from finetune_kit.training.start import check_start
+            processes.start(on_cpu=device().type != "cuda")
+        from finetune_kit.run_folder import claim, is_unfinished, same_finished
+        from finetune_kit.training.start import check_start
 
     with doing("starting"):
         processes.from_main(lambda: check_start(settings))
@@ -312,7 +313,8 @@ def run(
     if settings.hub.push:
         from finetune_kit.hub import check_access
 
-        processes.from_main(lambda: check_access(settings.hub.model_id or "", settings.hub.private))
+        with doing("asking the Hub"):
+            processes.from_main(lambda: check_access(settings.hub.model_id or "", settings.hub.private))
     what = f"{recipe.name} of {settings.model.name_or_path} on {settings.data.path}, into {folder}"
     out.print(what, style="bold", markup=False)
     if (twin := same_finished(settings, folder)) is not None:
@@ -326,7 +328,8 @@ def run(
     with doing("starting"):
         _import_heavy()
     with stopping.heeding_signals(folder), room.heeding_disk(folder, "A file of the run"):
-        artifact = recipe.run(settings)
+        with doing(f"running {recipe.name}"):
+            artifact = recipe.run(settings)
         processes.finish()
     signals.resumable(False)
     if not processes.is_main():
@@ -343,7 +346,9 @@ def run(
     if settings.hub.push:
         from finetune_kit.hub import push_run
 
-        out.print(f"Pushed to {push_run(folder, settings)}", markup=False)
+        with doing(f"sending the run to {settings.hub.model_id}"):
+            address = push_run(folder, settings)
+        out.print(f"Pushed to {address}", markup=False)
 
 
 RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="A run's folder, or user/name of a pushed one.")]
@@ -405,7 +410,9 @@ def verify(
     """
     from finetune_kit.finished import open_run, verify_run
 
-    proof = verify_run(open_run(folder, []))
+    with doing("opening the run"):
+        run = open_run(folder, [])
+    proof = verify_run(run)
     if proof.difference is None:
         raise ResourceError(f"Nothing was proven: {proof.reason}.", "Free memory, or take a larger machine.")
     out.print(
@@ -464,7 +471,8 @@ def generate(
         from finetune_kit.training.progress import telling
 
         settings: dict[str, Any] = {"with_base": compare, "progress": telling("answering")}
-        total, there = answering.answer_prompt_file(asked, prompts, output, batch_size=batch_size or 32, **settings)
+        with doing("answering"):
+            total, there = answering.answer_prompt_file(asked, prompts, output, batch_size=batch_size or 32, **settings)
         kept = f", {there} of them from before" if there else ""
         out.print(f"{total} answers in {output}{kept}.", markup=False)
     elif prompt is None and sys.stdin.isatty():
@@ -546,7 +554,8 @@ def diff(
     """
     from finetune_kit.difference import difference, print_difference
 
-    found = difference(one, other)
+    with doing("reading both runs"):
+        found = difference(one, other)
     if json_:
         streams.write(as_json(found))
     else:
@@ -571,18 +580,22 @@ def push(
     from finetune_kit import hub
     from finetune_kit.finished import open_run
 
-    config = open_run(folder, [], recipe).config if (folder / "run.yaml").is_file() else None
-    pushed = hub.prepare(folder, repo_id, config, private=not public, revision=revision)
+    with doing(f"reading {folder}"):
+        config = open_run(folder, [], recipe).config if (folder / "run.yaml").is_file() else None
+        pushed = hub.prepare(folder, repo_id, config, private=not public, revision=revision)
     for line in pushed.lines():
         out.print(line, markup=False)
-    hub.check_access(repo_id, not public)
+    with doing("asking the Hub"):
+        hub.check_access(repo_id, not public)
     if not yes:
         if not sys.stdin.isatty():
             raise SettingsError("Nothing was sent: there is nobody here to ask.", f"Go on: {pushed.command()}")
         if not typer.confirm("Push these files?"):
             out.print("Nothing was sent.")
             return
-    out.print(f"Pushed to {hub.send(pushed, message)}", markup=False)
+    with doing(f"sending {len(pushed.files)} files to {repo_id}"):
+        address = hub.send(pushed, message)
+    out.print(f"Pushed to {address}", markup=False)
 
 
 @app.command()

@@ -36,6 +36,7 @@ from finetune_kit.names import near_path
 from finetune_kit.parsing import read_object
 from finetune_kit.rl.rewards import RewardConfig, load_rewards
 from finetune_kit.run_folder import is_unfinished
+from finetune_kit.terminal import doing
 from finetune_kit.training.progress import telling
 from finetune_kit.verify import PROBE, Proof, prove, release, sentence
 
@@ -236,14 +237,15 @@ def _compare_rewards(run: FinishedRun) -> Report:
     if run.is_adapter:
         model = load_saved(config.model, run.folder, *head)
         with model.disable_adapter():
-            before = measure_rewards(model, tokenizer, data, config.evaluate)
+            before = measure_rewards(model, tokenizer, data, config.evaluate, telling("before"))
     else:
         base = load_scorer(config.model, *head, trained_in_full=True)
-        before = measure_rewards(base, tokenizer, data, config.evaluate)
+        before = measure_rewards(base, tokenizer, data, config.evaluate, telling("before"))
         del base
         release()
         model = load_scorer(own_model(run), *head, trained_in_full=True)
-    return compare_rewards(before, measure_rewards(model, tokenizer, data, config.evaluate), data, config.evaluate)
+    after = measure_rewards(model, tokenizer, data, config.evaluate, telling("after"))
+    return compare_rewards(before, after, data, config.evaluate)
 
 
 def verify_run(run: FinishedRun) -> Proof:
@@ -259,7 +261,8 @@ def verify_run(run: FinishedRun) -> Proof:
     else:
         model = model_of(run) if run.is_adapter else load_base(own_model(run), trained_in_full=True)
     probe = list(general_rows(tokenizer)[0][0][:PROBE])
-    proof = prove(model, config.model, run.folder, probe)
+    with doing("a fresh process loads it, and must give the same outputs"):
+        proof = prove(model, config.model, run.folder, probe)
     path, card = run.folder / "report.json", run.folder / "README.md"
     results = read_object(path)
     told = {**results, **proof.to_json()}

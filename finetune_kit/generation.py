@@ -83,6 +83,8 @@ def generate(
     # Longest first: neighbours need little padding, and a batch that does not fit shows at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if progress is not None:
+        progress(0)
     with evaluation_mode(model), _only_our_settings(model), _seeded(model, seed):
         in_batches(batches, answer, "generation")
     return [completions[index] for index in range(len(prompts))]

@@ -108,7 +108,8 @@ def merge(
         release()
         named = str(dtype).removeprefix("torch.")
         try:
-            got = reload_logits(replace(run.config.model, revision=None), whole, probe, dtype, device)
+            with doing("a fresh process loads it, and must give the same outputs"):
+                got = reload_logits(replace(run.config.model, revision=None), whole, probe, dtype, device)
             proof = Proof(judged(expected, got, whole), expected.tolerance, named, str(device))
         except NotMade as error:
             proof = Proof(None, expected.tolerance, named, str(device), error.message)
@@ -194,7 +195,9 @@ def _best(run: FinishedRun, tokenizer: Any, candidate: str, size: int | None) ->
         model = None  # one candidate at a time
         release()
         model = candidate_of(run, name)
-        found[name] = {**divergence(model, rows, trained), **_scores(model, tokenizer, data, evaluate, name)}
+        with doing(f"comparing {name} with what was trained"):
+            apart = divergence(model, rows, trained)
+        found[name] = {**apart, **_scores(model, tokenizer, data, evaluate, name)}
     best = min(found, key=lambda name: found[name]["kl_per_token"])
     if model is None or name != best:
         model = None
@@ -215,7 +218,8 @@ def _reference(
     rows = choose_positions(supervised, model.config.get_text_config().vocab_size)
     if not rows:
         raise DataError("No held-out row has a supervised token, so there is nothing to measure the candidates on.")
-    trained, moved = _trained(model, rows)
+    with doing("measuring distributions of the next token"):
+        trained, moved = _trained(model, rows)
     return rows, source, trained, {"trained": _means(measured), "finetune_kl_per_token": moved}
 
 
@@ -245,9 +249,10 @@ def _trained(model: Any, rows: Positions) -> tuple[torch.Tensor, float]:
 def candidate_of(run: FinishedRun, name: str) -> PreTrainedModel:
     """One of CANDIDATES, as a plain model."""
     model = run.config.model
-    if name == "base":
-        return merged_in_place(load_adapted(replace(model, load_in_4bit=False), run.folder))
-    return merged_in_place(load_adapted(model, run.folder, load_dequantised(model)))
+    with doing(f"merging into {INTO[name]}"):
+        if name == "base":
+            return merged_in_place(load_adapted(replace(model, load_in_4bit=False), run.folder))
+        return merged_in_place(load_adapted(model, run.folder, load_dequantised(model)))
 
 
 def merged_in_place(adapted: Any) -> PreTrainedModel:

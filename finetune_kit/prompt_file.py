@@ -131,6 +131,8 @@ def append_answers(
     """
     done = set(done)
     output.parent.mkdir(parents=True, exist_ok=True)
+    if progress is not None:
+        progress(len(done))
     with output.open("ab") as file:
         for start in range(0, len(lines), batch_size):
             batch = lines[start : start + batch_size]

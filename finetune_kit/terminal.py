@@ -13,17 +13,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.errors import LiveError
 from rich.segment import Segment
 
 from finetune_kit import processes, streams
 from finetune_kit.streams import NO_ROOM as NO_ROOM
 
 FIRST = 1.0  # seconds of silence before a piece of work is named where there is no terminal
-GAP = 3.0  # seconds between two lines about it
+GAP = 3.0  # seconds between two lines about it, and between anything said and the next one
 
 # C0 but tab and line feed, as the pictures Unicode has of them; C1, line separators, and what turns the direction of
 # writing round (CVE-2021-42574) or is half a character, as the sign for what cannot be shown
@@ -48,6 +47,7 @@ class Console(streams.Voice):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """On a terminal prose wraps between words; a command stays in one piece, so that it can be copied."""
+        _work.heard = time.monotonic()
         text = objects[0] if len(objects) == 1 and isinstance(objects[0], str) else ""
         if self.is_terminal and text and "python -m " not in text:
             options.setdefault("soft_wrap", False)
@@ -82,22 +82,22 @@ def guard() -> None:
 
 
 class _Work:
-    """The pieces of work that are going on, the inner ones last; a thread names it while nothing else speaks.
-
-    On a terminal it is a line that moves and goes away; elsewhere a line after FIRST seconds, then every GAP.
-    """
+    """The pieces of work that are going on where there is no terminal, the inner ones last; a thread names the last one
+    in a line after FIRST seconds, then wherever nothing has been said for GAP."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.changed = threading.Condition()
         self.thread: threading.Thread | None = None
-        self.since = 0.0
-        self.said = 0
+        self.since = 0.0  # the innermost one has its name
+        self.began = 0.0  # it began, or went on
+        self.due = 0.0
+        self.heard = time.monotonic()  # anything was printed, or the program began
 
-    def begin(self, what: str) -> None:
+    def begin(self, what: str, after: float) -> None:
         with self.changed:
             self.names.append(what)
-            self._anew()
+            self._anew(after)
             if self.thread is None:
                 self.thread = threading.Thread(target=self._watch, daemon=True, name="progress")
                 self.thread.start()
@@ -105,15 +105,17 @@ class _Work:
     def end(self) -> None:
         with self.changed:
             self.names.pop()
-            self._anew()
+            self._anew(GAP)
 
     def move(self, what: str) -> None:
         with self.changed:
-            if self.names:
-                self.names[-1] = what
+            if self.names and self.names[-1] != what:
+                self.names[-1], self.since = what, time.monotonic()
 
-    def _anew(self) -> None:
-        self.since, self.said = time.monotonic(), 0
+    def _anew(self, after: float) -> None:
+        """Short pieces of work, one after the other, are no reason to be silent for longer than GAP."""
+        self.since = self.began = time.monotonic()
+        self.due = min(self.since + after, max(self.since, self.heard + GAP))
         self.changed.notify_all()
 
     def _watch(self) -> None:
@@ -123,38 +125,61 @@ class _Work:
                 if not self.names:
                     self.thread = None
                     return
-                due = self.since + FIRST + self.said * GAP
-                if (rest := due - time.monotonic()) > 0:
+                now = time.monotonic()
+                rest = max(self.due, self.heard + GAP if self.heard > self.began else 0.0) - now
+                if rest > 0:
                     self.changed.wait(rest)
                     continue
-                passed = f" ({time.monotonic() - self.since:.0f} s)" if self.said else ""
-                self.said += 1
+                passed = f" ({now - self.since:.0f} s)" if now - self.since >= GAP else ""
+                self.due, self.heard = now + GAP, now
                 with contextlib.suppress(ValueError, OSError):  # nobody listens any more
                     console.print(f"{self.names[-1]} …{passed}")
                 self.changed.wait(0.01)  # lets the work that waits for the lock end
 
 
 _work = _Work()
+_lines: list[Callable[[str], None]] = []  # what shows a new name of the innermost work on a terminal
 
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
     """Names a piece of work that may take longer than people like to look at nothing: "loading smollm2-135m"."""
+    if not console.is_terminal:
+        with _named(what, FIRST):
+            yield
+        return
+    with console.status(f"{escaped(what)} …") as status, shown_by(lambda now: status.update(f"{escaped(now)} …")):
+        yield
+
+
+@contextlib.contextmanager
+def shown_by(show: Callable[[str], None], what: str = "") -> Iterator[None]:
+    """The same of work that has a bar on a terminal, where `show` is given what `moved` says."""
+    if not console.is_terminal:
+        with _named(what, GAP):
+            yield
+        return
+    _lines.append(show)
+    try:
+        yield
+    finally:
+        _lines.remove(show)
+
+
+@contextlib.contextmanager
+def _named(what: str, after: float) -> Iterator[None]:
     if console.quiet:
         yield
-    elif console.is_terminal:
-        with contextlib.ExitStack() as shown:
-            with contextlib.suppress(LiveError):  # a bar is moving already
-                shown.enter_context(console.status(f"{escaped(what)} …"))
-            yield
-    else:
-        _work.begin(what)
-        try:
-            yield
-        finally:
-            _work.end()
+        return
+    _work.begin(what, after)
+    try:
+        yield
+    finally:
+        _work.end()
 
 
 def moved(what: str) -> None:
     """The innermost piece of work has another name now, such as with the rows done in it."""
+    if console.is_terminal and _lines:
+        _lines[-1](what)
     _work.move(what)

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from finetune_kit import terminal
 from finetune_kit.artifact import Artifact
 from finetune_kit.model.tiny import write_tiny_model
 from tests.fixtures_training import train, write_rows
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests are of a CPU wherever they run: a GPU is seen by those alone that are of one, with `-m gpu`."""
+    """Tests are of a CPU wherever they run: a GPU is seen by those alone that are of one, with `-m gpu`. What a command
+    says does not depend on how fast they run: nothing that takes long is named, but where a test asks for it."""
+    terminal.FIRST = terminal.GAP = 3600.0
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -172,7 +172,7 @@ def test_a_prompt_file_is_answered_as_one_by_one_and_resumed_where_it_was_cut(fu
     settings: dict[str, Any] = {"batch_size": 2, "with_base": True}
     counts = answer_prompt_file(full, prompts, output, **settings, progress=lambda *told_now: told.append(told_now))
     assert counts == (5, 0)
-    assert told == [("prompts", 2, 5), ("prompts", 4, 5), ("prompts", 5, 5)]
+    assert told == [("prompts", 0, 5), ("prompts", 2, 5), ("prompts", 4, 5), ("prompts", 5, 5)]
     content = output.read_bytes()
     for row, line in zip(rows, map(json.loads, content.splitlines()), strict=True):
         ids = prompt_ids(full, [{"role": "user", "content": row["prompt"]}])

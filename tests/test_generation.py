@@ -132,7 +132,7 @@ def test_text_is_the_decoded_ids_and_progress_counts_to_the_number_of_prompts():
     completions = generate(
         tiny_llama(), TOKENIZER, PROMPTS, max_new_tokens=5, end_token_ids=[], batch_size=3, progress=told.append
     )
-    assert told == [3, 6, 7]
+    assert told == [0, 3, 6, 7]
     assert [c.text for c in completions] == [TOKENIZER.decode(c.ids, skip_special_tokens=True) for c in completions]
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -96,8 +97,33 @@ def test_work_that_takes_long_is_named_and_named_again_without_a_terminal(monkey
     monkeypatch.setattr(terminal.console, "print", print_)
     with doing("loading"), doing("reading rows"):
         assert twice.wait(20)
-    assert said[0] in ("loading …", "reading rows …")
+    assert said[0].startswith(("loading …", "reading rows …"))
     assert any(line.startswith("reading rows …") for line in said)
+
+
+def test_work_that_moves_is_named_by_how_far_it_is_and_not_while_something_else_speaks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    named = threading.Event()
+
+    def print_(text: str) -> None:
+        said.append(text)
+        named.set()
+
+    with doing("answering"):
+        terminal.moved("answers, 8 of 32")
+        terminal._work.heard = time.monotonic() + 3600  # a line of somebody else's
+        monkeypatch.setattr(terminal, "GAP", 0.0)
+        monkeypatch.setattr(terminal.console, "print", print_)
+        with terminal._work.changed:
+            terminal._work._anew(0.0)
+        assert not named.wait(0.3)
+        with terminal._work.changed:
+            terminal._work.heard = 0.0
+            terminal._work._anew(0.0)
+        assert named.wait(20)
+    assert all(line.startswith("answers, 8 of 32 …") for line in said)
 
 
 def test_short_work_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from finetune_kit.evaluation.loss import general_losses, row_losses
 from finetune_kit.evaluation.metrics import BUILT_IN, choose_metrics, score_rows
 from finetune_kit.generation import Completion, generate
 from finetune_kit.model.load import positions_of
-from finetune_kit.terminal import console
+from finetune_kit.terminal import console, doing, moved
 
 if TYPE_CHECKING:
     import torch
@@ -112,10 +113,26 @@ def measure(
     that is no number, with its row), ResourceError (memory, or a metric's package).
     """
     started = time.perf_counter()
+    with doing("measuring") if progress else contextlib.nullcontext():
+        measurement = _measured(model, tokenizer, data, config, progress, distributions, judge)
+    measurement.seconds = time.perf_counter() - started
+    return measurement
+
+
+def _measured(
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    config: EvaluateConfig,
+    progress: Progress | None,
+    distributions: bool,
+    judge: Judge | None,
+) -> Measurement:
     measurement = Measurement()
     if data.kind != "text" and config.size > 0 and (_asked(data) or not data.held_out_records):
         metrics = choose_metrics(config.metrics, data, config.hub_metrics)  # before the work: it may refuse
         _answer(measurement, model, tokenizer, data, config, progress)
+        moved("scoring the answers")
         measurement.metrics = processes.from_main(lambda: _scores(measurement, metrics, data, config, judge))
     elif config.metrics or config.hub_metrics or config.reward_model:
         reason = "plain text has no answers to score" if data.kind == "text" else "evaluate.size is 0"
@@ -123,8 +140,8 @@ def measure(
         raise SettingsError(f"evaluate: scoring answers ({named}) has no effect: {reason}.", "Leave it out.")
     _losses(measurement, model, tokenizer, data, config, progress)
     if measurement.rejected_nll and distributions:
+        moved("measuring distributions of the next token")
         _distributions(measurement, model, data)
-    measurement.seconds = time.perf_counter() - started
     return measurement
 
 
@@ -259,6 +276,7 @@ def _losses(
         if sum(measurement.tokens) == 0:
             raise DataError("No held-out row has a supervised token, so there is no loss to measure.")
     if config.general_text:
+        moved("measuring the loss of the general text")
         measurement.general_nll, measurement.general_tokens = general_losses(model, tokenizer, config.batch_size)
 
 

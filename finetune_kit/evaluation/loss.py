@@ -91,6 +91,8 @@ def _losses(
         in_batches(_plan(model, rows, positions, batch_size, mine), score, "scoring held-out rows")
         return [kept[index] for index in mine]
 
+    if progress is not None:
+        progress(0)
     with evaluation_mode(model):
         return processes.spread(len(rows), share, processes.is_sharded(model))
 

@@ -22,6 +22,7 @@ from finetune_kit.evaluation.compare import Progress, Report
 from finetune_kit.evaluation.intervals import ALIKE, SHARE, agreeing_interval, entry
 from finetune_kit.generation import evaluation_mode
 from finetune_kit.model.reward import score_batch, score_rows
+from finetune_kit.terminal import doing
 
 CHECKED = 32  # pairs that are scored again, turned round and without their end tokens
 BINS = 10  # of the reliability plot, between a win probability of 0.5 and 1
@@ -77,7 +78,8 @@ def measure_rewards(
         if progress is None
         else lambda done: progress("held-out answers", min(done * processes.count(), len(flat)), len(flat))
     )
-    scores = _scores(model, flat, config.batch_size, told)
+    with doing("scoring held-out answers"):
+        scores = _scores(model, flat, config.batch_size, told)
     for index, number in enumerate(scores):
         if not math.isfinite(number):
             raise NumericsError(
@@ -87,13 +89,14 @@ def measure_rewards(
     measured.chosen, measured.rejected = scores[0::2], scores[1::2]
     measured.lengths = [(len(chosen) - prompt, len(rejected) - prompt) for chosen, rejected, prompt, _ in pairs]
     checked = pairs[:CHECKED]
-    with evaluation_mode(model):
-        for chosen, rejected, _, _ in checked:
-            there, back = score_batch(model, [chosen, rejected]), score_batch(model, [rejected, chosen])
-            measured.turned.append((*there, *reversed(back)))  # type: ignore[arg-type]  # four of them
-    endless = score_rows(
-        model, [ids[:-1] for chosen, rejected, _, _ in checked for ids in (chosen, rejected)], config.batch_size
-    )
+    with doing("scoring some again, turned round and without their ends"):
+        with evaluation_mode(model):
+            for chosen, rejected, _, _ in checked:
+                there, back = score_batch(model, [chosen, rejected]), score_batch(model, [rejected, chosen])
+                measured.turned.append((*there, *reversed(back)))  # type: ignore[arg-type]  # four of them
+        endless = score_rows(
+            model, [ids[:-1] for chosen, rejected, _, _ in checked for ids in (chosen, rejected)], config.batch_size
+        )
     measured.endless = list(zip(endless[0::2], endless[1::2], strict=True))
     measured.seconds = time.perf_counter() - started
     return measured

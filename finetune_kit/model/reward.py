@@ -166,6 +166,8 @@ def score_rows(
 
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if progress is not None:
+        progress(0)
     with evaluation_mode(model):
         in_batches(batches, score, "scoring")
     return [found[index] for index in range(len(rows))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import NumericsError, SettingsError
 from finetune_kit.rl.rewards import Part, Rewards, checked
+from finetune_kit.terminal import doing
 from finetune_kit.training.progress import console, hooks
 
 TRAINED_ROW = "trained_row"  # a key of a prompt's turns
@@ -112,7 +114,9 @@ def sample_here(policy: Any) -> None:
         wanted = more.get("generation_config")
         streams = "streamer" in more or "custom_generate" in more
         ours = {} if wanted is None or streams else decoding.through_graphs(policy, wanted)
-        return plain(*given, **more, **ours)
+        # not in evaluation, which says itself how far it is
+        with doing("sampling completions") if policy.training else contextlib.nullcontext():
+            return plain(*given, **more, **ours)
 
     policy.generate = generate
 

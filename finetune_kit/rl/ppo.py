@@ -33,6 +33,7 @@ from finetune_kit.rl.settings import PPOSettings, check_prompts, check_settings
 from finetune_kit.rl.value import NAME, build_value, value_parameters
 from finetune_kit.rl.watch import CAUSES, collapse
 from finetune_kit.run_folder import is_unfinished, read_identity
+from finetune_kit.terminal import doing
 from finetune_kit.training import checkpoint, room, stopping
 from finetune_kit.training.guard import CAUSES as NOT_FINITE
 from finetune_kit.training.guard import MOST_IN_A_ROW, said_rows
@@ -107,7 +108,8 @@ class PPOTrainer:
             policy.gradient_checkpointing_enable()
         self.padded_because = "train.padding_free=false"
         if config.train.padding_free:
-            self.padded_because = packed.enable(policy, self.prompts)
+            with doing("proving that packed rows give what padded ones do"):
+                self.padded_because = packed.enable(policy, self.prompts)
         train, every = config.train, self.trained.values()
         self.optimizer = torch.optim.AdamW(every, train.learning_rate, eps=1e-5, weight_decay=train.weight_decay)
         epochs = math.ceil(train.num_train_epochs * len(self.prompts) / config.batch_size)
@@ -115,7 +117,7 @@ class PPOTrainer:
         warmup = train.warmup_steps if train.warmup_steps >= 1 else train.warmup_steps * self.updates
         self.scheduler = get_scheduler(train.lr_scheduler_type, self.optimizer, math.ceil(warmup), self.updates)
         self.record = Record(Path(config.train.output_dir or ""))
-        self.step = 0
+        self.step = self.making = 0  # the last update, and the one that is being made
         self.kl_coef = config.kl_coef
         self.constant = 0  # updates in a row in which all scores were alike
         self.varied = False  # whether they ever were not
@@ -151,16 +153,19 @@ class PPOTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         self._go_on()
         if self.is_main:
-            self.record.on_train_begin(None, SimpleNamespace(max_steps=self.updates), None)
             self._announce()
         room.check_start(self.model, train, folder)
         if train.save_steps:
-            processes.from_main(lambda: room.rehearse_save(self.model, folder))
-        self.states = 2 * [self.snapshot()]
+            with doing("trying to save"):
+                processes.from_main(lambda: room.rehearse_save(self.model, folder))
+        if self.is_main:
+            self.record.on_train_begin(None, SimpleNamespace(global_step=self.step, max_steps=self.updates), None)
         try:
+            self.states = 2 * [self.snapshot()]
             with stopping.finishing_steps():
                 if self.step < self.updates:
-                    self._fitting(self._try_longest)
+                    with doing("trying the longest rows"):
+                        self._fitting(self._try_longest)
                 while self.step < self.updates and self.constant < self.config.max_constant_updates:
                     try:
                         line = self._fitting(self.update)
@@ -265,7 +270,7 @@ class PPOTrainer:
 
     def update(self) -> dict[str, float]:
         """One update of the policy and the value; returns what it was like, by the field's names."""
-        started = time.perf_counter()
+        started, self.making = time.perf_counter(), self.step + 1
         orders = [self._order(epoch) for epoch in range(self.config.num_ppo_epochs)]
         rollout, line = self._roll_out(orders[0])
         scored = time.perf_counter()
@@ -282,6 +287,9 @@ class PPOTrainer:
         line["time/scoring"] = (scored - started) / whole - line["time/generation"] / whole
         line["time/generation"] /= whole
         line["time/training"] = (ended - scored) / whole
+        tokens = sum(map(len, rollout.prompts)) + sum(map(len, rollout.completions))
+        made = int(self._total(torch.tensor(tokens, device=rollout.mask.device)))
+        line["tokens"], line["tokens_per_second"] = self.record.last_tokens + made, round(made / whole, 1)
         return {"step": self.step, "epoch": self.step * self.config.batch_size / len(self.prompts), **line}
 
     def _roll_out(self, order: list[list[list[int]]]) -> tuple[Rollout, dict[str, float]]:
@@ -292,6 +300,7 @@ class PPOTrainer:
         config, started = self.config, time.perf_counter()
         chosen = self._next_prompts()
         prompts = [self.prompts[row] for row in chosen]
+        self._now("sampling", 0, len(prompts))
         with self.accelerator.autocast():  # the policy is what it is trained as
             sampled = self.sample(
                 self.model,
@@ -301,8 +310,10 @@ class PPOTrainer:
                 temperature=config.temperature,
                 seed=self._seed("sampling"),
                 batch_size=config.evaluate.batch_size,
+                progress=lambda done: self._now("sampling", done, len(prompts)),
             )
         generation = time.perf_counter() - started
+        self._now("scoring", 0, len(prompts))
         scores, parts = self._score(chosen, sampled)
         completions = [completion.ids for completion in sampled]
         width = max(map(len, completions))
@@ -311,7 +322,9 @@ class PPOTrainer:
         rollout = Rollout(chosen, prompts, completions, mask, *(blank.clone() for _ in range(4)))
         ref_logprobs, entropy = blank.clone(), blank.clone()
         with torch.no_grad():
-            for rows in [micro for mini in order for micro in mini]:
+            micros = [micro for mini in order for micro in mini]
+            for at, rows in enumerate(micros):
+                self._now("values and log-probabilities", at, len(micros))
                 laid = rollout.rows(rows)
                 with self.accelerator.autocast():
                     seen = look(self.model, laid, config.temperature, self.value, entropy=True)
@@ -375,7 +388,9 @@ class PPOTrainer:
         sums: dict[str, float] = {}
         steps = 0
         stopped = False
-        for mini in (mini for order in orders for mini in order):
+        minis = [mini for order in orders for mini in order]
+        for at, mini in enumerate(minis):
+            self._now("training", at, len(minis))
             tokens = self._total(torch.stack([rollout.mask[rows].sum() for rows in mini]).sum())
             figures = torch.zeros(6, device=rollout.mask.device)
             for rows in mini:
@@ -401,6 +416,11 @@ class PPOTrainer:
         line = {name: number / steps for name, number in sums.items()}
         line |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
         return {**line, "policy/steps": steps, "policy/stopped_early": float(stopped)}
+
+    def _now(self, what: str, done: int, total: int) -> None:
+        """Say, where an update takes long, what of it is done."""
+        if self.is_main:
+            self.record.now(self.making, self.updates, f"{what}, {done} of {total}")
 
     def _loss(self, rollout: Rollout, rows: list[int]) -> tuple[Tensor, list[Tensor]]:
         """The loss summed over the tokens of some rows, and its parts for the log, summed likewise."""
@@ -539,6 +559,7 @@ class PPOTrainer:
             self.record.say(f"note: padded batches: {self.padded_because}")
 
     def _log(self, line: dict[str, float]) -> None:
+        self.record.last_tokens = line["tokens"]
         if not self.is_main:
             return
         if self.step == 1 or self.step == self.updates or self.step % self.config.train.logging_steps == 0:
@@ -558,7 +579,9 @@ class PPOTrainer:
             if self.is_main:
                 write_checkpoint(self.record.path.parent, snapshot, self._facts())
 
-        if self.disk.write(self.model, self.accelerator, write) and self.is_main:
+        with self.record.beside(f"saving checkpoint-{snapshot.numbers['step']}"):
+            written = self.disk.write(self.model, self.accelerator, write)
+        if written and self.is_main:
             checkpoint.rotate(self.record.path.parent, self.config.train.save_total_limit)
 
     def _leave(self, good: Snapshot) -> str:

@@ -6,7 +6,7 @@ from token ids: the pad token may end turns inside a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -53,11 +53,13 @@ def sample(
     temperature: float,
     seed: int,
     batch_size: int,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Sampled]:
     """One completion for each prompt, drawn from softmax(logits / temperature) and nothing else, in their order.
 
     Longest prompts first, `batch_size` at a time, with a KV cache; what all prompts of a batch begin with goes through
-    the model once, and rows that have ended leave the batch where its cache lets them. A function of weights, prompts,
+    the model once, and rows that have ended leave the batch where its cache lets them. `progress` is told how many are
+    done. A function of weights, prompts,
     seed and batch_size (and of the way that decoding.py takes on a GPU); torch's random state is left alone. `generate`
     would keep ended rows until the last one is done, and drop the end token, an action of the policy like any other.
     """
@@ -68,6 +70,8 @@ def sample(
         chosen = [prompts[row] for row in rows]
         completions = _sample_batch(policy, chosen, max_new_tokens, end_token_ids, temperature, generator)
         found.update(zip(rows, completions, strict=True))
+        if progress is not None:
+            progress(len(found))
 
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     with evaluation_mode(policy):

@@ -64,8 +64,9 @@ def sampler(
         temperature: float,
         seed: int,
         batch_size: int,
+        progress: Callable[[int], None] | None = None,
     ) -> list[Sampled]:
-        """See rollout.sample; vLLM batches by itself, so batch_size has no part in it."""
+        """See rollout.sample; vLLM batches by itself, so batch_size and progress have no part in it."""
         settings = [
             SamplingParams(
                 temperature=temperature,

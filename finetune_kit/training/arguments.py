@@ -23,6 +23,7 @@ from finetune_kit.model import packed
 from finetune_kit.model.adapters import covered, is_adapter, parameter_counts
 from finetune_kit.model.load import computes_in_bfloat16, device
 from finetune_kit.model.proof import PROOF_ROWS
+from finetune_kit.terminal import doing
 from finetune_kit.training.batches import check_batches, check_loader, micro_batch
 from finetune_kit.training.checkpoint import begin
 from finetune_kit.training.compiling import COMPILED_HERE, compile_where_it_pays
@@ -89,12 +90,13 @@ def build(
     text = policy.config.get_text_config()
     routers = getattr(text, "output_router_logits", None)
     try:
-        trainer = trainer_class(
-            model=policy,
-            args=trainer_config,
-            train_dataset=placeholder(data.kind, scratch) if tokenises else rows,
-            **{"processing_class": tokenizer, **(parts or {})},
-        )
+        with doing("making the trainer"):
+            trainer = trainer_class(
+                model=policy,
+                args=trainer_config,
+                train_dataset=placeholder(data.kind, scratch) if tokenises else rows,
+                **{"processing_class": tokenizer, **(parts or {})},
+            )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise SettingsError(f"{trainer_class.__name__} refuses these settings: {error}") from None
     if routers is not None:
@@ -123,7 +125,9 @@ def build(
 
     planned = steps(config, data, processes.count())
     passes = planned["steps"] * planned.get("passes_in_a_step", 1)
-    if said := compile_where_it_pays(policy, config.train, first_rows(config, data), passes):
+    with doing("compiling layers where it pays"):
+        said = compile_where_it_pays(policy, config.train, first_rows(config, data), passes)
+    if said:
         console.print(f"note: {said}")
     plan_in_collator(trainer)
     return trainer
@@ -159,7 +163,8 @@ def padded_because(config: RecipeConfig, policy: Any, data: Data) -> str:
     if config.train.neftune_noise_alpha:
         return "NEFTune scales its noise by the padded length"
     # trainers that sample may ask their head for a temperature, or for the entropy's gradient
-    return packed.enable(policy, first_rows(config, data), data.kind != "prompt")
+    with doing("proving that packed rows give what padded ones do"):
+        return packed.enable(policy, first_rows(config, data), data.kind != "prompt")
 
 
 def first_rows(config: RecipeConfig, data: Data) -> list[list[int]]:

@@ -16,6 +16,7 @@ from finetune_kit.model.load import public_name
 from finetune_kit.model.precision import plain_forward
 from finetune_kit.parsing import read_object
 from finetune_kit.run_folder import read_identity
+from finetune_kit.terminal import doing
 from finetune_kit.training import checkpoint, room, stopping
 from finetune_kit.training.batches import lay_out
 from finetune_kit.training.longest import trying_longest
@@ -61,7 +62,8 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
     start = kept.find()
     room.check_start(trainer.model, train, folder)
     if (train.save_steps or train.eval_steps) and not processes.is_sharded(trainer.model):
-        processes.from_main(lambda: room.rehearse_save(trainer.model, folder))
+        with doing("trying to save"):
+            processes.from_main(lambda: room.rehearse_save(trainer.model, folder))
     random = torch.get_rng_state()
     try:
         while not kept.trained:

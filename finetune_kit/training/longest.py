@@ -7,6 +7,7 @@ import copy
 from typing import Any
 
 from finetune_kit import processes
+from finetune_kit.terminal import doing
 from finetune_kit.training.batches import Passes, token_lengths
 from finetune_kit.training.memory import optimizer_state
 from finetune_kit.training.progress import hooks
@@ -24,7 +25,8 @@ def trying_longest(trainer: Any) -> Any:
 
     def on_train_begin(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not hasattr(args, "num_generations") and not processes.sharding():
-            try_rows(trainer, longest_rows(trainer))
+            with doing("trying the longest rows"):
+                try_rows(trainer, longest_rows(trainer))
 
     return hooks(on_train_begin=on_train_begin)
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from finetune_kit import processes
 from finetune_kit.system import peak_memory, write_whole
-from finetune_kit.terminal import GAP, NO_ROOM, console, doing
+from finetune_kit.terminal import GAP, NO_ROOM, console, doing, moved, shown_by
 
 __all__ = ["NO_ROOM", "Record", "console", "hooks", "peak_memory_gib", "telling"]
 MOST_LINES = 20  # about one piece of work, where there is no terminal
@@ -43,9 +43,10 @@ def telling(when: str) -> Callable[[str, int, int], None]:
                 console.print(f"{when}: {what}, {total} rows")
                 tasks[what], began, last = None, now, now
             gap = max(GAP, (now - began) / max(done, 1) * total / MOST_LINES)
-            if now - last >= gap and done < total:
+            if now - last >= gap and 0 < done < total:
                 console.print(f"{when}: {what}, {done} of {total}")
                 last = now
+            moved(f"{when}: {what}, {done} of {total}")
             return
         if what not in tasks:
             bar.start()
@@ -72,6 +73,7 @@ class Record:
         self.last_tokens = 0.0
         self.idle = 0.0  # seconds since the last line that went into measuring and saving
         self.said_at = 0.0
+        self.work = contextlib.ExitStack()  # names the step, while nothing else does
         self.behind = False  # metrics.jsonl lacks lines that the disk had no room for
 
     def state(self) -> dict[str, Any]:
@@ -93,9 +95,12 @@ class Record:
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last_time = self.said_at = time.perf_counter()
         self.started, self.idle = self.last_time - self.seconds, 0.0
+        self.close()  # of an attempt that memory was too small for
+        self.work.enter_context(shown_by(self._show, f"step {state.global_step + 1}/{state.max_steps}"))
         if not console.is_terminal:
             return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
+        times = (TimeElapsedColumn(), TimeRemainingColumn(compact=True))
+        columns = (BarColumn(12), MofNCompleteColumn(), *times, TextColumn("{task.fields[said]}"))
         self.bar = Progress(TextColumn("training"), *columns, console=console)
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, said="")
@@ -105,12 +110,26 @@ class Record:
             control.should_log = True  # the curve ends where the training does
         if self.bar:
             self.bar.update(self.task, completed=state.global_step)
-        if self.bar or control is None:
+        if control is None:
+            return
+        self.now(state.global_step + 1, state.max_steps)
+        if self.bar:
             return
         now = time.perf_counter()
         gap = max(GAP, (now - self.started) / max(state.global_step, 1) * state.max_steps / 100)
         if now - self.said_at >= gap and not control.should_log:
             self.say(f"step {state.global_step}/{state.max_steps}")
+
+    def now(self, step: int, steps: int, what: str = "") -> None:
+        """The step that is being made, and what of it: "step 3/32", "sampling, 8 of 32"."""
+        if self.bar and what:
+            moved(what)
+        elif not self.bar:
+            moved(f"step {min(step, steps)}/{steps}{': ' if what else ''}{what}")
+
+    def _show(self, what: str) -> None:
+        if self.bar:
+            self.bar.update(self.task, said=what)
 
     @contextlib.contextmanager
     def beside(self, what: str) -> Iterator[None]:
@@ -155,6 +174,7 @@ class Record:
             self.behind = True
 
     def close(self) -> None:
+        self.work.close()
         if self.behind:
             with contextlib.suppress(OSError):
                 self._write_all()

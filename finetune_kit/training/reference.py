@@ -18,6 +18,7 @@ from finetune_kit.generation import evaluation_mode
 from finetune_kit.model.adapters import is_adapter
 from finetune_kit.model.embedded import cache_folder
 from finetune_kit.model.load import base_record, computes_in_bfloat16, load_base, weights_stamp
+from finetune_kit.terminal import doing
 from finetune_kit.training.progress import console, telling
 
 COLUMNS = {"chosen": "ref_chosen_logps", "rejected": "ref_rejected_logps"}
@@ -83,7 +84,8 @@ def set_reference(trainer: Any, config: Any, data: Data) -> None:
             found = _log_probs(trainer.model, config, data)
         for side, column in COLUMNS.items():
             trainer.train_dataset = trainer.train_dataset.add_column(column, found[side].tolist())
-    _prove(trainer, config)
+    with doing("proving that the reference is the policy's start"):
+        _prove(trainer, config)
 
 
 def _prove(trainer: Any, config: Any) -> None:
@@ -143,13 +145,14 @@ def _compute(policy: Any, config: RecipeConfig, data: Data) -> dict[str, Any]:
     where = [data.train_records[index].where for index in data.train["row"]]
     rows = [sample[side] for sample in samples for side in COLUMNS]
     told = telling("reference")
-    nll, _ = row_losses(
-        policy,
-        rows,
-        [name for name in where for _ in COLUMNS],
-        config.evaluate.batch_size,
-        lambda done: told("log-probabilities", done, len(rows)),
-    )
+    with doing("computing the reference"):
+        nll, _ = row_losses(
+            policy,
+            rows,
+            [name for name in where for _ in COLUMNS],
+            config.evaluate.batch_size,
+            lambda done: told("log-probabilities", done, len(rows)),
+        )
     return {side: -torch.tensor(nll[start :: len(COLUMNS)]) for start, side in enumerate(COLUMNS)}
 
 
