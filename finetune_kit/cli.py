@@ -305,8 +305,6 @@ def run(
         from finetune_kit.run_folder import claim, is_unfinished, same_finished
         from finetune_kit.training.start import check_start
 
-    with doing("starting"):
-        processes.from_main(lambda: check_start(settings))
     keys = [word.strip() for word in (allow_changed or "").split(",") if word.strip()]
     settings.allow_changed = tuple(full_key(settings, key, "--allow-changed") for key in keys)
     folder = claim(settings)
@@ -315,6 +313,8 @@ def run(
 
         with doing("asking the Hub"):
             processes.from_main(lambda: check_access(settings.hub.model_id or "", settings.hub.private))
+    with doing("starting"):
+        processes.from_main(lambda: check_start(settings))
     what = f"{recipe.name} of {settings.model.name_or_path} on {settings.data.path}, into {folder}"
     out.print(what, style="bold", markup=False)
     if (twin := same_finished(settings, folder)) is not None:

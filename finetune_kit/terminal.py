@@ -22,6 +22,7 @@ from finetune_kit import processes, streams
 from finetune_kit.streams import NO_ROOM as NO_ROOM
 
 FIRST = 1.0  # seconds of silence before a piece of work is named where there is no terminal
+PROGRESS = "progress"  # the thread that says so
 GAP = 3.0  # seconds between two lines about it, and between anything said and the next one
 
 # C0 but tab and line feed, as the pictures Unicode has of them; C1, line separators, and what turns the direction of
@@ -99,7 +100,7 @@ class _Work:
             self.names.append(what)
             self._anew(after)
             if self.thread is None:
-                self.thread = threading.Thread(target=self._watch, daemon=True, name="progress")
+                self.thread = threading.Thread(target=self._watch, daemon=True, name=PROGRESS)
                 self.thread.start()
 
     def end(self) -> None:

@@ -478,7 +478,7 @@ def test_a_link_a_fifo_or_a_folder_in_a_file_s_place_ends_with_code_6_and_does_n
 @pytest.mark.parametrize(
     ("name", "content", "texts"),
     [
-        ("config.json", "{", ["model/config.json cannot be read as JSON: Expecting property name"]),
+        ("config.json", "{", ["model/config.json:1 cannot be read as JSON: broken JSON: Expecting property name"]),
         ("config.json", "[1]", ["model/config.json: expected a JSON object, found list."]),
         ("tokenizer.json", "{}", ["model.name_or_path=model cannot be loaded: KeyError"]),
         ("model.safetensors", "x" * 100, ["model/model.safetensors is broken or cut off"]),

@@ -10,6 +10,7 @@ import pytest
 from finetune_kit import errors
 from finetune_kit import recipe as recipes
 from finetune_kit.config import leaves, resolve
+from finetune_kit.errors import SecurityError
 from tests.fixtures_cli import Said, cli, python
 from tests.fixtures_training import write_rows
 
@@ -168,7 +169,7 @@ def test_check_counts_shows_plans_measures_when_asked_and_leaves_nothing(
     words = ("check", "lora_sft", "model.name_or_path=tiny", "data.path=rows.jsonl", *FAST)
     said = cli(*words)
     assert said.code == 0, said.err
-    for text in ("37", "⟦", "<|im_end|>⟧", "sample length in tokens", "2 of 4 rows", "q_proj: 2", "activations"):
+    for text in ("37", "⟦", "<|im_end|>⟧", "sample length in tokens", "2 of 4 rows", "q_proj (2)", "activations"):
         assert text in said.out
     said = cli(*words, "--json", "--measure")
     assert said.code == 0, said.err
@@ -228,10 +229,14 @@ def test_a_run_leaves_what_the_design_promises(run: Run) -> None:
     assert {"name", "before", "after", "difference", "interval", "n", "verdict"} <= set(report["metrics"][0])
 
 
+OWN = ("--recipe", "settings/mine.py")  # the run's recipe is the user's own: no folder names code, who starts it does
+
+
 def test_run_yaml_says_where_each_value_came_from_and_resolves_to_the_same_again(there: Run) -> None:
-    recipe = recipes.load("runs/mine/run.yaml")
-    assert recipe.word == str(there.home / "settings" / "mine.py")
-    again = resolve(recipe.config_class, recipe.word, recipe.settings)
+    with pytest.raises(SecurityError, match=r"names the recipe .*settings/mine\.py, which would be run as code"):
+        recipes.load("runs/mine/run.yaml")
+    recipe = recipes.load("settings/mine.py")
+    again = resolve(recipe.config_class, recipe.word, Path("runs/mine/run.yaml"))
     first = resolve(recipe.config_class, recipe.word, Path("settings/mine.yaml"), FAST)
     first.train.output_dir = "runs/mine"
     assert {leaf.key: leaf.value for leaf in leaves(again)} == {leaf.key: leaf.value for leaf in leaves(first)}
@@ -242,7 +247,7 @@ def test_run_yaml_says_where_each_value_came_from_and_resolves_to_the_same_again
 
 
 def test_the_same_run_again_goes_beside_it_and_require_improved_ends_with_4_where_it_is_not(there: Run) -> None:
-    said = cli("run", "runs/mine/run.yaml", "learning_rate=0", "--require", "improved")
+    said = cli("run", "settings/mine.py", "--config", "runs/mine/run.yaml", "learning_rate=0", "--require", "improved")
     assert said.code == 4, said.err
     assert "into runs/mine-2" in said.out
     error = said.err[said.err.index("error: ") :]
@@ -252,7 +257,7 @@ def test_the_same_run_again_goes_beside_it_and_require_improved_ends_with_4_wher
 
 
 def test_evaluate_gives_the_numbers_of_the_report_again(there: Run) -> None:
-    said = cli("evaluate", "runs/mine", "--json")
+    said = cli("evaluate", "runs/mine", *OWN, "--json")
     assert said.code == 0, said.err
     again, report = json.loads(said.out), json.loads((there.folder / "report.json").read_text())
     assert [line["name"] for line in again["metrics"]] == [line["name"] for line in report["metrics"]]
@@ -263,16 +268,16 @@ def test_evaluate_gives_the_numbers_of_the_report_again(there: Run) -> None:
 
 def test_evaluate_takes_other_rows_and_refuses_what_cannot_act(there: Run) -> None:
     write_rows(there.home / "other.jsonl", [{"prompt": f"{n} =", "completion": str(n)} for n in range(5)])
-    said = cli("evaluate", "runs/mine", "data.path=other.jsonl", "--json")
+    said = cli("evaluate", "runs/mine", *OWN, "data.path=other.jsonl", "--json")
     assert said.code == 0, said.err
     assert {line["n"] for line in json.loads(said.out)["metrics"] if line["name"] == "held_out_loss"} == {5}
-    assert "held-out loss" in cli("evaluate", "runs/mine", "data.path=other.jsonl").out
-    said = cli("evaluate", "runs/mine", "learning_rate=1")
+    assert "held-out loss" in cli("evaluate", "runs/mine", *OWN, "data.path=other.jsonl").out
+    said = cli("evaluate", "runs/mine", *OWN, "learning_rate=1")
     assert (said.code, "has no effect on a finished run" in said.err) == (2, True)
     assert cli("evaluate", "runs").code == 2
 
 
 def test_generate_answers_a_prompt(there: Run) -> None:
-    said = cli("generate", "runs/mine", "1 + 1 =", "--max-new-tokens", "3")
+    said = cli("generate", "runs/mine", *OWN, "1 + 1 =", "--max-new-tokens", "3")
     assert said.code == 0, said.err
     assert said.out.strip() or "cut off after 3 tokens" in said.err

@@ -195,7 +195,7 @@ def test_a_finished_run_of_the_same_settings_is_found_and_one_of_others_is_not(
     config = settled()
     folder = Path("runs/lora_sft")
     folder.mkdir(parents=True)
-    (folder / "identity.json").write_text(json.dumps({"settings": settings_of(config)}))
+    (folder / "identity.json").write_text(json.dumps({"settings": settings_of(config), "versions": {}}))
     assert same_finished(config, Path("runs/lora_sft-2")) is None  # it has not finished
     (folder / "report.json").write_text("{}")
     assert same_finished(config, Path("runs/lora_sft-2")) == folder

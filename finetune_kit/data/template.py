@@ -20,6 +20,7 @@ from typing import Any
 from finetune_kit.data.records import THOUGHTS, Message
 from finetune_kit.errors import DataError, SecurityError
 from finetune_kit.system import resource
+from finetune_kit.terminal import PROGRESS
 
 Note = Callable[[str], None]
 
@@ -134,9 +135,11 @@ def _within(seconds: float) -> Iterator[None]:
 
 
 def _alone() -> bool:
-    """Whether this process has one thread of Python, and no GPU that reserves addresses."""
+    """Whether this process has one thread of Python, but for the one that says what goes on, and no GPU that reserves
+    addresses."""
     torch = sys.modules.get("torch")
-    return threading.active_count() == 1 and not (torch is not None and torch.cuda.is_initialized())
+    others = [thread for thread in threading.enumerate() if thread.name != PROGRESS]
+    return len(others) == 1 and not (torch is not None and torch.cuda.is_initialized())
 
 
 def _more_memory(size: int) -> tuple[int, int] | None:

@@ -32,6 +32,7 @@ def scored(values, nll=None, tokens=None, ended=True):
         tokens=tokens or [5] * n,
         where=[f"x:{row}" for row in range(n)],
         prompts=["p"] * n,
+        conversations=["p"] * n,
         references=["r"] * n,
         completions=[Completion([1], "answer", ended)] * n,
     )

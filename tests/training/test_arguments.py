@@ -86,7 +86,9 @@ class TestExtra:
         words = ("lr_scheduler_type=cosine_with_min_lr", "train.extra.lr_scheduler_kwargs={min_lr: 1e-4}")
         run = fit_only("lora_sft", home, *words, "learning_rate=1e-3", "max_steps=4")
         assert run.history[0]["learning_rate"] == 1e-3
-        assert run.trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(1e-4)
+        rates = [line["learning_rate"] for line in run.history]
+        assert rates == sorted(rates, reverse=True)
+        assert 1e-4 < rates[-1] < 3e-4  # by cosine alone the fourth of 4 steps has 1.5e-4 of 1e-3; it ends at 1e-4
 
     @pytest.mark.parametrize(
         ("word", "said"),

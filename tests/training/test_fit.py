@@ -317,6 +317,7 @@ class TestIntervals:
             (4, True),
             (4, False),
             (5, True),
+            (5, False),  # the last step has its line, whatever logging_steps says
         ]
         assert lines(run) == run.history
 
