@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from finetune_kit import finished
 from finetune_kit import recipe as recipes
 from finetune_kit.artifact import Artifact
 from finetune_kit.config import ModelConfig
-from finetune_kit.errors import SecurityError, Stopped
+from finetune_kit.errors import Stopped
 from finetune_kit.finished import compare_run, open_run
 from finetune_kit.generation import evaluation_mode
 from finetune_kit.merge import merge
@@ -119,7 +120,7 @@ def test_a_run_is_proven_and_measured_again_with_its_reports_numbers(name: str, 
     assert results["reload"]["dtype"] == ("bfloat16" if adapter else "float32")
     steps = [json.loads(line)["step"] for line in (artifact.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps[:2] == [1, 2]
-    again = compare_run(open_run(artifact.folder, []))
+    again = compare_run(open_run(artifact.folder, named_by_the_user(artifact.folder)))
     assert [entry["name"] for entry in again.metrics] == [entry["name"] for entry in artifact.report.metrics]
     for was, now in zip(artifact.report.metrics, again.metrics, strict=True):
         assert (now["before"], now["after"]) == pytest.approx((was["before"], was["after"]), rel=1e-3, abs=1e-3)
@@ -142,23 +143,34 @@ def test_a_judge_is_asked_again_and_one_that_is_gone_is_said(run: Any, house: Pa
     artifact = run("grpo")
     assert artifact.report.metrics[0]["name"] == "reward"
     path, away = house / "reward.py", house / "away.py"
+    words = named_by_the_user(artifact.folder)
     path.rename(away)
     try:
-        again = compare_run(open_run(artifact.folder, []))
+        again = compare_run(open_run(artifact.folder, words))
     finally:
         away.rename(path)
     assert "reward" not in [entry["name"] for entry in again.metrics]
     assert "without the rewards that the run was trained for" in caplog.text
 
 
-def test_a_reward_in_the_runs_own_folder_is_not_run(run: Any, tmp_path: Path) -> None:
+def named_by_the_user(folder: Path) -> list[str]:
+    """A run's reward as whoever evaluates it has to name it: run.yaml alone runs no function."""
+    reward = yaml.safe_load((folder / "run.yaml").read_text()).get("reward")
+    return [f"reward.sources=[{','.join(reward['sources'])}]"] if reward else []
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_reward_that_run_yaml_alone_names_is_not_run_wherever_it_lies(
+    run: Any, tmp_path: Path, inside: bool, caplog: Any
+) -> None:
     folder = Path(shutil.copytree(run("grpo").folder, tmp_path / "theirs"))
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n{REWARD}")
+    evil = (folder if inside else tmp_path) / "evil.py"
+    evil.write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n{REWARD}")
     text = (folder / "run.yaml").read_text()
     named = next(word for word in text.split() if word.endswith("reward.py:score"))
-    (folder / "run.yaml").write_text(text.replace(named, f"{folder / 'evil.py'}:score"))
-    with pytest.raises(SecurityError, match="would be run as code"):
-        compare_run(open_run(folder, []))
+    (folder / "run.yaml").write_text(text.replace(named, f"{evil}:score"))
+    compare_run(open_run(folder, []))
+    assert "which run.yaml names, not you" in caplog.text
     assert not (tmp_path / "marker").exists()
 
 
