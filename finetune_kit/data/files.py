@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import itertools
 import json
@@ -104,10 +103,14 @@ def read_jsonl(path: Path, bad: Bad = refuse) -> Numbered:
 
 def _refuse_list(path: Path, first: str) -> None:
     """Raises DataError where a file named .jsonl begins like a list of rows: a row is an object, never a list."""
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
         begun = json.loads(first)
         if not any(isinstance(row, dict) for row in begun):
             return  # a whole line that is a list of other things: a broken row
+    except RecursionError:
+        return  # told by whoever reads the row
+    except ValueError:
+        pass  # the list goes on in the next line
     name = path.with_suffix(".json").name
     raise DataError(f"{path}:1: one JSON list, not an object a line.", f"Name it {name}: mv {path.name} {name}")
 
