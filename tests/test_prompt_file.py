@@ -171,7 +171,7 @@ def test_a_prompt_is_a_string_or_messages_whose_last_answer_is_not_fed_and_blank
             '{"messages": [{"role": "bard", "content": "a"}]}',
             r"prompts\.jsonl:2: message 1 has the unknown role 'bard'",
         ),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', r"prompts\.jsonl:2: the prompt is empty"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', r"prompts\.jsonl:2: an empty prompt"),
         ('{"prompt": "a", "tools": [{}]}', r"prompts\.jsonl:2: a tool has no name"),
         ('{"prompt": "a", "completion": "b"}', r"prompts\.jsonl:2: the field `completion` is one that the answers"),
         ('{"prompt": "\\ud800"}', r"prompts\.jsonl:2: half of a surrogate pair"),
