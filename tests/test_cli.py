@@ -241,7 +241,7 @@ def test_run_yaml_says_where_each_value_came_from_and_resolves_to_the_same_again
     first.train.output_dir = "runs/mine"
     assert {leaf.key: leaf.value for leaf in leaves(again)} == {leaf.key: leaf.value for leaf in leaves(first)}
     text = (there.folder / "run.yaml").read_text()
-    assert "train.learning_rate: settings/mine.yaml:7" in text
+    assert "train.learning_rate: settings/mine.yaml:6" in text
     assert "train.max_steps: command line" in text
     assert "transformers: " in text
 
