@@ -387,17 +387,19 @@ def reload_logits(
         }
         # the base was loaded a moment ago, so that the cache has it
         alone = {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)}
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", RELOAD, json.dumps(given)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**alone, "HF_HUB_OFFLINE": "1"},
-        )
-        if done.returncode:
-            raise _failure(done.returncode, done.stderr, folder)
+        code, said = in_a_fresh_process(RELOAD, json.dumps(given), {**alone, "HF_HUB_OFFLINE": "1"})
+        if code:
+            raise _failure(code, said, folder)
         logits: torch.Tensor = load_file(f"{path}.out")["logits"]
     return logits
+
+
+def in_a_fresh_process(program: str, argument: str, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and standard error of a Python of its own that runs `program` with one argument."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program, argument], capture_output=True, text=True, check=False, env=environment
+    )
+    return done.returncode, done.stderr
 
 
 def packages() -> list[str]:

@@ -1,14 +1,17 @@
 """Folders that several test files start from."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from finetune_kit import terminal
+from finetune_kit import terminal, verify
 from finetune_kit.artifact import Artifact
 from finetune_kit.model.tiny import write_tiny_model
 from tests.fixtures_training import train, write_rows
+from tests.warm import FRESH, Warm
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -17,6 +20,19 @@ def pytest_configure(config: pytest.Config) -> None:
     terminal.FIRST = terminal.GAP = 3600.0
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def branches() -> Iterator[None]:
+    """Proofs of runs inside the test process branch off one Python; `python -m finetune_kit` starts a fresh one."""
+    if sys.platform != "linux":
+        yield
+        return
+    warm = Warm()
+    verify.in_a_fresh_process = warm
+    yield
+    verify.in_a_fresh_process = FRESH
+    warm.close()
 
 
 @pytest.fixture(scope="session")

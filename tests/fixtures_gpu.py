@@ -3,7 +3,6 @@ in bfloat16, trained ones in float32."""
 
 import contextlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,15 +24,14 @@ def bfloat16_gpu() -> Iterator[None]:
 def reloading_here(seen: list[dict[str, Any]]) -> Iterator[None]:
     """The fresh process's own program runs in this one, which takes a tenth of its time; `seen`: what it was given."""
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command[:2] == [sys.executable, "-I"]
-        seen.append(json.loads(command[-1]))
-        argv, path = mock.patch.object(sys, "argv", ["-c", command[-1]]), mock.patch.object(sys, "path", [*sys.path])
+    def run(program: str, argument: str, _: dict[str, str]) -> tuple[int, str]:
+        seen.append(json.loads(argument))
+        argv, path = mock.patch.object(sys, "argv", ["-c", argument]), mock.patch.object(sys, "path", [*sys.path])
         with argv, path, mock.patch.dict(sys.modules):
-            exec(compile(command[-2], "reload", "exec"), {"__name__": "__main__"})  # our own text
-        return subprocess.CompletedProcess(command, 0, "", "")
+            exec(compile(program, "reload", "exec"), {"__name__": "__main__"})  # our own text
+        return 0, ""
 
-    with mock.patch.object(verify.subprocess, "run", run):
+    with mock.patch.object(verify, "in_a_fresh_process", run):
         yield
 
 

@@ -140,6 +140,8 @@ def test_folders_that_are_no_adapter_of_this_base_are_refused(
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "adapter_config.json").write_text("{}")
+    refused(pickled, SettingsError, "peft_type is None; expected one of PEFT's")
+    (pickled / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     refused(pickled, SettingsError, r"holds no adapter_model\.safetensors")
     (pickled / "adapter_model.bin").write_bytes(b"")
     refused(pickled, SecurityError, "as a pickle")

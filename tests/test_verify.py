@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from finetune_kit.verify import NotMade, Outputs, check_files, judged, outputs, 
 from tests.fixtures_cli import python
 from tests.fixtures_gpu import reloading_here
 from tests.fixtures_training import Trained, fit_only
+from tests.warm import FRESH
 
 PROBE = list(range(5, 45))
 KINDS: dict[str, dict[str, Any]] = {
@@ -156,9 +156,9 @@ class TestChild:
         self, trained: Trained, lora_run: Artifact, tmp_path: Path, monkeypatch: Any, capsys: Any
     ) -> None:
         monkeypatch.setattr(trained.config.train, "output_dir", str(tmp_path))
-        done = subprocess.CompletedProcess([], 1, "", "torch.OutOfMemoryError: CUDA out of memory.")
+        done = (1, "torch.OutOfMemoryError: CUDA out of memory.")
         with monkeypatch.context() as patch:
-            patch.setattr(verify.subprocess, "run", lambda *_, **__: done)
+            patch.setattr(verify, "in_a_fresh_process", lambda *_: done)
             save(trained.model, trained.tokenizer, trained.config, trained.data, lora_run.report, [])
         results = json.loads((tmp_path / "report.json").read_text())
         assert results["reload_max_logit_difference"] is None
@@ -233,6 +233,7 @@ class TestChild:
     ) -> None:
         (tmp_path / "peft.py").write_text("raise ImportError('found on PYTHONPATH')")
         monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+        monkeypatch.setattr(verify, "in_a_fresh_process", FRESH)
         run = open_run(lora_run.folder, [])
         base = str(run.config.model.name_or_path)
         with pytest.raises(NotMade, match=r"lacks a package .*found on PYTHONPATH"):

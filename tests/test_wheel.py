@@ -48,7 +48,7 @@ def test_the_wheel_holds_one_package_with_recipes_and_data_inside(wheel: Path) -
     assert sources <= names
     assert "finetune_kit/evaluation/general_text.txt" in names
     scripts = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "finetune-kit = finetune_kit.cli:main" in zipfile.ZipFile(wheel).read(scripts).decode()
+    assert "finetune-kit = finetune_kit.__main__:main" in zipfile.ZipFile(wheel).read(scripts).decode()
 
 
 def test_every_package_of_the_sources_is_named_in_pyproject(wheel: Path) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 from finetune_kit.data.records import THOUGHTS, Message
 from finetune_kit.errors import DataError, SecurityError
 from finetune_kit.system import resource
-from finetune_kit.terminal import PROGRESS
 
 Note = Callable[[str], None]
 
@@ -107,9 +106,9 @@ def _refused(what: str) -> SecurityError:
 def _within(seconds: float) -> Iterator[None]:
     """Ends what runs inside with SecurityError after so many seconds of computing, or 1 GiB of memory.
 
-    Time is kept in the main thread alone, where signals arrive. The limit of memory is one of the whole process: it is
-    kept on Linux where nothing else of it can run into it, which is while rows are read, before other threads are
-    started or a GPU is in use. What a template makes of those rows it makes again later.
+    Time is kept in the main thread alone, where signals arrive. The limit of memory is one of the whole process, on
+    Linux. It is not kept once a GPU is in use, which reserves addresses by the hundred GiB; rows are read before that,
+    and what a template makes of those rows it makes again later.
     """
 
     import jinja2.sandbox  # noqa: F401  # that it is loaded on the way to the first rendering is not the template's fault
@@ -119,7 +118,7 @@ def _within(seconds: float) -> Iterator[None]:
 
     timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGVTALRM, late) if timed else None
-    room = _more_memory(MOST_BYTES) if timed and _alone() else None
+    room = _more_memory(MOST_BYTES) if timed and not _on_gpu() else None
     try:
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
@@ -134,12 +133,9 @@ def _within(seconds: float) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_AS, room)
 
 
-def _alone() -> bool:
-    """Whether this process has one thread of Python, but for the one that says what goes on, and no GPU that reserves
-    addresses."""
+def _on_gpu() -> bool:
     torch = sys.modules.get("torch")
-    others = [thread for thread in threading.enumerate() if thread.name != PROGRESS]
-    return len(others) == 1 and not (torch is not None and torch.cuda.is_initialized())
+    return torch is not None and torch.cuda.is_initialized()
 
 
 def _more_memory(size: int) -> tuple[int, int] | None:

@@ -34,6 +34,7 @@ def a_report(text=EVIL, n=20):
             general_nll=[9.0] * 35,
             general_tokens=[3] * 35,
             where=[f"held.jsonl:{row}" for row in range(n)],
+            conversations=[text] * n,
             prompts=[text] * n,
             references=["expected " + text] * n,
             completions=[Completion([1], f"answer {score} {text}", score > 0)] * n,

@@ -30,7 +30,15 @@ from tests.fixtures_cli import ROOT
 from tests.fixtures_training import largest_file, limit_files
 from tests.rl.fixtures import ROWS, lower, parts, settings, trainer, weights, write_home
 
-TIMES = {"seconds", "peak_memory_gib", "time/update", "time/generation", "time/scoring", "time/training"}
+TIMES = {
+    "seconds",
+    "peak_memory_gib",
+    "tokens_per_second",
+    "time/update",
+    "time/generation",
+    "time/scoring",
+    "time/training",
+}
 LEARN = ("max_steps=12", "batch_size=64", "per_device_train_batch_size=64", "kl_coef=0.01")
 
 
