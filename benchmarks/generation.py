@@ -63,7 +63,7 @@ def main() -> None:
 def beside_transformers(shape: str, count: int, width: int, new: int) -> None:
     """Tokens a second of ours and of transformers' own generate, in turns on the same prompts."""
     import torch
-    from gpu import SHAPES, card
+    from gpu_trl import SHAPES, card
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from finetune_kit.config import ModelConfig

@@ -299,7 +299,11 @@ def card_jobs(home: Path, toy: bool, results: Results, data: Path | None) -> lis
     return [
         Job("card", "versions and the best torch.mm", child("card", kind), 60, last_json),
         Job(
-            "card", "models and rows", child("prepare", str(home), "tiny" if toy else "135M", kind, str(data or "")), 90
+            "card",
+            "models and rows",
+            child("prepare", str(home), "tiny" if toy else "135M", kind, str(data or "")),
+            90,
+            last_json,
         ),
     ]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from finetune_kit import processes
 from finetune_kit.ancestry import start_from_run
 from finetune_kit.config import RecipeConfig, check, check_code, recipe_of_yaml
 from finetune_kit.errors import ResourceError, SecurityError, SettingsError
@@ -63,7 +64,7 @@ class Recipe:
         check_code(config)
         config.check_itself()
         start_from_run(config)
-        if not is_claimed(config):
+        if not processes.from_main(lambda: is_claimed(config)):  # which alone holds the folder
             claim(config)
         try:
             return self.module.run(config)

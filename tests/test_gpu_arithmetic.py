@@ -3,7 +3,7 @@
 import gc
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ MERGED = [
     "qlora_sft",
     *(f"{n} 4-bit" for n in ("dpo", "kto", "orpo", "ppo", "grpo")),
 ]
+# one of each recipe, and each kind of weights; make test-long has them all
+SHORT = (*(name for name in RUNS if " " not in name), "lora_sft with a whole head", "reward_model 4-bit", "ppo 4-bit")
 SEEN: list[dict[str, Any]] = []
 
 
@@ -112,7 +114,11 @@ def run(house: Path) -> Any:
     return make
 
 
-@pytest.mark.parametrize("name", RUNS)
+def short_first(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in SHORT else pytest.mark.long) for name in names]
+
+
+@pytest.mark.parametrize("name", short_first(RUNS))
 def test_a_run_is_proven_and_measured_again_with_its_reports_numbers(name: str, run: Any) -> None:
     artifact = run(name)
     results, adapter = report(artifact.folder), (artifact.folder / "adapter_config.json").is_file()
@@ -126,7 +132,7 @@ def test_a_run_is_proven_and_measured_again_with_its_reports_numbers(name: str, 
         assert (now["before"], now["after"]) == pytest.approx((was["before"], was["after"]), rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("name", short_first(MERGED))
 def test_an_adapter_is_merged_and_the_merged_model_proven(name: str, run: Any, tmp_path: Path) -> None:
     results = merge(run(name).folder, tmp_path / "out").results
     assert results["reload_max_logit_difference"] == 0

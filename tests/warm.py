@@ -28,6 +28,7 @@ for line in sys.stdin:
             os.dup2(said, stream)
         os.environ.clear()
         os.environ.update(given["environment"])
+        os.chdir(given["cwd"])
         sys.argv = ["-c", given["argument"]]
         code = 0
         try:
@@ -49,9 +50,13 @@ class Warm:
 
     def __init__(self) -> None:
         self.server: subprocess.Popen[str] | None = None
+        self.hub: dict[str, str] = {}
 
     def __call__(self, program: str, argument: str, environment: dict[str, str]) -> tuple[int, str]:
+        # what huggingface_hub reads when it is imported
+        hub = {name: value for name, value in environment.items() if name.startswith("HF_")}
         if self.server is None:
+            self.hub = hub
             self.server = subprocess.Popen(
                 [sys.executable, "-I", "-c", SERVER],
                 stdin=subprocess.PIPE,
@@ -59,10 +64,18 @@ class Warm:
                 text=True,
                 env=environment,
             )
+        if hub != self.hub:
+            return FRESH(program, argument, environment)
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         with tempfile.NamedTemporaryFile() as said:
-            given = {"program": program, "argument": argument, "environment": environment, "said": said.name}
+            given = {
+                "program": program,
+                "argument": argument,
+                "environment": environment,
+                "cwd": str(Path.cwd()),
+                "said": said.name,
+            }
             self.server.stdin.write(json.dumps(given) + "\n")
             self.server.stdin.flush()
             code = int(self.server.stdout.readline())

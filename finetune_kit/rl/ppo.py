@@ -643,7 +643,9 @@ class PPOTrainer:
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint folder of this very run."""
-        self.restore(read_checkpoint(folder))
+        snapshot = read_checkpoint(folder)
+        self.restore(snapshot)
+        self.record.last_tokens = snapshot.record.get("tokens", 0.0)
 
     def _put_value_aside(self, folder: Path) -> None:
         """The value into value.safetensors, its adapter out of the policy: what is left is what is served."""

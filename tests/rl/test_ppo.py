@@ -58,7 +58,7 @@ def without_times(line: dict[str, float]) -> dict[str, float]:
     return {name: number for name, number in line.items() if name not in TIMES}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 @pytest.mark.parametrize(
     "words",
     [

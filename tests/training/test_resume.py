@@ -43,7 +43,7 @@ RECIPES = {
     "grpo": ("prompts", (*SAMPLED, "num_iterations=2")),
     "rloo": ("prompts", SAMPLED),
 }
-BESIDE = ("orpo", "grpo", "rloo")  # all of their cuts are tested by make test-long
+BESIDE = ("full_sft", "qlora_sft", "reward_model", "kto", "orpo", "grpo", "rloo")  # make test-long tests all their cuts
 CUTS = {"inside a line of the log": 4, "epoch border": 5, "mid-epoch": 8, "last step": 12}
 # at the end of an epoch TRL's ORPO averages some lines of its log over other rows where the epoch was resumed
 ORPO_LOG = {
