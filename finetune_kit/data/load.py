@@ -38,11 +38,11 @@ from finetune_kit.data.formats import (
     layouts_of,
     rename,
 )
-from finetune_kit.data.ledger import Ledger, fingerprint_of
+from finetune_kit.data.ledger import REPEATED, Ledger, fingerprint_of
 from finetune_kit.data.messages import check_media, in_turn, turns_in
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
 from finetune_kit.data.spelling import opened, spelling
-from finetune_kit.data.split import FEWEST, drop_overlap, held_out_count, mix, sample, split_off
+from finetune_kit.data.split import FEWEST, drop_overlap, drop_repeated, held_out_count, labels, mix, sample, split_off
 from finetune_kit.data.template import prepare_tokenizer
 from finetune_kit.data.tokenise import Tokens, labelled, mark_contradictions, pairs, prompts, supervised
 from finetune_kit.errors import DataError, ResourceError, SettingsError
@@ -127,6 +127,7 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
     _prepare(config, tokenizer, [*train, *held_out], ledger)
     ledger.train.rows += len(train)  # beside those that could not be read
     ledger.held_out.rows += len(held_out)
+    held_out = drop_repeated(held_out, ledger)
     train = drop_overlap(train, held_out, ledger)
     build = BUILDERS[kind]
     trained = build(train, "train", config, tokenizer, ledger)
@@ -137,7 +138,7 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
             f"data.path={_shown(config)}: no training row is left.", "See data.max_lost and the rows themselves."
         )
     _check_known(tokenizer, trained, config)
-    _warn(config, kind, trained, ledger)
+    _warn(config, kind, trained, measured, ledger)
     ends = end_token_ids(tokenizer, config.chat_template_kwargs)
     return Data(
         kind=kind,
@@ -186,9 +187,9 @@ def _check_known(tokenizer: Any, tokens: Tokens, config: DataConfig) -> None:
         )
 
 
-def _warn(config: DataConfig, kind: str, trained: Tokens, ledger: Ledger) -> None:
+def _warn(config: DataConfig, kind: str, trained: Tokens, held_out: Tokens, ledger: Ledger) -> None:
     """Note what is no mistake and yet will disappoint. Raises DataError for disliked answers alone."""
-    counts, measured = ledger.train, ledger.held_out.rows
+    counts, measured = ledger.train, ledger.held_out.rows - ledger.held_out.dropped[REPEATED]
     if kind == "prompt_completion" and counts.truncated > 0.05 * counts.rows:
         ledger.note(
             f"{counts.truncated} of {counts.rows} training rows are longer than data.max_length={config.max_length} "
@@ -227,6 +228,18 @@ def _warn(config: DataConfig, kind: str, trained: Tokens, ledger: Ledger) -> Non
         ledger.note(
             f"all {len(trained.records)} training rows are liked: KTO learns from both. Add disliked answers, or take "
             "run lora_sft, which learns from good answers alone"
+        )
+    if kind == "labelled_completion" and labels(held_out.records) == {False}:
+        raise DataError(
+            f"All {len(held_out.records)} held-out rows are disliked (label false): that liked answers become likelier "
+            "could not be measured.",
+            "Hold out liked ones, too: data.held_out_path=FILE, or more rows: data.held_out_size=…",
+        )
+    if kind == "labelled_completion" and (has := labels(held_out.records)) and labels(trained.records) - has:
+        lacks = "disliked" if has == {True} else "liked"
+        ledger.note(
+            f"no {lacks} row is held out: what training does to such answers is not measured; "
+            "see data.held_out_size and data.held_out_path"
         )
     if 0 < measured < FEWEST:
         ledger.note(
