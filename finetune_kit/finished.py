@@ -30,6 +30,7 @@ from finetune_kit.evaluation.rewards import compare_rewards, measure_rewards
 from finetune_kit.floors import check_floors
 from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.adapters import as_started, detach
+from finetune_kit.model.folder import check_files
 from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer
 from finetune_kit.names import near_path
@@ -76,6 +77,8 @@ def open_run(folder: Path, words: list[str], recipe: str | None = None) -> Finis
     Raises SettingsError where the folder is no finished run, SecurityError where its run.yaml alone names a file.
     """
     check_floors()
+    if folder.is_dir():
+        check_files(folder)
     if not (folder / "run.yaml").is_file():
         raise SettingsError(
             f"{folder} is no run's folder: it has no run.yaml.",

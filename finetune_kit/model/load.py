@@ -440,9 +440,20 @@ def check_base(model: ModelConfig, folder: Path) -> None:
 
     if not (folder / BASE_RECORD).is_file():
         return
-    then, now = read_object(folder / BASE_RECORD), base_record(model)
-    # through this transformers' own class, so that a default which a release adds is on both sides
-    known = _architecture(AutoConfig.for_model(**then["config"]))
+    path = folder / BASE_RECORD
+    then = read_object(path)
+    try:
+        # through this transformers' own class, so that a default which a release adds is on both sides
+        known = _architecture(AutoConfig.for_model(**then["config"]))
+        if not {"name", "revision", "weights"} <= then.keys():
+            raise KeyError("name, revision or weights")
+    except Exception as error:  # what such a class makes of settings that are none has no one class
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise SettingsError(
+            f"{path} does not say which base the adapter belongs to: {what}.",
+            "Get the folder again; without base.json the adapter is tried on the base that you name.",
+        ) from None
+    now = base_record(model)
     keys = [key for key in sorted(known.keys() | now["config"]) if known.get(key) != now["config"].get(key)]
     differing = [f"{key} {known.get(key)} → {now['config'].get(key)}" for key in keys[:3]]
     if not keys and None not in (then["weights"], now["weights"]) and then["weights"] != now["weights"]:
