@@ -61,7 +61,10 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
         data |= {f"{split} {name}": counts.get(name) for name in ("rows", "truncated", "tokens", "supervised_tokens")}
         data[f"{split} dropped"] = sum(counts.get("dropped", {}).values()) if counts else None
     metrics = _json(folder / "report.json").get("metrics", [])
-    results = {metric["name"]: {"before": metric["before"], "after": metric["after"]} for metric in metrics}
+    try:
+        results = {metric["name"]: {"before": metric["before"], "after": metric["after"]} for metric in metrics}
+    except (TypeError, KeyError):
+        raise SettingsError(f"{folder / 'report.json'} is no run's report: its metrics are not whole.") from None
     return {
         "settings": {name: value for name, value in settings.items() if name not in PLACES},
         "origins": origins,

@@ -273,7 +273,11 @@ def verify_run(run: FinishedRun) -> Proof:
     beside.write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
     beside.replace(path)
     if card.is_file() and "reload" in results:
-        text = card.read_text(encoding="utf-8").replace(sentence(results), sentence(told))
+        try:
+            was = sentence(results)
+        except (TypeError, KeyError, ValueError):
+            raise SettingsError(f"{path} is no run's report: what it says of a proof is not whole.") from None
+        text = card.read_text(encoding="utf-8").replace(was, sentence(told))
         card.write_text(text, encoding="utf-8")
     return proof
 

@@ -116,6 +116,13 @@ def test_a_link_out_of_a_run_s_folder_is_not_sent_read_or_written_by_any_command
             act()
 
 
+def test_a_stranger_s_report_without_metrics_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("recipe: kto\n")
+    (tmp_path / "report.json").write_text('{"metrics": [1], "verdict": 3}')
+    with pytest.raises(SettingsError, match=r"report\.json is no run's report"):
+        difference(tmp_path, tmp_path)
+
+
 @pytest.mark.parametrize(
     "record",
     [

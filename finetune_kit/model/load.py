@@ -20,7 +20,7 @@ from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.embedded import HUB_ID, embedded_folder
 from finetune_kit.model.embedded import LICENSE as EMBEDDED_LICENSE
 from finetune_kit.model.embedded import NAME as EMBEDDED
-from finetune_kit.model.folder import check_files, check_model
+from finetune_kit.model.folder import check_files, check_model, check_weights
 from finetune_kit.names import near_path
 from finetune_kit.network import hub_reachable
 from finetune_kit.parsing import read_object
@@ -317,6 +317,7 @@ def _saved_vocabulary(base: PreTrainedModel, folder: Path) -> int | None:
 
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     names = {f"base_model.model.{name}.weight" for name, module in base.named_modules() if module in ends}
+    check_weights(folder / "adapter_model.safetensors")
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         found = names.intersection(file.keys())
         return int(file.get_slice(found.pop()).get_shape()[0]) if found else None
