@@ -18,6 +18,7 @@ from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.finished import FinishedRun, check_writes, model_of, own_model, tokenizer_of
 from finetune_kit.generation import Completion, generate
 from finetune_kit.model.load import load_base, load_model_config
+from finetune_kit.parsing import read_object
 from finetune_kit.prompt_file import Line, answered, append_answers, read_prompts
 from finetune_kit.terminal import doing
 
@@ -125,10 +126,11 @@ def prepare(run: FinishedRun, decoding: Decoding, system: str | None = None) -> 
 
 def _end_token_ids(run: FinishedRun, tokenizer: Any) -> list[int]:
     """What the run saved as the ends of its answers: those of the template, and any its training rows had besides."""
-    from transformers import GenerationConfig
-
-    saved = GenerationConfig.from_pretrained(run.folder).eos_token_id
-    ids = [saved] if isinstance(saved, int) else saved or []
+    path = run.folder / "generation_config.json"
+    saved = read_object(path).get("eos_token_id")  # the others have no say here, whatever they are
+    ids = saved if isinstance(saved, list) else [saved] if saved is not None else []
+    if not all(isinstance(number, int) for number in ids):
+        raise SettingsError(f"{path}: eos_token_id is {saved!r}; expected token numbers.", "Get the file again.")
     return list(dict.fromkeys([*ids, *end_token_ids(tokenizer, run.config.data.chat_template_kwargs)]))
 
 

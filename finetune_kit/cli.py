@@ -221,27 +221,27 @@ def check(
     """
     if on not in (None, "cuda", "cpu", "mps"):
         raise SettingsError(f"--device {on}: expected cuda, cpu or mps.")
-    recipe, settings = _read(word, config, words)
-    check_code(settings)
     with doing("starting"):
+        recipe, settings = _read(word, config, words)
+        check_code(settings)
         _import_heavy()
-    from finetune_kit.data.load import load_data
-    from finetune_kit.data.preview import preview_json, print_preview
-    from finetune_kit.model.load import device, planning_for
-    from finetune_kit.training import budget
-    from finetune_kit.training.plan import command_on_devices, does_not_fit, plan, print_plan, print_ways_on_devices
-    from finetune_kit.training.plan import tokenizer_to_count_with as count_with
-    from finetune_kit.training.start import check_start
+        from finetune_kit.data.load import load_data
+        from finetune_kit.data.preview import preview_json, print_preview
+        from finetune_kit.model.load import device, planning_for
+        from finetune_kit.training import budget
+        from finetune_kit.training.plan import command_on_devices, does_not_fit, plan, print_plan, print_ways_on_devices
+        from finetune_kit.training.plan import tokenizer_to_count_with as count_with
+        from finetune_kit.training.start import check_start
 
-    here = device().type
-    check_start(settings, elsewhere=on not in (None, here))
+        here = device().type
+        check_start(settings, elsewhere=on not in (None, here))
     room = budget.read_size(memory) if memory is not None else None
     if measure and on not in (None, here):
         raise SettingsError(f"--measure trains two steps here, on {here}, not on {on}.", "Leave one of them out.")
     tokenizer, assumed = count_with(settings.model, weights=measure)
     given = (config or recipe.settings, words or [])
     ways: list[budget.Way] = []
-    with planning_for(on):
+    with planning_for(on), doing("planning"):
         data = load_data(settings.data, settings.kind, tokenizer, seed=settings.train.seed)
         planned = {**plan(settings, data, devices), "assumed": assumed}
         if devices > 1:
@@ -251,12 +251,13 @@ def check(
             ways = budget.ways(recipe, settings, given, data, sum(planned["memory_bytes"].values()), room)
             planned["memory_room"], planned["ways"] = room, [vars(way) for way in ways]
     if on is None and here == "cpu" and ways and not ways[0].fits:
-        with planning_for("cuda"):
+        with planning_for("cuda"), doing("planning"):
             planned["on_cuda"] = sum(plan(settings, data)["memory_bytes"].values())
     if measure:
         from finetune_kit.training.trial import measure_step
 
-        planned["measured"] = measure_step(recipe, settings)
+        with doing("training two steps"):
+            planned["measured"] = measure_step(recipe, settings)
     if json_:
         streams.write(as_json({**preview_json(data, tokenizer), "plan": planned}))
     else:

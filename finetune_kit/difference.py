@@ -9,6 +9,7 @@ from rich.table import Table
 
 from finetune_kit import values
 from finetune_kit.errors import SettingsError
+from finetune_kit.model.folder import check_files
 from finetune_kit.parsing import read_object
 from finetune_kit.terminal import Console
 
@@ -41,6 +42,8 @@ def difference(one: Path, other: Path) -> dict[str, Any]:
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / "run.yaml"
+    if folder.is_dir():
+        check_files(folder)
     if not path.is_file():
         raise SettingsError(
             f"{folder} is no run's folder: it has no run.yaml.", "A run is made by: python -m finetune_kit run RECIPE"
@@ -58,7 +61,10 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
         data |= {f"{split} {name}": counts.get(name) for name in ("rows", "truncated", "tokens", "supervised_tokens")}
         data[f"{split} dropped"] = sum(counts.get("dropped", {}).values()) if counts else None
     metrics = _json(folder / "report.json").get("metrics", [])
-    results = {metric["name"]: {"before": metric["before"], "after": metric["after"]} for metric in metrics}
+    try:
+        results = {metric["name"]: {"before": metric["before"], "after": metric["after"]} for metric in metrics}
+    except (TypeError, KeyError):
+        raise SettingsError(f"{folder / 'report.json'} is no run's report: its metrics are not whole.") from None
     return {
         "settings": {name: value for name, value in settings.items() if name not in PLACES},
         "origins": origins,

@@ -30,6 +30,7 @@ from finetune_kit.evaluation.rewards import compare_rewards, measure_rewards
 from finetune_kit.floors import check_floors
 from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.adapters import as_started, detach
+from finetune_kit.model.folder import check_files
 from finetune_kit.model.load import check_base, load_adapted, load_base, load_tokenizer, public_name
 from finetune_kit.model.reward import is_classifier, load_saved, load_scorer
 from finetune_kit.names import near_path
@@ -76,6 +77,8 @@ def open_run(folder: Path, words: list[str], recipe: str | None = None) -> Finis
     Raises SettingsError where the folder is no finished run, SecurityError where its run.yaml alone names a file.
     """
     check_floors()
+    if folder.is_dir():
+        check_files(folder)
     if not (folder / "run.yaml").is_file():
         raise SettingsError(
             f"{folder} is no run's folder: it has no run.yaml.",
@@ -270,7 +273,11 @@ def verify_run(run: FinishedRun) -> Proof:
     beside.write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
     beside.replace(path)
     if card.is_file() and "reload" in results:
-        text = card.read_text(encoding="utf-8").replace(sentence(results), sentence(told))
+        try:
+            was = sentence(results)
+        except (TypeError, KeyError, ValueError):
+            raise SettingsError(f"{path} is no run's report: what it says of a proof is not whole.") from None
+        text = card.read_text(encoding="utf-8").replace(was, sentence(told))
         card.write_text(text, encoding="utf-8")
     return proof
 

@@ -24,6 +24,7 @@ from finetune_kit.artifact import is_here, without_paths
 from finetune_kit.config import HubConfig, RecipeConfig, is_hub_name, leaves, to_yaml
 from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
 from finetune_kit.evaluation.intervals import spread_of
+from finetune_kit.model.folder import check_files
 from finetune_kit.model.load import hub_name
 from finetune_kit.network import hub_reachable
 from finetune_kit.parsing import read_object
@@ -89,6 +90,7 @@ def prepare(
         raise SettingsError(f"{repo_id} is no repository of the Hub: expected user/name.")
     if not folder.is_dir():
         raise SettingsError(f"{folder}: no such folder.", "A run is made by: python -m finetune_kit run RECIPE")
+    check_files(folder)  # a link in a folder that others made would send a file of this machine
     names = sorted(path.name for path in folder.iterdir())
     sent = [name for name in names if _is_listed(name, FILES) and (folder / name).is_file()]
     if not any(name.endswith(".safetensors") for name in sent):

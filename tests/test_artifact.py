@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from finetune_kit import artifact
 from finetune_kit.artifact import Artifact, save, save_weights, without_paths
 from finetune_kit.errors import NumericsError
-from finetune_kit.verify import prove
+from finetune_kit.verify import Proof, prove
+from tests.fixtures_hub import Hub
+from tests.fixtures_hub import hub as hub
 from tests.fixtures_training import Trained, fit_only, prepare, settings, train
 
 PROBE = list(range(5, 45))
@@ -33,7 +35,8 @@ def store(run: Trained, folder: Path) -> Path:
 def test_the_card_s_lines_of_python_use_the_model(
     recipe: str, shared_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact, "reload_difference", lambda *_: 0.0)  # the lines of the card load it here
+    unproven = Proof(None, 1e-4, "float32", "cpu", "the lines of the card load it here")
+    monkeypatch.setattr(artifact, "prove", lambda *_: unproven)
     words = []
     if recipe == "reward_model":
         rows = [json.dumps({"prompt": f"{n} =", "chosen": "yes", "rejected": "no"}) for n in range(40)]
@@ -47,6 +50,31 @@ def test_the_card_s_lines_of_python_use_the_model(
     exec(compile(code, "the card", "exec"), {})
     printed = capsys.readouterr().out
     assert float(printed) if recipe == "reward_model" else printed.endswith("\n")
+
+
+def test_an_adapter_of_the_embedded_default_loads_from_the_hub_by_the_card_s_lines_and_by_autopeft(
+    trained: Trained,
+    shared_home: Path,
+    tmp_path: Path,
+    hub: Hub,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    hub.add("HuggingFaceTB/SmolLM2-135M-Instruct", shared_home / "tiny")
+    monkeypatch.setattr(trained.config.model, "name_or_path", "smollm2-135m")
+    folder = store(trained, tmp_path / "saved")
+    trained.model.eval()
+    with torch.inference_mode():
+        here = trained.model(torch.tensor([PROBE])).logits
+        loaded = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        assert (loaded(torch.tensor([PROBE])).logits - here).abs().max() <= 1e-5
+    assert hub.asked("GET /HuggingFaceTB/SmolLM2-135M-Instruct/resolve/.*safetensors") == 1
+    lines = "\n".join(artifact.how_to_use(trained.config, rewards=False, folder=str(folder)))
+    capsys.readouterr()
+    exec(compile(lines.split("```python\n")[1].split("```")[0], "the card", "exec"), {})
+    assert capsys.readouterr().out.endswith("\n")
 
 
 def test_an_adapter_of_the_embedded_default_names_a_base_that_the_hub_has_and_says_what_differs(

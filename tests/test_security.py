@@ -1,12 +1,19 @@
 """No secret is written, no connection is opened, no old library is used: whole runs, looked at from outside."""
 
 import json
+import os
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from finetune_kit import hub
+from finetune_kit.config import ModelConfig
+from finetune_kit.difference import difference
+from finetune_kit.errors import SecurityError, SettingsError
+from finetune_kit.finished import open_run
 from finetune_kit.floors import FLOORS
+from finetune_kit.model.load import check_base
 from tests.fixtures_cli import ROOT, cli, python
 from tests.fixtures_training import FAST, write_rows
 
@@ -80,3 +87,54 @@ def test_a_release_of_the_floor_itself_is_taken(monkeypatch: pytest.MonkeyPatch,
     said = cli("check", "lora_sft", "--json", "model.name_or_path=tiny", "data.path=rows.jsonl")
     assert said.code == 0, said.err
     assert json.loads(said.out)["rows"] > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "report.html", "run.yaml", "ledger.json", "metrics.jsonl", "identity.json"]
+)
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_a_link_out_of_a_run_s_folder_is_not_sent_read_or_written_by_any_command(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    folder, secret = tmp_path / "theirs", tmp_path / "secret.txt"
+    folder.mkdir()
+    secret.write_text("a key")
+    for file in ("adapter_model.safetensors", "adapter_config.json", "run.yaml", "report.json"):
+        (folder / file).write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    if kind == "link":
+        (folder / name).symlink_to(secret)
+    else:
+        os.mkfifo(folder / name)
+    said = f"{name} is a link to .*outside the" if kind == "link" else f"{name} is no plain file"
+    for act in (
+        lambda: hub.prepare(folder, "ada/theirs", None),
+        lambda: open_run(folder, []),
+        lambda: difference(folder, folder),
+    ):
+        with pytest.raises(SecurityError, match=said):
+            act()
+
+
+def test_a_stranger_s_report_without_metrics_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("recipe: kto\n")
+    (tmp_path / "report.json").write_text('{"metrics": [1], "verdict": 3}')
+    with pytest.raises(SettingsError, match=r"report\.json is no run's report"):
+        difference(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{}",
+        "[]",
+        '{"name": "a", "revision": null, "weights": null, "config": {"model_type": "evil"}}',
+        '{"name": "a", "revision": null, "weights": null, "config": [1]}',
+        '{"name": "a", "revision": null, "weights": null, "config": {"model_type": "llama", "hidden_size": "x"}}',
+        '{"config": {"model_type": "llama"}}',
+    ],
+)
+def test_a_stranger_s_record_of_the_base_is_a_message_whatever_is_in_it(record: str, home: Path) -> None:
+    (home / "base.json").write_text(record)
+    with pytest.raises(SettingsError, match=r"base\.json"):
+        check_base(ModelConfig(name_or_path=str(home / "tiny")), home)

@@ -27,7 +27,9 @@ GIVEN = ("input", "context")  # what a question is about
 CHOICES = ("choices", "options")
 HISTORY = "history"
 UNUSED = "unused"  # in data.columns: a column that is known and left out
-NAMES = (*SYSTEMS, *GIVEN, *CHOICES, HISTORY, *THOUGHTS, UNUSED)
+# columns that are a thought; the first ones are keys of turns as well
+THOUGHT_COLUMNS = (*THOUGHTS, "cot", "complex_cot", "chain_of_thought", "rationale", "think")
+NAMES = (*SYSTEMS, *GIVEN, *CHOICES, HISTORY, *THOUGHT_COLUMNS, UNUSED)
 _ANSWER_KEYS = ("input", "output", "response", "completion", "answer", "text", "content")
 _SCORE_KEYS = ("scores", "score", "ratings", "rating", "overall_score", "ranks", "rank", "ranking")
 
@@ -143,7 +145,7 @@ def question_of(row: Row, name: str, where: str) -> str:
     for given in GIVEN:
         about = _given(row, given, where) if given != name else ""
         if about:
-            above = given == "context" and name in ("question", "query")
+            above = given == "context" and name in ("question", "query", "problem")
             text = "\n\n".join(part for part in ((about, text) if above else (text, about)) if part.strip())
     return _with_choices(text, row)
 
@@ -207,7 +209,7 @@ def answer_of(row: Row, name: str, where: str) -> str:
 
 def with_thought(messages: list[Message], row: Row) -> list[Message]:
     """The turns with the thought of a column in the last answer, where that has none of its own."""
-    name = row.first(THOUGHTS)
+    name = row.first(THOUGHT_COLUMNS)
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     if not name or last < 0 or messages[last].get(THOUGHTS[0]) or "</think>" in messages[last]["content"]:
         return messages

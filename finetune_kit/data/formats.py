@@ -8,6 +8,7 @@ plain text, prompts alone. `data.columns` renames before anything is looked at.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from finetune_kit.data.messages import (
     ROLE_NAMES,
     describe,
     is_transcript,
+    is_turn,
     messages_of,
     side_of,
     text_of,
@@ -51,16 +53,24 @@ from finetune_kit.errors import DataError, SettingsError
 
 TOOLS = ("tools", "functions")
 TURN_COLUMNS = ("messages", "conversations", "conversation", "chat")
+QUESTIONS = ("prompt", "instruction", "question", "query", "problem")
+# the first that a row has: what answers in words stands before what may be its last word alone
 PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "output"),
     ("instruction", "response"),
     ("instruction", "completion"),
-    ("question", "answer"),
-    ("query", "response"),
-    ("query", "answer"),
-    ("question", "response"),
+    *(("question", name) for name in ("solution", "answer", "response", "output", "completion")),
+    *(("query", name) for name in ("response", "answer", "output", "completion")),
+    *(("problem", name) for name in ("solution", "answer", "response", "output", "completion")),
+    *(("prompt", name) for name in ("solution", "answer", "output", "generation")),
+    ("instruction", "answer"),
+    ("user", "assistant"),
+    ("human", "assistant"),
+    ("inputs", "targets"),
+    ("input", "response"),
+    ("input", "output"),
 )
 # beside a prompt alone: what a right completion says, the shortest first
 ANSWERS = (
@@ -78,9 +88,10 @@ ANSWERS = (
 )
 NAMES_WE_KNOW = sorted(
     {name for pair in PAIRS for name in pair}
-    | {*TURN_COLUMNS, "chosen", "rejected", "label", "margin", "instances", *TOOLS, "text", *NAMES}
+    | {*QUESTIONS, *TURN_COLUMNS, "chosen", "rejected", "label", "margin", "instances", *TOOLS, "text", *NAMES}
     | {"responses", "scores", "ranks", "response_a", "response_b", "votes", "score_chosen", "score_rejected"}
 )
+UNDERSTOOD = {*NAMES_WE_KNOW, *preferences.NAMES}
 
 
 @dataclass(frozen=True)
@@ -97,27 +108,97 @@ class Format:
     ranked: bool = False
 
 
-def recognise(columns: set[str], first: dict[str, Any], kind: str, where: str) -> Format:
+# what a recipe takes besides rows of its own kind: plain text, conversations without their last answer, and pairs, each
+# of which is a liked and a disliked answer
+ACCEPTED = {
+    "prompt_completion": ("prompt_completion", "text"),
+    "prompt": ("prompt", "prompt_completion", "preference"),
+    "labelled_completion": ("labelled_completion", "preference"),
+}
+
+
+def recognise(
+    columns: set[str], first: dict[str, Any], kind: str, where: str, theirs: dict[str, str] | None = None
+) -> Format:
     """The format of a source from its column names and a row. Raises DataError where none gives records of `kind`.
 
-    `kind` "prompt_completion" takes plain text too; "prompt" takes conversations and leaves their last answer out;
-    "labelled_completion" takes pairs, each of which is a liked and a disliked answer.
+    `theirs`: our name -> the source's own, where that is another one.
     """
-    accepted = {
-        "prompt_completion": ("prompt_completion", "text"),
-        "prompt": ("prompt", "prompt_completion", "preference"),
-        "labelled_completion": ("labelled_completion", "preference"),
-    }
+    names, theirs = columns, theirs or {}
+    columns = columns - {"label"} if kind == "prompt" else columns  # no answer is trained
     fitting = [item for item in FORMATS if item.fits(columns, first)]
     for item in fitting:
-        if item.kind in accepted.get(kind, (kind,)):
+        if item.kind in ACCEPTED.get(kind, (kind,)):
             return item
-    found = f"columns {', '.join(sorted(columns))}"
+    found = f"columns {', '.join(sorted(theirs.get(name, name) for name in names))}"
+    if fitting and fitting[0].kind == "labelled_completion" and kind == "prompt_completion":
+        label = theirs.get("label", "label")
+        raise DataError(
+            f"{where}: found {found}, which look like {fitting[0].name}: {label} says which answers were liked.",
+            f"Learn from both: run kto. Or train on all of them alike: data.columns='{{{label}: unused}}'",
+        )
     looks = f", which look like {fitting[0].name} ({fitting[0].kind})" if fitting else ""
-    expected = "; ".join(f"{item.name}" for item in FORMATS if item.kind in accepted.get(kind, (kind,)))
+    expected = "; ".join(f"{item.name}" for item in FORMATS if item.kind in ACCEPTED.get(kind, (kind,)))
     raise DataError(
         f"{where}: found {found}{looks}; this recipe needs {kind.replace('_', '-')} rows: {expected}.",
         f"Say what your columns are, with their names on the left: data.columns='{{{_EXAMPLE[kind]}}}'",
+    )
+
+
+def layout_of(row: Row, kind: str) -> Format | None:
+    """The format that one row's own columns have, among those that `kind` takes; of another kind where they say so."""
+    columns = {name for name, value in row.items() if value is not None and (name != "label" or kind != "prompt")}
+    fitting = [item for item in FORMATS if item.fits(columns, row)]
+    own = [item for item in fitting if item.kind in ACCEPTED.get(kind, (kind,))]
+    # a question whose answer is missing is no prompt of its own
+    return next((item for item in [*own, *fitting] if item.kind != "prompt" or kind == "prompt"), None)
+
+
+def layouts_of(rows: list[Row], kind: str, where: str, theirs: dict[str, str]) -> tuple[Format, list[Format | None]]:
+    """(the format that most rows of a source have, the format of each row). Raises as `recognise`."""
+    each = [layout_of(row, kind) for row in rows]
+    fitting = Counter(item for item in each if item is not None and item.kind in ACCEPTED.get(kind, (kind,)))
+    if fitting:
+        return fitting.most_common(1)[0][0], each
+    columns = {name for row in rows for name, value in row.items() if value is not None}
+    first = {name: next(row[name] for row in rows if row.get(name) is not None) for name in columns}
+    return recognise(columns, first, kind, where, theirs), each
+
+
+def as_lists(rows: list[tuple[int, Row]], kind: str) -> list[tuple[int, Row]]:
+    """For a recipe that takes pairs, rows of one scored answer each as rows of all answers to a prompt."""
+    taken = ACCEPTED.get(kind, (kind,))
+    layouts = [layout_of(row, kind) for _, row in rows]
+    if "preference" not in taken or kind == "prompt" or any(item and item.kind in taken for item in layouts):
+        return rows
+    names = _pair_of({name for _, row in rows for name, value in row.items() if value is not None})
+    return preferences.gathered(rows, *names) if names else rows
+
+
+def check_layout(row: Row, own: Format | None, found: Format, where: str, other: tuple[str, Row]) -> None:
+    """Raises DataError for a row of another format than `found`, which the source has; `other`: a row that has it, and
+    its place."""
+    have, has = ({name for name, value in some.items() if value is not None} for some in (other[1], row))
+    pair = _pair_of(set(row)) if found.convert is _pair and not row.waits else None
+    if own is None or own is found:
+        if pair and has - have and not has.issuperset(pair):
+            lacks = ", ".join(name for name in pair if name not in has)
+            raise DataError(
+                f"{where} has no {lacks}, as {other[0]} has; it has {', '.join(sorted(has))}.",
+                "Give all rows of a file the same columns.",
+            )
+        return
+    # one text of many that looks like a transcript is a text, and a question is a prompt with an answer and without
+    if {own.convert, found.convert} in ({_text, _transcript}, {_pair, _prompt}) and found.convert is not _transcript:
+        return
+    if has == have and found.kind != "prompt_completion":
+        return  # its values are what is wrong, which the conversion says
+    differs = [("", has - have), ("no ", have - has)]
+    parts = [f"{no}{', '.join(sorted(names))}" for no, names in differs if names]
+    more = f" It has {', and '.join(parts)}." if parts else ""
+    raise DataError(
+        f"{where}: another layout than that of {other[0]}: {own.name}, and not {found.name}.{more}",
+        "Keep rows of one layout in a file; data.path=[a.jsonl, b.jsonl] reads several.",
     )
 
 
@@ -183,20 +264,21 @@ def _tools(row: Row, where: str) -> list[dict[str, Any]] | None:
 
 
 def _turns(row: Row, where: str) -> list[Record]:
-    name = (
-        next(name for name in TURN_COLUMNS if name in row and row[name] is not None) if _any_turns(row) else "messages"
-    )
-    turns = row.take(name)
+    name = _turn_column(row) or "messages"
+    return _conversation(_turns_of(row.take(name), where), row, where)
+
+
+def _turns_of(turns: Any, where: str) -> list[Message]:
     if is_transcript(turns):
-        return _conversation(transcript_of(turns, where), row, where)
+        return transcript_of(turns, where)
     messages = messages_of(turns, where)
     if not messages:
         raise DataError(f"{where}: only empty system turns.", "Take the row out.")
-    return _conversation(messages, row, where)
+    return messages
 
 
-def _any_turns(row: Row) -> bool:
-    return any(row.get(name) is not None for name in TURN_COLUMNS)
+def _turn_column(row: Row) -> str:
+    return next((name for name in TURN_COLUMNS if row.get(name) is not None), "")
 
 
 def _exchange(row: Row, question: str, answer: str, where: str) -> list[Record]:
@@ -236,6 +318,8 @@ def _pair_of(columns: set[str]) -> tuple[str, str] | None:
 def _pair(row: Row, where: str) -> list[Record]:
     names = _pair_of(set(row)) or ("prompt", "completion")
     question, answer = row.get(names[0]), row.get(names[1])
+    if row.waits and not any(isinstance(side, list) and side and is_turn(side[0]) for side in (question, answer)):
+        return _prompt(row, where)  # any value can be what a reward compares with
     if names[0] != "instruction" and (isinstance(question, list) or isinstance(answer, list)):
         row.used.update(names)
         turns = [*side_of(question, "user", where), *side_of(answer, "assistant", where)]
@@ -252,16 +336,33 @@ def _labelled(row: Row, where: str) -> list[Record]:
     label = truth(row.take("label"))
     if label is None:
         raise DataError(f"{where}: label is {describe(row.get('label'))}; expected true or false.")
-    prompt = asked(row, "prompt", where)
-    name = "completion" if "completion" in row else "response"
-    completion = with_thought(side_of(row.take(name), "assistant", f"{where}: completion"), row)
-    return [LabelledCompletion(where, prompt, completion, label, _tools(row, where))]
+    names = _pair_of({name for name, item in row.items() if item is not None}) or _pair_of(set(row))
+    column = "" if names else _turn_column(row)
+    if column or names is None:
+        turns = with_history(_turns_of(row.take(column or TURN_COLUMNS[0]), where), row, where)
+        last = last_assistant(turns)
+        if last < 1:
+            raise DataError(f"{where}: no answer to a question, which could be liked.", "Take the row out.")
+        prompt, completion = with_system(turns[:last], row), turns[last:]
+    else:
+        prompt = asked(row, names[0], where)
+        completion = side_of(row.take(names[1]), "assistant", f"{where}: {names[1]}")
+    return [LabelledCompletion(where, prompt, with_thought(completion, row), label, _tools(row, where))]
 
 
 def truth(value: Any) -> bool | None:
-    """true/false, 1/0, or those words as text (CSV); None if it is neither."""
+    """true/false, 1/0, those words as text (CSV) or words of liking; None if it is none of them."""
     words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    words |= {"good": True, "liked": True, "desirable": True, "bad": False, "disliked": False, "undesirable": False}
     return words.get(str(value).strip().lower())
+
+
+def _is_labelled(columns: set[str], row: dict[str, Any]) -> bool:
+    return (
+        "label" in columns
+        and truth(row.get("label")) is not None
+        and bool(_pair_of(columns) or columns & set(TURN_COLUMNS))
+    )
 
 
 def _text(row: Row, where: str) -> list[Record]:
@@ -280,7 +381,8 @@ def _transcript(row: Row, where: str) -> list[Record]:
 
 
 def _prompt(row: Row, where: str) -> list[Record]:
-    name = next((name for name in ("prompt", "question", "query", "instruction") if name in row), "prompt")
+    pair = _pair_of(set(row)) or ("prompt", "")  # the question of a pair may have another name
+    name = next((name for name in QUESTIONS if row.get(name) is not None), pair[0])
     turns = asked(row, name, where)
     return [Prompt(where, turns, _tools(row, where), completion=_right_answer(row))]
 
@@ -357,23 +459,26 @@ FORMATS = (
     Format(
         "labelled completions (prompt, completion, label)",
         "labelled_completion",
-        lambda c, r: (
-            {"prompt", "label"} <= c and bool({"completion", "response"} & c) and truth(r.get("label")) is not None
-        ),
+        _is_labelled,
         _labelled,
     ),
-    Format("messages (or conversations)", "prompt_completion", lambda c, r: bool(c & set(TURN_COLUMNS)), _turns),
+    # A truth value beside an answer says whether it was liked: training on all of them would teach the bad ones.
+    Format(
+        "messages (or conversations)",
+        "prompt_completion",
+        lambda c, r: bool(c & set(TURN_COLUMNS)) and not _is_labelled(c, r),
+        _turns,
+    ),
     Format(
         "self-instruct (instruction, instances)",
         "prompt_completion",
         lambda c, r: {"instruction", "instances"} <= c,
         _instances,
     ),
-    # A truth value beside a pair says whether the answer was liked: training on all of them would teach the bad ones.
     Format(
         "prompt and completion (or question and answer, instruction and output, …)",
         "prompt_completion",
-        lambda c, r: _pair_of(c) is not None and truth(r.get("label")) is None,
+        lambda c, r: _pair_of(c) is not None and not _is_labelled(c, r),
         _pair,
     ),
     Format(
@@ -386,7 +491,7 @@ FORMATS = (
     Format(
         "prompts (prompt)",
         "prompt",
-        lambda c, r: bool(c & {"prompt", "question", "query", "instruction"}),
+        lambda c, r: bool(c & set(QUESTIONS)),
         _prompt,
     ),
 )

@@ -24,6 +24,8 @@ from finetune_kit.data.records import (
 )
 from finetune_kit.errors import DataError
 
+REPEATED = "said by another held-out row"  # measured once; nothing is lost by it
+
 
 @dataclass
 class Counts:
@@ -94,16 +96,17 @@ class Ledger:
         for name, counts in self.splits.items():
             if counts.trained + counts.truncated + counts.lost != counts.rows:
                 raise AssertionError(f"ledger of {name}: {counts} does not add up")
-            if counts.rows and counts.lost / counts.rows > max_lost:
-                reasons = "; ".join(f"{count} × {reason}" for reason, count in counts.dropped.most_common())
-                first = next(
-                    item for item in self.listed if item["split"] == name and item["what"].startswith("dropped")
-                )
-                enough = -(-counts.lost * 100 // counts.rows) / 100
+            lost = counts.lost - counts.dropped[REPEATED]
+            if counts.rows and lost / counts.rows > max_lost:
+                dropped = [(reason, count) for reason, count in counts.dropped.most_common() if reason != REPEATED]
+                reasons = "; ".join(f"{count} × {reason}" for reason, count in dropped)
+                known = tuple(f"dropped: {reason}" for reason, _ in dropped)
+                first = next(item for item in self.listed if item["split"] == name and item["what"].startswith(known))
+                enough = -(-lost * 100 // counts.rows) / 100
                 remedy = "Raise data.max_length" if "max_length" in reasons else "Mend the rows"
                 raise DataError(
-                    f"{counts.lost} of {counts.rows} {name.replace('_', '-')} rows would be lost "
-                    f"({counts.lost / counts.rows:.0%}, allowed {max_lost:.0%}): {reasons}. First: {first['where']}.",
+                    f"{lost} of {counts.rows} {name.replace('_', '-')} rows would be lost "
+                    f"({lost / counts.rows:.0%}, allowed {max_lost:.0%}): {reasons}. First: {first['where']}.",
                     remedy + (f", or allow it: data.max_lost={enough:.2f}" if enough < 1 else "."),
                 )
 

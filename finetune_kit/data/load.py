@@ -27,11 +27,22 @@ from finetune_kit.data.files import (
     refuse,
     row_at,
 )
-from finetune_kit.data.formats import answers_as_text, as_kind, check_columns, displaced, recognise, rename
-from finetune_kit.data.ledger import Ledger, fingerprint_of
-from finetune_kit.data.messages import check_media, in_turn
+from finetune_kit.data.formats import (
+    UNDERSTOOD,
+    answers_as_text,
+    as_kind,
+    as_lists,
+    check_columns,
+    check_layout,
+    displaced,
+    layouts_of,
+    rename,
+)
+from finetune_kit.data.ledger import REPEATED, Ledger, fingerprint_of
+from finetune_kit.data.messages import check_media, in_turn, turns_in
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
-from finetune_kit.data.split import FEWEST, drop_overlap, held_out_count, mix, sample, split_off
+from finetune_kit.data.spelling import opened, spelling
+from finetune_kit.data.split import FEWEST, drop_overlap, drop_repeated, held_out_count, labels, mix, sample, split_off
 from finetune_kit.data.template import prepare_tokenizer
 from finetune_kit.data.tokenise import Tokens, labelled, mark_contradictions, pairs, prompts, supervised
 from finetune_kit.errors import DataError, ResourceError, SettingsError
@@ -116,6 +127,7 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
     _prepare(config, tokenizer, [*train, *held_out], ledger)
     ledger.train.rows += len(train)  # beside those that could not be read
     ledger.held_out.rows += len(held_out)
+    held_out = drop_repeated(held_out, ledger)
     train = drop_overlap(train, held_out, ledger)
     build = BUILDERS[kind]
     trained = build(train, "train", config, tokenizer, ledger)
@@ -126,7 +138,7 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
             f"data.path={_shown(config)}: no training row is left.", "See data.max_lost and the rows themselves."
         )
     _check_known(tokenizer, trained, config)
-    _warn(config, kind, trained, ledger)
+    _warn(config, kind, trained, measured, ledger)
     ends = end_token_ids(tokenizer, config.chat_template_kwargs)
     return Data(
         kind=kind,
@@ -175,9 +187,9 @@ def _check_known(tokenizer: Any, tokens: Tokens, config: DataConfig) -> None:
         )
 
 
-def _warn(config: DataConfig, kind: str, trained: Tokens, ledger: Ledger) -> None:
+def _warn(config: DataConfig, kind: str, trained: Tokens, held_out: Tokens, ledger: Ledger) -> None:
     """Note what is no mistake and yet will disappoint. Raises DataError for disliked answers alone."""
-    counts, measured = ledger.train, ledger.held_out.rows
+    counts, measured = ledger.train, ledger.held_out.rows - ledger.held_out.dropped[REPEATED]
     if kind == "prompt_completion" and counts.truncated > 0.05 * counts.rows:
         ledger.note(
             f"{counts.truncated} of {counts.rows} training rows are longer than data.max_length={config.max_length} "
@@ -216,6 +228,18 @@ def _warn(config: DataConfig, kind: str, trained: Tokens, ledger: Ledger) -> Non
         ledger.note(
             f"all {len(trained.records)} training rows are liked: KTO learns from both. Add disliked answers, or take "
             "run lora_sft, which learns from good answers alone"
+        )
+    if kind == "labelled_completion" and labels(held_out.records) == {False}:
+        raise DataError(
+            f"All {len(held_out.records)} held-out rows are disliked (label false): that liked answers become likelier "
+            "could not be measured.",
+            "Hold out liked ones, too: data.held_out_path=FILE, or more rows: data.held_out_size=…",
+        )
+    if kind == "labelled_completion" and (has := labels(held_out.records)) and labels(trained.records) - has:
+        lacks = "disliked" if has == {True} else "liked"
+        ledger.note(
+            f"no {lacks} row is held out: what training does to such answers is not measured; "
+            "see data.held_out_size and data.held_out_path"
         )
     if 0 < measured < FEWEST:
         ledger.note(
@@ -379,22 +403,33 @@ def _records(
     unused.update(
         column for _, row in rows for column in displaced(row, config.columns) if row[column] not in (None, "", [], {})
     )
-    complete = [(number, Row({column: row.get(column) for column in columns})) for number, row in named]
+    spelled = [(number, opened(row)) for number, row in named]
+    ours = spelling(spelled, UNDERSTOOD)
+    theirs = {name: column for column, name in ours.items()}
+    columns = {ours.get(column, column) for _, row in spelled for column, value in row.items() if value is not None}
+    complete = [
+        (number, Row({column: turns_in(row.get(theirs.get(column, column)), column) for column in columns}))
+        for number, row in spelled
+    ]
     if kind == "prompt":
         complete = [(number, Row(answers_as_text(row), waits=True)) for number, row in complete]
-    found = recognise(columns, complete[0][1], kind, name)
+    complete = as_lists(complete, kind)
+    found, layouts = layouts_of([row for _, row in complete], kind, name, theirs)
+    like_it = next((place for place, layout in zip(complete, layouts, strict=True) if layout is found), complete[0])
     if config.pairs == "all" and not found.ranked:
         raise SettingsError(f"data.pairs=all has no effect: {name} has one pair a row ({found.name}).", "Leave it out.")
     records: list[Record] = []
-    for (number, row), (_, as_read) in zip(complete, rows, strict=True):
+    as_read = dict(rows)
+    for (number, row), layout in zip(complete, layouts, strict=True):
         with row_at(f"{name}:{number}", bad):
             check_media(row, f"{name}:{number}")
+            check_layout(row, layout, found, f"{name}:{number}", (f"{name}:{like_it[0]}", like_it[1]))
             converted = found.convert(row, f"{name}:{number}")
-            unused.update(unused_in(row))
+            unused.update(theirs.get(column, column) for column in unused_in(row))
             for record in converted:
                 _settle_turns(record, config.merge_turns)
                 if kind == "prompt" and not isinstance(record, Text):  # what rewards judge by; no other kind is judged
-                    record.metadata = as_read
+                    record.metadata = as_read[number]
             records += converted[:1] if found.ranked and config.pairs == "best_worst" else converted
     return [same for record in records for same in as_kind(record, kind)]
 
@@ -460,7 +495,9 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _one_kind(records: list[Record]) -> str:
-    by_kind = {KINDS[type(record)]: record.where for record in records}
+    by_kind: dict[str, str] = {}
+    for record in records:
+        by_kind.setdefault(KINDS[type(record)], record.where)
     if len(by_kind) > 1:
         found = " and ".join(f"{kind} ({where})" for kind, where in by_kind.items())
         raise DataError(f"The sources hold different kinds of rows: {found}.", "Train them one after the other.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from typing import Any, TypeGuard
@@ -20,6 +21,7 @@ ROLE_NAMES = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     "function_call": "function_call",
     "tool": "tool",
@@ -29,6 +31,7 @@ ROLE_NAMES = {
     "ipython": "tool",
 }
 _KEPT = ("tool_call_id", "name")
+EXCHANGES = (("input", "output"), ("user", "assistant"), ("human", "assistant"), ("question", "answer"))
 _CONTENTS = ("content", "value", "text")
 _FLAGS = ("train", "weight", "loss")
 _CALLS = ("tool_calls", "function_call")
@@ -45,14 +48,56 @@ def messages_of(turns: Any, where: str) -> list[Message]:
     Raises DataError naming `where` and the turn: not a list, empty, unknown role, content that is missing, null, empty
     or no text. An empty system turn is left out; an empty answer is kept (it is dropped and counted later).
     """
+    turns = turns_in(turns)
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns = parse_json(turns, where)
     if not isinstance(turns, list):
         raise DataError(f"{where}: expected a list of messages, found {describe(turns)}.", _FIX)
     if not turns:
         raise DataError(f"{where}: the list of messages is empty.", "Give it at least a user and an assistant turn.")
+    turns = [turn for item in turns for turn in exchange_of(item) or [item]]
     messages = [_message(turn, f"{where}: message {number}") for number, turn in enumerate(turns, start=1)]
     return [message for message in messages if message["role"] != "system" or message["content"].strip()]
+
+
+def exchange_of(item: Any) -> list[dict[str, Any]]:
+    """The turns of an item that is a question with its answer, {input, output}, and maybe a system text; [] of all
+    other items."""
+    if not isinstance(item, dict) or "role" in item or "from" in item:
+        return []
+    names = next((pair for pair in EXCHANGES if isinstance(item.get(pair[0]), str) and pair[1] in item), None)
+    if names is None:
+        return []
+    system = [{"role": "system", "content": item["system"]}] if item.get("system") else []
+    return [*system, *({"role": role, "content": item[name]} for role, name in zip(ROLES[1:3], names, strict=True))]
+
+
+def is_turn(item: Any) -> bool:
+    """Whether a value is one turn of a conversation, whoever speaks and under whatever key he does."""
+    if not isinstance(item, dict):
+        return False
+    named = item.get("role", item.get("from"))
+    return isinstance(named, str) and any(name in item for name in (*_CONTENTS, *_CALLS))
+
+
+def turns_in(value: Any, column: str = "") -> Any:
+    """Turns that a table has as text, in JSON or as Python writes them, as a list; any other value as it is.
+
+    What a `column` of plain text says is a text, and tools are none.
+    """
+    if column in ("text", "tools", "functions") or not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value):
+        return value
+    try:
+        turns = parsing.parse(value, strict=False)
+    except parsing.NotJSON:
+        try:
+            turns = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return value
+    said = isinstance(turns, list) and turns and all(map(is_turn, turns))
+    # the roles have to be known: an answer may be a list of letters, each with a `from` and a `text`
+    known = said and all(str(turn.get("role", turn.get("from"))).strip().lower() in ROLE_NAMES for turn in turns)
+    return turns if known else value
 
 
 def in_turn(messages: list[Message], where: str, merge: bool) -> list[Message]:
@@ -85,7 +130,7 @@ def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise DataError(f"{where} is {describe(turn)}; expected an object with role and content.", _FIX)
     named = turn.get("role", turn.get("from"))
-    role = ROLE_NAMES.get(named) if isinstance(named, str) else None
+    role = ROLE_NAMES.get(named.strip().lower()) if isinstance(named, str) else None
     if role is None:
         known = ", ".join(name for name in ROLE_NAMES if name not in ROLES)
         found = "has no role" if named is None else f"has the unknown role {named!r}"
@@ -145,7 +190,7 @@ _IN_A_CALL = ("id", "type", "index", "function", "name", "arguments", "parameter
 
 def check_media(holder: dict[str, Any], where: str) -> None:
     """Raises DataError where a row or a turn has pictures or sound."""
-    name = next((name for name in MEDIA if holder.get(name)), "")
+    name = next((name for name in holder if holder[name] and str(name).lower() in MEDIA), "")
     if name:
         raise DataError(
             f"{where}: `{name}` holds what is no text, and without it the text says something else.",
@@ -177,7 +222,9 @@ def _content(content: Any, role: str, calls: bool, where: str) -> str:
 
 
 def side_of(value: Any, role: str, where: str) -> list[Message]:
-    """One side of a pair: a list of turns, or text that is one turn."""
+    """One side of a pair: a list of turns, one turn, or text that is one."""
+    if is_turn(value):
+        value = [value]
     if isinstance(value, list):
         return messages_of(value, where)
     return [{"role": role, "content": text_of(value, where)}]

@@ -7,26 +7,35 @@ counts it; a row that cannot be read is a DataError.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from itertools import combinations
 from typing import Any
 
-from finetune_kit.data.columns import HISTORY, Row, asked, history_of, with_history, with_system
-from finetune_kit.data.messages import describe, is_transcript, side_of, tools_of, transcript_of
+from finetune_kit.data.columns import GIVEN, HISTORY, SYSTEMS, Row, asked, history_of, with_history, with_system
+from finetune_kit.data.messages import describe, is_transcript, messages_of, side_of, tools_of, transcript_of
 from finetune_kit.data.records import Message, Preference, Record
 from finetune_kit.errors import DataError
 
-PROMPTS = ("prompt", "instruction", "question", "query", "history", "context", "input")
+PROMPTS = ("prompt", "instruction", "question", "query", "problem", "history", "context", "input", "user", "human")
+CONVERSATIONS = ("messages", "conversations", "conversation", "chat")  # with the question last, where no column has it
 LISTS = ("responses", "completions", "answers", "candidates", "outputs", "generations")
 SCORES = ("scores", "score", "ratings", "rating", "overall_score")  # higher is better
 RANKS = ("ranks", "rank", "ranking")  # 1 is best
 TEXTS = ("response", "completion", "answer", "text", "content", "output")
 ENDINGS = (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("0", "1"), ("1", "2"))
-STEMS = (*TEXTS, "conversation", "human_ref", "model_response")
+SHP = "human_ref"  # of Stanford's: there label 1 is the first answer, and 0 the second
+STEMS = (*TEXTS, "conversation", SHP, "model_response")
 VOTES = ("votes", "preferences", "annotations", "winner", "preference", "label", "labels", "choice")
 VOTES_BY_ID = ("better_response_id", "chosen_index")
 SIGNED = ("overall_preference", "individual_preference")  # below 0: the first is better
+SCORED_ALONE = (*SCORES, "helpfulness", "reward")  # of one answer a row
 IN_A_VOTE = ("score", "overall_pref", "preference", "winner", "vote", "label", "choice")
+NAMES = {
+    *(*LISTS, *SCORED_ALONE, *RANKS, *VOTES, *VOTES_BY_ID, *SIGNED),
+    *(stem + ending for stem in STEMS for pair in ENDINGS for ending in pair),
+    *(f"score{ending}" for pair in ENDINGS for ending in pair),
+}
 TIES = ("tie", "both", "neither", "equal", "same", "none")
 
 
@@ -59,12 +68,31 @@ def voted(row: Row, where: str) -> list[Record]:
     """The pair that the majority of votes makes of two answers; without a majority it is a tie."""
     first, second = answers_of(set(row)) or ("", "")
     endings = next(pair for pair in ENDINGS if first.endswith(pair[0]) and second.endswith(pair[1]))
-    votes = _votes(row, endings, where)
+    votes = _shp_vote(row, where) if first.startswith(SHP) else _votes(row, endings, where)
     balance = sum(votes)
     chosen, rejected = (first, second) if balance <= 0 else (second, first)
     record = _pair(row, row.take(chosen), row.take(rejected), where, abs(balance) / max(1, len(votes)))
     record.defect = record.defect or ("" if balance else "tie: as many votes for the one as for the other")
     return [record]
+
+
+def gathered(rows: list[tuple[int, Row]], question: str, answer: str) -> list[tuple[int, Row]]:
+    """Rows of one scored answer each (HelpSteer2's) as rows of one prompt with all its answers, where each of a score
+    is a number; the rows as they are elsewhere. A row keeps the number of its prompt's first one."""
+    score = next((name for name in SCORED_ALONE if any(_is_number(row.get(name)) for _, row in rows)), "")
+    if not score:
+        return rows
+    together: dict[str, tuple[int, Row]] = {}
+    for number, row in rows:
+        rest = {name: value for name, value in row.items() if name not in (answer, score)}
+        key = json.dumps([row.get(name) for name in (question, *SYSTEMS, *GIVEN, HISTORY)], sort_keys=True)
+        first = together.setdefault(key, (number, Row({**rest, LISTS[0]: []}, row.waits)))
+        first[1][LISTS[0]].append({"response": row.get(answer), "score": row.get(score)})
+    return list(together.values())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def list_of(columns: set[str], row: dict[str, Any]) -> str | None:
@@ -129,6 +157,13 @@ def _pair(row: Row, chosen: Any, rejected: Any, where: str, margin: float | None
         )
     if before and prompt:
         row.used.add(column)  # the turns say it
+    if not before and not column and (column := next((name for name in CONVERSATIONS if row.get(name)), "")):
+        prompt = messages_of(row.take(column), f"{where}: {column}")
+        if prompt and prompt[-1]["role"] == "assistant":
+            raise DataError(
+                f"{where}: {column} ends with an answer, and chosen and rejected are two others.",
+                f"End {column} with the question that they answer.",
+            )
     before = with_system(before, row) if before else _asked(row, column, prompt, where)
     if not before:
         raise DataError(
@@ -145,6 +180,10 @@ def _says_something(value: Any) -> bool:
 def _turns_of(row: Row, column: str, where: str) -> list[Message]:
     """What a prompt's column says by itself."""
     if column == HISTORY:
+        said = row[HISTORY]
+        if isinstance(said, str) and not is_transcript(said) and not said.lstrip().startswith("["):
+            row.used.add(HISTORY)  # a post that both answers reply to
+            return [{"role": "user", "content": said}]
         return history_of(row, where)
     value, where = row[column], f"{where}: {column}"
     return transcript_of(value, where) if is_transcript(value) else side_of(value, "user", where)
@@ -185,6 +224,14 @@ def _scored(row: Row, name: str, where: str) -> list[tuple[Any, float]]:
             raise DataError(f"{where}: the score of answer {number + 1} is {describe(score)}; expected a number.")
         scored.append((answer, -float(score) if key in RANKS else float(score)))
     return scored
+
+
+def _shp_vote(row: Row, where: str) -> list[float]:
+    label = row.take("labels")
+    row.used.update(("score_A", "score_B"))
+    if isinstance(label, bool) or label not in (0, 1):
+        raise DataError(f"{where}: labels is {describe(label)}; expected 1 (the first is better) or 0.")
+    return [-1.0 if label else 1.0]
 
 
 def _votes(row: Row, endings: tuple[str, str], where: str) -> list[float]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections import defaultdict
-from collections.abc import Callable
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 
-from finetune_kit.data.ledger import Ledger, answer_key, prompt_key, same_key
-from finetune_kit.data.records import Record
+from finetune_kit.data.ledger import REPEATED, Ledger, answer_key, prompt_key, same_key
+from finetune_kit.data.records import LabelledCompletion, Preference, Record
 from finetune_kit.errors import DataError, SettingsError
 
 SHARE, LARGEST_SHARE = 0.05, 0.2
@@ -16,6 +17,7 @@ FEWEST = (
     20  # rows that a verdict needs: with 4 pairs a coin is "better" 6 times in 100, and a share is +-20 points wide
 )
 MOST = 256  # rows
+DRAWS = 100  # of a held-out side that has both labels
 RULE = f"{SHARE * 100:g} %, at least {FEWEST} rows (but no more than {LARGEST_SHARE * 100:g} %), at most {MOST} rows"
 
 
@@ -32,28 +34,68 @@ def held_out_count(size: float | None, rows: int) -> int:
 def split_off(records: list[Record], size: float | None, seed: int) -> tuple[list[Record], list[Record]]:
     """(training, held-out) rows in their old order, drawn by `seed`; rows with the same prompt stay on one side.
 
-    Where all rows share one prompt, equal rows stay on one side instead. Raises DataError where a side would be empty.
+    Where all rows share one prompt, equal rows stay on one side instead. Labelled answers are drawn again until both
+    sides have liked and disliked ones, if any of DRAWS draws has. Raises DataError where a side would be empty.
     """
     wanted = held_out_count(size, len(records))
+    judged = [record.where for record in records if isinstance(record, Preference | LabelledCompletion)]
+    if size is None and judged:
+        rows = source_rows(judged)
+        wanted = held_out_count(None, rows) * len(judged) // rows
     if wanted == 0:
         return records, []
     for key in (prompt_key, same_key):
-        held = _draw(records, wanted, seed, key)
-        if held and len(held) < len(records):
+        groups = _groups(records, key)
+        first, best = None, -1
+        for number in range(DRAWS):
+            held = _draw(groups, wanted, seed + DRAWS * number)
+            if not held or len(held) == len(records):
+                break
             train = [record for i, record in enumerate(records) if i not in held]
-            return train, [record for i, record in enumerate(records) if i in held]
+            apart = [record for i, record in enumerate(records) if i in held]
+            # training on one label alone is worse than measuring one, and disliked ones alone say the least
+            found = 4 * (labels(train) == labels(records)) + 2 * (labels(apart) == labels(records))
+            found += labels(apart) != {False}
+            if found > best:
+                first, best = (train, apart), found
+            if found == (7 if _can_part(records, groups) else 5):
+                break
+        if first:
+            return first
     raise DataError(
         f"{len(records)} rows are too few, or too alike, to hold {wanted} out for evaluation.",
         "Give the rows to evaluate on: data.held_out_path=FILE, or hold out fewer: data.held_out_size=1",
     )
 
 
-def _draw(records: list[Record], wanted: int, seed: int, key: Callable[[Record], str]) -> set[int]:
-    """Indices of about `wanted` rows: whole groups of equal key in random order, too large ones passed over."""
+def source_rows(places: Iterable[str]) -> int:
+    """How many rows of the data are behind answers at these places: all pairs of a row, and the two labelled answers of
+    a pair, come from one, and say no more than one about chance."""
+    return len({re.sub(r"(:\d+)\.\d+$", r"\1", place) for place in places})
+
+
+def labels(records: list[Record]) -> set[bool]:
+    """Which labels some rows have; none where they are no labelled answers."""
+    return {record.label for record in records if isinstance(record, LabelledCompletion)}
+
+
+def _groups(records: list[Record], key: Callable[[Record], str]) -> list[list[int]]:
+    """Indices of the rows of each key."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index, record in enumerate(records):
         groups[key(record)].append(index)
-    order = list(groups.values())
+    return list(groups.values())
+
+
+def _can_part(records: list[Record], groups: list[list[int]]) -> bool:
+    """Whether every label is in more than one group, so that both sides may have it."""
+    times = Counter(label for group in groups for label in labels([records[index] for index in group]))
+    return all(count > 1 for count in times.values())
+
+
+def _draw(groups: list[list[int]], wanted: int, seed: int) -> set[int]:
+    """Indices of about `wanted` rows: whole groups in random order, too large ones passed over."""
+    order = list(groups)
     random.Random(seed).shuffle(order)
     held: set[int] = set()
     for group in order:
@@ -93,6 +135,17 @@ def sample(records: list[Record], count: int, seed: int) -> list[Record]:
     return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), count))]
 
 
+def drop_repeated(held_out: list[Record], ledger: Ledger) -> list[Record]:
+    """Held-out rows that say something new; the others are counted as dropped: measured twice, a row would count as two
+    in every interval, and 20 copies of one as enough for a verdict."""
+    kept: dict[str, Record] = {}
+    for record in held_out:
+        key = f"{same_key(record)}\x1d{answer_key(record)}"
+        if kept.setdefault(key, record) is not record:
+            ledger.drop("held_out", record.where, REPEATED)
+    return list(kept.values())
+
+
 def drop_overlap(train: list[Record], held_out: list[Record], ledger: Ledger) -> list[Record]:
     """Training rows that are not held out too; the others are counted as dropped. Duplicates are counted and kept.
 
@@ -100,7 +153,6 @@ def drop_overlap(train: list[Record], held_out: list[Record], ledger: Ledger) ->
     memory.
     """
     held = {same_key(record) for record in held_out}
-    ledger.held_out.duplicates = len(held_out) - len(held)
     kept, seen = [], set()
     for record in train:
         key = same_key(record)

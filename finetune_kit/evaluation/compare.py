@@ -14,6 +14,7 @@ from finetune_kit import processes
 from finetune_kit.config import EvaluateConfig, ModelConfig
 from finetune_kit.data.chat import render_prompt
 from finetune_kit.data.records import LabelledCompletion, prompt_of, reference_of
+from finetune_kit.data.split import source_rows
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.evaluation import preferences
 from finetune_kit.evaluation.divergence import Positions, choose_positions, log_probs
@@ -49,6 +50,7 @@ class Measurement:
     rejected_nll: list[float] = field(default_factory=list)  # nats, of each rejected or disliked answer
     rejected_tokens: list[int] = field(default_factory=list)
     paired: bool = False
+    sources: int = 0  # rows of the data behind those of the losses; 0 where each is one
     positions: Positions = field(default_factory=list)  # where distributions were taken, in chosen answers
     log_probs: torch.Tensor | None = None  # (positions, vocabulary), those distributions
     general_nll: list[float] = field(default_factory=list)  # nats, of each stretch of the general text
@@ -272,6 +274,7 @@ def _losses(
         nll, tokens = row_losses(model, rows, where, config.batch_size, told)
         measurement.nll, measurement.rejected_nll = nll[: len(chosen)], nll[len(chosen) :]
         measurement.tokens, measurement.rejected_tokens = tokens[: len(chosen)], tokens[len(chosen) :]
+        measurement.sources = source_rows(where) if rejected else 0
         measurement.paired = bool(rejected) and data.kind == "preference"
         if sum(measurement.tokens) == 0:
             raise DataError("No held-out row has a supervised token, so there is no loss to measure.")
@@ -322,7 +325,7 @@ def compare(
         within = SHARE if name in BUILT_IN else None  # rewards and scores of the Hub may be any numbers
         entries.append(entry(name, scores, after.metrics[name], config, higher_is_better=True, within=within))
     entries += preferences.entries(before, after, config, beta)
-    entries += _loss_entries("held_out", before.nll, after.nll, before.tokens, config)
+    entries += _loss_entries("held_out", before.nll, after.nll, before.tokens, config, before.sources)
     entries += _loss_entries("general_text", before.general_nll, after.general_nll, before.general_tokens, config)
     if before.completions:
         was, now = ([float(completion.ended) for completion in side.completions] for side in (before, after))
@@ -354,17 +357,19 @@ def compare(
 
 
 def _loss_entries(
-    name: str, before: list[float], after: list[float], tokens: list[int], config: EvaluateConfig
+    name: str, before: list[float], after: list[float], tokens: list[int], config: EvaluateConfig, sources: int = 0
 ) -> list[dict[str, Any]]:
     """The loss (nats a token) and, for held-out rows, the perplexity; nothing where nothing was measured."""
     if not any(tokens):
         return []
-    loss = entry(f"{name}_loss", before, after, config, weights=tokens, alike=ALIKE)
+    loss = entry(f"{name}_loss", before, after, config, weights=tokens, alike=ALIKE, sources=sources)
     sides = (before, after)
     worst = max(nll / count for side in sides for nll, count in zip(side, tokens, strict=True) if count)
     if name != "held_out" or worst > LARGEST_EXPONENT:
         return [loss]
-    perplexity = entry("held_out_perplexity", before, after, config, weights=tokens, alike=ALIKE, perplexity=True)
+    perplexity = entry(
+        "held_out_perplexity", before, after, config, weights=tokens, alike=ALIKE, perplexity=True, sources=sources
+    )
     return [loss, perplexity]
 
 

@@ -31,11 +31,13 @@ def entry(
     alike: float = 0.0,
     perplexity: bool = False,
     within: tuple[float, float] | None = None,
+    sources: int = 0,
 ) -> dict[str, Any]:
     """One line of the report: sum(values) / sum(weights) on both sides (a mean if no weights are given).
 
     `higher_is_better`: None where neither direction is better by itself. `within`: the least and the most that a row
     can differ by, such as SHARE; None where there is no such limit, and then no interval where all rows differ alike.
+    `sources`: how many rows of the data these are made from, where those are fewer: a verdict needs them.
     """
     import numpy as np
 
@@ -58,7 +60,7 @@ def entry(
         "interval": interval,
         "n": len(rows),
         "higher_is_better": higher_is_better,
-        "verdict": _verdict(difference, interval, higher_is_better, negligible, len(rows)),
+        "verdict": _verdict(difference, interval, higher_is_better, negligible, min(len(rows), sources or len(rows))),
     }
 
 

@@ -47,15 +47,16 @@ def entries(before: Measurement, after: Measurement, config: EvaluateConfig, bet
     margin_of = margins(before, after, beta)
     # a reward of 0 says nothing: half of such rows count as right
     right = [(1.0 if margin > 0 else 0.0) if margin else 0.5 for margin in margin_of]
-    half = [0.5] * len(right)
-    lines = [entry("preference_accuracy", half, right, config, higher_is_better=True, within=(-0.5, 0.5))]
+    half, few = [0.5] * len(right), before.sources
+    lines = [entry("preference_accuracy", half, right, config, higher_is_better=True, within=(-0.5, 0.5), sources=few)]
     if before.paired:
         was, now = (
             [float(bad > good) for good, bad in zip(side.nll, side.rejected_nll, strict=True)]
             for side in (before, after)
         )
-        lines.append(entry("reward_margin", [0.0] * len(margin_of), margin_of, config, higher_is_better=True))
-        lines.append(entry("chosen_is_likelier", was, now, config, higher_is_better=True, within=SHARE))
+        nothing = [0.0] * len(margin_of)
+        lines.append(entry("reward_margin", nothing, margin_of, config, higher_is_better=True, sources=few))
+        lines.append(entry("chosen_is_likelier", was, now, config, higher_is_better=True, within=SHARE, sources=few))
     lines.append(
         entry(
             "rejected_loss",
@@ -65,6 +66,7 @@ def entries(before: Measurement, after: Measurement, config: EvaluateConfig, bet
             weights=before.rejected_tokens,
             alike=ALIKE,
             higher_is_better=None,
+            sources=few,
         )
     )
     if before.log_probs is not None and after.log_probs is not None:

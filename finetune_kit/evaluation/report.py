@@ -32,6 +32,7 @@ LABELS: dict[str, str] = {
     "kl_to_reference": "KL to the reference, nats/token",
 }
 PRINTED_SAMPLES = 3
+NARROW, WIDE = 76, 100  # columns of a terminal between which an interval has a line of its own, below its difference
 COLOURS = {"better": "green", "worse": "red"}
 LISTED = 20  # entries shown of a list in the ledger
 WIDTH, HEIGHT = 480, 230  # of the loss curves, in SVG units
@@ -60,15 +61,19 @@ def print_report(report: Report, console: Console) -> None:
     table.add_column("↑ more is better, ↓ less")
     for head in ("before", "after"):
         table.add_column(head, justify="right")
-    table.add_column("difference [95 % interval]")
+    narrow = NARROW <= console.width < WIDE
+    # an interval in two lines is read as two numbers
+    table.add_column("difference\n[95 % interval]" if narrow else "difference [95 % interval]", no_wrap=narrow)
     table.add_column("verdict")
     for entry in report.metrics:
         *numbers, verdict = numbers_of(entry)
+        if narrow:
+            numbers[-1] = numbers[-1].replace(" [", "\n[")
         table.add_row(label_of(entry), *numbers, Text(verdict, style=COLOURS.get(verdict, "")))
     console.print(table)
     console.print(Text(report.verdict, style="bold"))
     if report.samples:
-        console.print(_sample_table(report.samples[:PRINTED_SAMPLES]))
+        console.print(_sample_table(report.samples[:PRINTED_SAMPLES], console.width))
 
 
 def print_adapters(compared: dict[str, Any], console: Console) -> None:
@@ -96,18 +101,33 @@ def print_adapters(compared: dict[str, Any], console: Console) -> None:
         console.print(Text(f"Note: {note}"))
 
 
-def _sample_table(samples: list[dict[str, Any]]) -> Any:
+def _sample_table(samples: list[dict[str, Any]], width: int) -> Any:
+    """The answers side by side, or below one another where a column is narrower than one of their words."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="The first answers side by side", title_justify="left", show_lines=True)
-    for head in ("prompt", "expected", "before", "after"):
-        table.add_column(head, ratio=1, overflow="fold")
+    heads = ("prompt", "expected", "before", "after")
+    rows = []
     for sample in samples:
+        prompt = _on_one_line(sample["prompt"])
         # what sets one prompt apart from the next stands at its end
-        cells = ["…" + _on_one_line(sample["prompt"])[-120:]]
+        cells = ["…" + prompt[-120:] if len(prompt) > 120 else prompt]
         cells += [_on_one_line(sample[side])[:160] for side in ("reference", "before", "after")]
-        table.add_row(*map(Text, cells))  # Text: square brackets in an answer are not markup
+        rows.append(cells)
+    longest = max(len(word) for cells in rows for cell in cells for word in [*cell.split(), ""])
+    if longest <= (width - 3 * len(heads) - 1) // len(heads):
+        table = Table(title="The first answers side by side", title_justify="left", show_lines=True)
+        for head in heads:
+            table.add_column(head, ratio=1, overflow="fold")
+        for cells in rows:
+            table.add_row(*map(Text, cells))  # Text: square brackets in an answer are not markup
+        return table
+    table = Table(title="The first answers", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for cells in rows:
+        for head, cell in zip(heads, cells, strict=True):
+            table.add_row(head, Text(cell), end_section=head == heads[-1])
     return table
 
 

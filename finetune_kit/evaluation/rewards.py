@@ -15,7 +15,7 @@ from typing import Any
 from finetune_kit import processes
 from finetune_kit.config import EvaluateConfig
 from finetune_kit.data.records import prompt_of, reference_of
-from finetune_kit.data.split import FEWEST
+from finetune_kit.data.split import FEWEST, source_rows
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.evaluation.compare import Progress, Report
@@ -233,10 +233,12 @@ def compare_rewards(before: Rewards, after: Rewards, data: Any, config: Evaluate
     if before.where != after.where:
         raise ValueError("before and after were not measured on the same pairs")
     was, now = rights(before.differences), rights(after.differences)
+    few = source_rows(after.where)
+    losses = pair_losses(before.differences), pair_losses(after.differences)
     entries = [
-        entry("preference_accuracy", was, now, config, higher_is_better=True, within=SHARE),
-        entry("pair_loss", pair_losses(before.differences), pair_losses(after.differences), config, alike=ALIKE),
-        entry("reward_margin", before.differences, after.differences, config, higher_is_better=True),
+        entry("preference_accuracy", was, now, config, higher_is_better=True, within=SHARE, sources=few),
+        entry("pair_loss", *losses, config, alike=ALIKE, sources=few),
+        entry("reward_margin", before.differences, after.differences, config, higher_is_better=True, sources=few),
     ]
     details = _details(after, data)
     gains = [late - early for early, late in zip(was, now, strict=True)]
@@ -265,7 +267,7 @@ def _details(after: Rewards, data: Any) -> dict[str, Any]:
     longer = [float(chosen - rejected) for chosen, rejected in after.lengths]
     return {
         # a score may follow length either way round, whatever the training pairs would have had it do
-        "gate": gate(differences, max(rule["accuracy"], 1 - rule["accuracy"])),
+        "gate": gate(differences, max(rule["accuracy"], 1 - rule["accuracy"]), source_rows(after.where)),
         "length_rule": rule,
         "length_correlation": {
             "reward_and_length": correlation(scores, lengths),
@@ -280,16 +282,18 @@ def _details(after: Rewards, data: Any) -> dict[str, Any]:
     }
 
 
-def gate(differences: Sequence[float], length_rule_accuracy: float) -> dict[str, Any]:
-    """Whether the scores are better than chance and than judging by length, as PPO reads it."""
+def gate(differences: Sequence[float], length_rule_accuracy: float, sources: int = 0) -> dict[str, Any]:
+    """Whether the scores are better than chance and than judging by length, as PPO reads it. `sources`: how many rows
+    of the data the pairs are made from, where those are fewer."""
     right = rights(differences)
     accuracy, interval = _mean(right), share_interval(right)
     found = (
         f"accuracy {accuracy:.3f} on {len(right)} held-out pairs, 95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
     )
     facts = {"accuracy": accuracy, "interval": interval, "length_rule_accuracy": length_rule_accuracy}
-    if len(right) < FEWEST:
-        reason = f"{found}: too few to judge, {FEWEST} pairs are needed"
+    if min(len(right), sources or len(right)) < FEWEST:
+        of = f" of {sources} rows" if 0 < sources < len(right) else ""
+        reason = f"{found}{of}: too few to judge, {FEWEST} {'rows' if of else 'pairs'} are needed"
         return {"passed": False, **facts, "reason": reason}
     against = []
     if not interval[0] > 0.5:
@@ -363,7 +367,7 @@ def _sentence(details: dict[str, Any], main: dict[str, Any]) -> str:
     """The verdict in words: the gate first, then what a user of the scores should know."""
     passed, sure, ends = details["gate"]["passed"], details["calibration"], details["end_token"]
     opening = f"{'Good' if passed else 'Not good'} enough for PPO"
-    if main["n"] < FEWEST:
+    if main["verdict"].startswith("too few"):
         opening = main["verdict"].capitalize()
     text = f"{opening}: {details['gate']['reason']}."
     by_length = details["length_correlation"]["differences_within_pairs"]

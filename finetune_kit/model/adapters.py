@@ -316,6 +316,8 @@ def load_adapter(model: Any, folder: str) -> PeftModel:
     read_adapter_config(Path(folder))
     try:
         adapted = peft.PeftModel.from_pretrained(model, folder)
+    except KeyError as error:  # of a head, where the file has none
+        raise SettingsError(f"{folder} is an adapter without the weight {error}.", OTHER_BASE) from None
     except (RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         sign = next((line for line in lines if "size mismatch" in line or "not found in the base model" in line), None)

@@ -15,7 +15,8 @@ from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.parsing import read_object
 
 INDEX = "model.safetensors.index.json"
-READ = (".json", ".safetensors", ".jinja", ".model", ".txt")  # endings of what transformers and PEFT read
+# endings of what transformers and PEFT read, and of what a run's folder has beside that, which a push sends
+READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".yaml", ".md", ".jsonl", ".html")
 MOST_PARAMETERS = 10**13
 MOST_LAYERS = 4096
 # A file in 4 bits holds two parameters a byte. Ten times that: no layout of weights is that much smaller.

@@ -20,7 +20,7 @@ from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.embedded import HUB_ID, embedded_folder
 from finetune_kit.model.embedded import LICENSE as EMBEDDED_LICENSE
 from finetune_kit.model.embedded import NAME as EMBEDDED
-from finetune_kit.model.folder import check_files, check_model
+from finetune_kit.model.folder import check_files, check_model, check_weights
 from finetune_kit.names import near_path
 from finetune_kit.network import hub_reachable
 from finetune_kit.parsing import read_object
@@ -317,6 +317,7 @@ def _saved_vocabulary(base: PreTrainedModel, folder: Path) -> int | None:
 
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     names = {f"base_model.model.{name}.weight" for name, module in base.named_modules() if module in ends}
+    check_weights(folder / "adapter_model.safetensors")
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         found = names.intersection(file.keys())
         return int(file.get_slice(found.pop()).get_shape()[0]) if found else None
@@ -440,9 +441,20 @@ def check_base(model: ModelConfig, folder: Path) -> None:
 
     if not (folder / BASE_RECORD).is_file():
         return
-    then, now = read_object(folder / BASE_RECORD), base_record(model)
-    # through this transformers' own class, so that a default which a release adds is on both sides
-    known = _architecture(AutoConfig.for_model(**then["config"]))
+    path = folder / BASE_RECORD
+    then = read_object(path)
+    try:
+        # through this transformers' own class, so that a default which a release adds is on both sides
+        known = _architecture(AutoConfig.for_model(**then["config"]))
+        if not {"name", "revision", "weights"} <= then.keys():
+            raise KeyError("name, revision or weights")
+    except Exception as error:  # what such a class makes of settings that are none has no one class
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise SettingsError(
+            f"{path} does not say which base the adapter belongs to: {what}.",
+            "Get the folder again; without base.json the adapter is tried on the base that you name.",
+        ) from None
+    now = base_record(model)
     keys = [key for key in sorted(known.keys() | now["config"]) if known.get(key) != now["config"].get(key)]
     differing = [f"{key} {known.get(key)} → {now['config'].get(key)}" for key in keys[:3]]
     if not keys and None not in (then["weights"], now["weights"]) and then["weights"] != now["weights"]:

@@ -10,13 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import decimal
+import gc
 import importlib.util
 import inspect
+import locale
+import logging
 import os
 import random
 import signal
+import socket
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from numbers import Real
@@ -217,8 +224,8 @@ def _shown(value: Any) -> str:
 def contained(
     act: Callable[[], Result], limit: float, own: dict[str, str | None], folder: Path, seed: int | None = None
 ) -> Result:
-    """What `act` gives, the process left as it was: working folder, environment, random states, PyTorch's defaults,
-    sys.path, output and signal handlers.
+    """What `act` gives, the process left as it was: working folder, environment, random states, PyTorch's and NumPy's
+    defaults, sys.path, output, logging, warnings, locale and signal handlers.
 
     `own`: what its file changed of the environment (None: took out); it finds that again at every call. `folder`:
     where it may import from. `seed`: what the random states begin with in here. An exit becomes Ended: sys.exit,
@@ -227,7 +234,7 @@ def contained(
     """
     main = threading.current_thread() is threading.main_thread()
     came: list[int] = []  # signals from outside
-    put_back = _state(seed)
+    put_back, talk = _state(seed), _talk(main)
     environment = dict(os.environ)
     handlers: dict[int, Any] = {}
     running = [True]
@@ -282,6 +289,7 @@ def contained(
         own.clear()
         own.update({name: after.get(name) for name in changed})
         _set_environment(dict(environment))
+        talk()
         put_back()
 
 
@@ -305,6 +313,10 @@ def _state(seed: int | None) -> Callable[[], None]:
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     dtype, grad, threads = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
     device, strict = torch.get_default_device(), torch.are_deterministic_algorithms_enabled()
+    precision, anomaly = torch.get_float32_matmul_precision(), torch.is_anomaly_enabled()
+    autocasts = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
+    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    errors, decimals = np.geterr(), decimal.getcontext().copy()
     if seed is not None:
         random.seed(seed)
         np.random.seed(seed)
@@ -327,6 +339,50 @@ def _state(seed: int | None) -> Callable[[], None]:
             torch.set_default_device(device)
         if torch.are_deterministic_algorithms_enabled() != strict:
             torch.use_deterministic_algorithms(strict)
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)
+        torch.autograd.set_detect_anomaly(anomaly)
+        for kind, on in autocasts.items():
+            torch.set_autocast_enabled(kind, on)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+        np.seterr(**errors)
+        decimal.setcontext(decimals)
+
+    return put_back
+
+
+def _talk(main: bool) -> Callable[[], None]:
+    """A function that puts back how the process says things and hears signals; in the `main` thread alone can it."""
+    root = logging.getLogger()
+    named = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    # what logging.config.dictConfig disables, and basicConfig adds to
+    loggers = [(one, one.level, one.disabled, one.propagate, list(one.handlers)) for one in (root, *named)]
+    disabled, filters, show = logging.root.manager.disable, list(warnings.filters), warnings.showwarning
+    words, recursion, mask = locale.setlocale(locale.LC_ALL), sys.getrecursionlimit(), os.umask(0o077)
+    os.umask(mask)
+    collects, hook, patience = gc.isenabled(), sys.excepthook, socket.getdefaulttimeout()
+    signals = {number: signal.getsignal(number) for number in signal.valid_signals()} if main else {}
+
+    def put_back() -> None:
+        for one, level, off, propagate, handlers in loggers:
+            one.setLevel(level)
+            one.disabled, one.propagate, one.handlers[:] = off, propagate, handlers
+        logging.disable(disabled)
+        warnings.filters[:] = filters  # type: ignore[index]  # a list, whatever its stubs say
+        warnings.showwarning = show
+        warnings._filters_mutated()  # type: ignore[attr-defined]  # what tells its cache
+        if locale.setlocale(locale.LC_ALL) != words:
+            locale.setlocale(locale.LC_ALL, words)
+        if hasattr(time, "tzset"):
+            time.tzset()
+        sys.setrecursionlimit(recursion)
+        os.umask(mask)
+        (gc.enable if collects else gc.disable)()
+        sys.excepthook = hook
+        socket.setdefaulttimeout(patience)
+        for number, handler in signals.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
     return put_back
 

@@ -105,6 +105,19 @@ def test_a_thought_in_a_column_or_in_a_turn_is_delivered_under_the_key_the_templ
         assert notes == []
 
 
+@pytest.mark.parametrize("key", ["cot", "Complex_CoT", "rationale", "chain_of_thought"])
+def test_a_thought_in_a_column_of_another_name_is_one_too(key, tmp_path):
+    record = read(tmp_path, {"Question": "Why?", "Answer": "So.", key: "Hm."})
+    assert record.messages == [user("Why?"), assistant("So.", reasoning_content="Hm.")]
+
+
+def test_columns_under_their_own_names_are_told_and_a_capital_image_is_one(tmp_path):
+    rows = [{"Question": f"{i}?", "Answer": "a", "History": [], "Rating": 3} for i in range(4)]
+    assert load(tmp_path, rows).ledger.unused_columns == {"Rating": 4}
+    with pytest.raises(DataError, match=r"`Image` holds what is no text.*\n.*\{Image: unused\}"):
+        read(tmp_path, {"Question": "a", "Answer": "b", "Image": "a.png"})
+
+
 def test_a_thought_as_a_part_of_a_content_is_one_too(tmp_path):
     parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "So."}]
     record = read(tmp_path, {"messages": [user("Why?"), {"role": "assistant", "content": parts}]})

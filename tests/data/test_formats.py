@@ -42,6 +42,21 @@ SAME_TWO_TURNS = {
     "question and answer": {"question": QUESTION, "answer": ANSWER},
     "query and response": {"query": QUESTION, "response": ANSWER},
     "a transcript": {"text": TRANSCRIPT},
+    "problem and solution": {"problem": QUESTION, "solution": ANSWER},
+    "problem and answer": {"problem": QUESTION, "answer": ANSWER},
+    "question and solution": {"question": QUESTION, "solution": ANSWER},
+    "prompt and answer": {"prompt": QUESTION, "answer": ANSWER},
+    "input and output": {"input": QUESTION, "output": ANSWER},
+    "inputs and targets": {"inputs": QUESTION, "targets": ANSWER},
+    "human and assistant": {"human": QUESTION, "assistant": ANSWER},
+    "capitals": {"Question": QUESTION, "Answer": ANSWER},
+    "capitals and spaces": {"Instruction ": QUESTION, "Input": "", "OUTPUT": ANSWER},
+    "capital messages": {"Messages": TURNS},
+    "capital roles": {"conversations": [{"from": "Human", "value": QUESTION}, {"from": "GPT", "value": ANSWER}]},
+    "dialog": {"dialog": TURNS},
+    "exchanges": {"conversation": [{"input": QUESTION, "output": ANSWER}]},
+    "messages as Python's text": {"messages": repr(TURNS)},
+    "sides as JSON text": {"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(TURNS[1:])},
 }
 
 
@@ -141,6 +156,68 @@ def test_explicit_preferences_come_out_the_same(row, tmp_path):
     assert (record.prompt, record.chosen, record.rejected, record.margin) == (
         [TURNS[0]], [TURNS[1]], [assistant("Five.")], 2,
     )  # fmt: skip
+
+
+LABELLED = {
+    "question and answer": {"question": QUESTION, "answer": ANSWER, "label": 1},
+    "messages": {"messages": TURNS, "label": True},
+    "LLaMA-Factory's turns": {
+        "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}],
+        "kto_tag": True,
+    },
+    "LLaMA-Factory's alpaca": {"instruction": QUESTION, "input": "", "output": ANSWER, "kto_tag": "true"},
+    "a word": {"prompt": QUESTION, "completion": ANSWER, "label": "good"},
+    "thumbs": {"prompt": QUESTION, "response": ANSWER, "thumbs_up": True},
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labelled_answers_of_every_layout_come_out_the_same_and_are_refused_where_all_would_be_learned(name, tmp_path):
+    row = LABELLED[name]
+    (record,) = read(tmp_path, row, kind="labelled_completion")
+    assert isinstance(record, LabelledCompletion)
+    assert (record.prompt, record.completion, record.label) == (TURNS[:1], TURNS[1:], True)
+    column = next(name for name in row if name in ("label", "kto_tag", "thumbs_up"))
+    with pytest.raises(
+        DataError, match=rf"{column} says which answers were liked.*\n.*columns='\{{{column}: unused\}}'"
+    ):
+        read(tmp_path, row)
+    (kept,) = read(tmp_path, row, columns={column: "unused"})
+    assert kept.messages == TURNS
+    (prompt,) = read(tmp_path, row, kind="prompt")
+    assert (prompt.messages, prompt.completion) == (TURNS[:1], ANSWER)
+
+
+PAIR = {"prompt": QUESTION, "completion": ANSWER}
+MIXED = {
+    "turns": ([PAIR, PAIR, {"messages": TURNS}], 3, "messages .*It has messages, and no completion, prompt"),
+    "the first row": ([{"messages": TURNS}, PAIR, PAIR], 1, "than that of rows.jsonl:2: messages"),
+    "a label": ([PAIR, {**PAIR, "label": False}], 2, "labelled completions .*It has label"),
+    "a label of another kind": ([{**PAIR, "label": "x"}] * 2 + [{**PAIR, "label": 0}], 3, "labelled completions"),
+    "another pair": ([PAIR, {"instruction": "a", "output": "b"}], 2, "has no prompt, completion, as rows.jsonl:1 has"),
+    "a misspelt column": ([PAIR, {"promt": "a", "completion": "b"}], 2, "has no prompt, .* it has completion, promt"),
+    "text": ([PAIR, {"text": "a"}], 2, "plain text"),
+    "text after transcripts": ([{"text": TRANSCRIPT}] * 2 + [{"text": "a"}], 3, "plain text"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_row_of_another_layout_than_the_others_is_the_one_that_is_named(name, tmp_path):
+    rows, number, message = MIXED[name]
+    with pytest.raises(DataError, match=rf"^rows.jsonl:{number}\b.*{message}"):
+        read(tmp_path, *rows)
+
+
+def test_a_text_that_looks_like_a_transcript_among_texts_is_a_text_and_a_prompt_needs_no_answer(tmp_path):
+    assert len(read(tmp_path, {"text": "a"}, {"text": TRANSCRIPT})) == 2
+    with_and_without = read(tmp_path, PAIR, {"prompt": "b"}, kind="prompt")
+    assert [record.completion for record in with_and_without] == [ANSWER, ""]
+
+
+def test_an_answer_of_json_that_only_looks_like_turns_stays_a_text(tmp_path):
+    answer = '[{"from": "Ann", "text": "Hi"}]'
+    (record,) = read(tmp_path, {"prompt": QUESTION, "completion": answer})
+    assert record.messages[1] == assistant(answer)
 
 
 def test_labelled_completions_are_not_taken_for_answers_to_learn(tmp_path):

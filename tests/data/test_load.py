@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from finetune_kit import network
 from finetune_kit.config import DataConfig
 from finetune_kit.data.ledger import Ledger, same_key
-from finetune_kit.data.load import Data, load_data
+from finetune_kit.data.load import Data, load_data, load_records
 from finetune_kit.data.records import PromptCompletion, Text, reference_of
-from finetune_kit.data.split import RULE, held_out_count, split_off
+from finetune_kit.data.split import RULE, held_out_count, labels, source_rows, split_off
 from finetune_kit.errors import DataError, ResourceError, SettingsError
 from tests.fixtures_cli import ROOT
 from tests.fixtures_data import assistant, bpe_tokenizer, conversation, user, write_jsonl
@@ -102,6 +102,54 @@ def test_training_rows_that_are_held_out_too_are_removed_and_counted(tmp_path):
     assert not set(questions(data.train_records)) & {"question 0?", "question 1?", "question 2?", "question 5?"}
     with pytest.raises(DataError, match=r"10 of 100 train rows would be lost \(10%, allowed 5%\): 10 × also held out"):
         load(tmp_path, pairs(100), held_out_path=write_jsonl(tmp_path / "held.jsonl", pairs(10)))
+
+
+def test_20_copies_of_a_held_out_row_are_one_row_and_nothing_is_lost_by_that(tmp_path):
+    held = write_jsonl(tmp_path / "held.jsonl", [*pairs(1, 90) * 20, *pairs(2, 91)])
+    data = load(tmp_path, pairs(50), held_out_path=held)
+    assert len(data.held_out_records) == 3
+    assert data.ledger.held_out.dropped == {"said by another held-out row": 19}
+    assert any("only 3 held-out rows: too few to judge" in note for note in data.ledger.notes)
+
+
+def labelled(count, liked):
+    rows = [{"prompt": f"question {i}?", "completion": f"answer {i}", "label": i in liked} for i in range(count)]
+    return {"kind": "labelled_completion", "rows": rows}
+
+
+@pytest.mark.parametrize(("count", "liked"), [(60, (7, 50)), (10, (0, 4)), (400, range(0, 400, 50))])
+def test_both_labels_are_on_both_sides_of_a_split_whatever_the_seed(tmp_path, count, liked):
+    made = labelled(count, liked)
+    records = load_records(write_jsonl(tmp_path / "rows.jsonl", made["rows"]), DataConfig(), made["kind"])
+    for seed in range(20):
+        train, held = split_off(records, None, seed)
+        assert labels(train) == labels(held) == {True, False}
+        assert len(held) == held_out_count(None, count)
+
+
+def test_the_only_disliked_row_is_trained_and_a_note_says_that_none_is_held_out(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", labelled(30, {*range(30)} - {7})["rows"])
+    for seed in range(5):
+        data = load_data(DataConfig(path=path), "labelled_completion", bpe_tokenizer(), seed)
+        assert not all(data.train["label"])
+        assert "no disliked row is held out" in " ".join(data.ledger.notes)
+
+
+def test_disliked_rows_alone_are_no_held_out_rows(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", labelled(30, range(0, 30, 2))["rows"])
+    bad = [{"prompt": f"other {i}?", "completion": "no", "label": False} for i in range(20)]
+    config = DataConfig(path=path, held_out_path=write_jsonl(tmp_path / "held.jsonl", bad))
+    with pytest.raises(DataError, match=r"All 20 held-out rows are disliked .*\n.*data.held_out_path"):
+        load_data(config, "labelled_completion", bpe_tokenizer())
+
+
+def test_of_100_pairs_kto_holds_out_20_pairs_with_both_answers_of_each(tmp_path):
+    rows = [{"prompt": f"{i}?", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(100)]
+    data = load_data(
+        DataConfig(path=write_jsonl(tmp_path / "rows.jsonl", rows)), "labelled_completion", bpe_tokenizer()
+    )
+    assert len(data.held_out_records) == 40
+    assert source_rows(record.where for record in data.held_out_records) == 20
 
 
 def test_duplicates_are_counted_and_kept(tmp_path):

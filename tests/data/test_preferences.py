@@ -1,5 +1,6 @@
 """Pairs of answers: every layout becomes prompt, chosen and rejected; what is no pair is dropped with its reason."""
 
+import json
 import math
 
 import pytest
@@ -70,6 +71,27 @@ LAYOUTS = {
         "better_response_id": 1,
     },
     "two answers and two scores": {"question": "q", "answer_0": "bad", "answer_1": "good", "score_0": -1, "score_1": 1},
+    "OpenAI's files": {
+        "input": {"messages": [{"role": "user", "content": "q"}], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [{"role": "assistant", "content": "good"}],
+        "non_preferred_output": [{"role": "assistant", "content": "bad"}],
+    },
+    "LLaMA-Factory's turns": {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "good"},
+        "rejected": {"from": "gpt", "value": "bad"},
+    },
+    "LLaMA-Factory's alpaca": {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
+    "messages and two texts": {"messages": TURNS, "chosen": "good", "rejected": "bad"},
+    "SHP, the first": {"history": "q", "human_ref_A": "good", "human_ref_B": "bad", "labels": 1, "score_A": 9},
+    "SHP, the second": {"history": "q", "human_ref_A": "bad", "human_ref_B": "good", "labels": 0, "score_B": 9},
+    "capitals": {"Prompt": "q", "Chosen": "good", "Rejected": "bad"},
+    "chosen_response": {"instruction": "q", "chosen_response": "good", "rejected_response": "bad"},
+    "preferred": {"question": "q", "preferred": "good", "dispreferred": "bad"},
+    "turns as JSON text": {
+        "chosen": json.dumps([*TURNS, {"role": "assistant", "content": "good"}]),
+        "rejected": json.dumps([*TURNS, {"role": "assistant", "content": "bad"}]),
+    },
     "two conversations and annotators": {
         "conversation_a": [*TURNS, {"role": "assistant", "content": "good"}],
         "conversation_b": [*TURNS, {"role": "assistant", "content": "bad"}],
@@ -81,6 +103,23 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_gives_the_same_pair(tmp_path, name):
     assert said(one(tmp_path, LAYOUTS[name])) == ("q", "good", "bad")
+
+
+def test_rows_of_one_scored_answer_each_are_paired_by_their_prompt_the_best_against_the_worst(tmp_path):
+    scores = [("q", "bad", 1), ("r", "so so", 2), ("q", "good", 4), ("r", "fine", 3)]  # as HelpSteer2 has them
+    rows = [{"prompt": p, "response": r, "helpfulness": score, "verbosity": 2} for p, r, score in scores]
+    data = load(tmp_path, rows)
+    assert [said(record) for record in data.train_records] == [("q", "good", "bad"), ("r", "fine", "so so")]
+    assert data.train["margin"] == [3.0, 1.0]
+    assert data.ledger.unused_columns == {"verbosity": 2}
+    with pytest.raises(DataError, match=r"rows.jsonl:3: responses holds 1 answers; a pair needs two"):
+        load(tmp_path, [*rows[:2], {**rows[0], "prompt": "s"}, *rows[2:]])
+
+
+def test_a_conversation_that_ends_with_an_answer_is_no_prompt_of_two_others(tmp_path):
+    turns = [*TURNS, {"role": "assistant", "content": "a third"}]
+    with pytest.raises(DataError, match=r"rows.jsonl:1: messages ends with an answer"):
+        one(tmp_path, {"messages": turns, "chosen": "good", "rejected": "bad"})
 
 
 def test_the_margin_is_the_labels_own_difference_and_nan_where_it_is_not_known(tmp_path):

@@ -74,6 +74,9 @@ def test_a_falling_likelihood_of_the_chosen_answers_is_said_in_words() -> None:
     few = compare(BEFORE, after, CONFIG, 0.1)
     assert {line["verdict"] for line in few.metrics} == {"too few to judge (4 rows)"}
     assert "less likely" not in few.verdict
+    from_few = compare(replace(five_times(BEFORE), sources=10), five_times(after), CONFIG, 0.1)
+    assert {line["verdict"] for line in from_few.metrics} == {"too few to judge (10 rows)"}
+    assert not from_few.improved
 
 
 def test_on_the_way_the_loss_is_the_sigmoid_loss_at_beta() -> None:

@@ -168,6 +168,19 @@ def test_the_terminal_shows_table_verdict_and_3_samples_with_brackets_as_they_ar
     assert "[bold]hi[/bold]" in shown
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_word_of_an_answer_is_broken_at_any_width_of_the_terminal(width: int) -> None:
+    words = ["internationalization,", "characteristically,", "incomprehensibilities"]
+    report = a_report(" ".join(words))
+    screen = io.StringIO()
+    print_report(report, Console(file=screen, width=width))
+    shown = screen.getvalue()
+    assert all(word in shown for word in words)
+    assert ("side by side" in shown) == (width == 120)
+    assert max(map(len, shown.splitlines())) <= width
+    assert ("[+0.663, +1.000]" in shown) == (width >= 80)
+
+
 def test_without_samples_the_terminal_shows_the_table_alone():
     report = a_report()
     report.samples = []

@@ -275,3 +275,6 @@ def test_a_gate_does_not_pass_on_fewer_than_20_pairs() -> None:
     assert (few["passed"], enough["passed"]) == (False, True)
     assert "on 19 held-out pairs" in few["reason"]
     assert few["reason"].endswith("too few to judge, 20 pairs are needed")
+    of_4 = gate([1.0] * 24, 0.5, sources=4)  # every pair of 4 rows with 4 ranked answers each
+    assert not of_4["passed"]
+    assert of_4["reason"].endswith("of 4 rows: too few to judge, 20 rows are needed")

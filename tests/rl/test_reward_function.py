@@ -1,9 +1,16 @@
 """rl/reward_function.py: how a reward function's parameters are read, and what it cannot do to a run."""
 
+import decimal
+import gc
+import locale
+import logging
 import os
 import random
 import signal
+import socket
+import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,8 +182,16 @@ def test_a_call_that_hangs_ends_with_the_setting_that_allows_it_more(load: Load,
 
 
 BENDS = """
-import os, random, signal, sys, numpy, torch
+import decimal, gc, locale, logging, logging.config, os, random, signal, socket, sys, warnings, numpy, torch
 def bend():
+    logging.disable(logging.CRITICAL); logging.getLogger().setLevel(logging.ERROR); logging.getLogger().handlers.clear()
+    logging.config.dictConfig({"version": 1, "disable_existing_loggers": True})
+    locale.setlocale(locale.LC_ALL, "C"); warnings.simplefilter("ignore"); warnings.showwarning = print
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.setrecursionlimit(500); gc.disable(); os.umask(0); socket.setdefaulttimeout(1); sys.excepthook = print
+    numpy.seterr(all="raise"); decimal.getcontext().prec = 3; torch.set_float32_matmul_precision("medium")
+    torch.autograd.set_detect_anomaly(True); torch.set_autocast_enabled("cpu", True)
+    torch.backends.cudnn.benchmark = True
     os.chdir("/"); random.seed(1); random.random(); numpy.random.seed(2); torch.manual_seed(3)
     torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.set_num_threads(3)
     os.environ["BENT"] = "yes"; os.environ.pop("HOME", None); sys.path.append("/nowhere"); sys.stdout = None
@@ -197,6 +212,12 @@ def state() -> list[Any]:
         Path.cwd(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
         torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), dict(os.environ),
         signal.getsignal(signal.SIGTERM), signal.getitimer(signal.ITIMER_REAL), [dict(r.metadata) for r in TEXTS],
+        signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGINT), locale.setlocale(locale.LC_ALL),
+        logging.root.manager.disable, logging.getLogger().level, list(logging.getLogger().handlers),
+        logging.getLogger("finetune_kit").disabled, list(warnings.filters), warnings.showwarning, sys.excepthook,
+        sys.getrecursionlimit(), gc.isenabled(), socket.getdefaulttimeout(), np.geterr(), decimal.getcontext().prec,
+        torch.get_float32_matmul_precision(), torch.is_anomaly_enabled(), torch.is_autocast_enabled("cpu"),
+        torch.backends.cudnn.benchmark,
     ]  # fmt: skip
 
 
