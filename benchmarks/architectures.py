@@ -267,6 +267,8 @@ def main() -> None:
     home = asked.to.resolve()
     furnish(home)
     (home / "results").mkdir(exist_ok=True)
+    for kind in ("models", "runs"):
+        remove(home / kind)
     warm_up(home)
     for kind in ("models", "runs"):
         remove(home / kind)
@@ -305,7 +307,11 @@ def warm_up(home: Path) -> None:
     ours, theirs = context.Pipe()
     process = context.Process(target=modules_of, args=(home, theirs))
     process.start()
-    for name in ours.recv():
+    names, results = ours.recv()
+    wrong = {cell: found["why"] for cell, found in results.items() if found["is"] != "yes"}
+    if wrong:
+        sys.exit(f"Even a plain Llama does not do this: {wrong}. See {home / 'logs' / 'warm_up.txt'}")
+    for name in names:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     process.join()
@@ -314,9 +320,9 @@ def warm_up(home: Path) -> None:
 
 def modules_of(home: Path, say: Any) -> None:
     """In a process of its own: what is imported once every cell of a plain model was run."""
-    log = home / "logs" / "warm_up.txt"
-    examine_here(CELLS, home, "llama", log, lambda cell, found: None)
-    say.send([name for name in sys.modules if name != "__main__"])
+    found: dict[str, Any] = {}
+    examine_here(CELLS, home, "llama", home / "logs" / "warm_up.txt", found.__setitem__)
+    say.send(([name for name in sys.modules if name != "__main__"], found))
     os._exit(0)
 
 
