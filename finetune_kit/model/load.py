@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +195,7 @@ def load_base(
     from transformers.utils.logging import disable_progress_bar
 
     quantised = {}
+    packing: Any = nullcontext()
     own_heads = ("score.",) if own else ("no head",)  # a new head is random
     if model.load_in_4bit:
         if trained_in_full:
@@ -203,8 +204,9 @@ def load_base(
             _say_once(note)
         fourbit.check_base(load_model_config(model), model.name_or_path)
         quantised = {"quantization_config": fourbit.quantization_config(model, device(), computes_in_bfloat16())}
+        packing = fourbit.packing_stacks()
     disable_progress_bar()
-    with _said_plainly(model), doing(f"loading {public_name(model.name_or_path)}"):
+    with _said_plainly(model), doing(f"loading {public_name(model.name_or_path)}"), packing:
         source = _from(model, weights=True)
         base: PreTrainedModel
         base, loading = getattr(transformers, auto_class).from_pretrained(
@@ -287,6 +289,7 @@ def load_dequantised(model: ModelConfig) -> PreTrainedModel:
     swapped = [name for name, module in base.named_modules() if vars(module).get("source_cls") is Conv1D]
     logging.getLogger("transformers.integrations.bitsandbytes").setLevel("ERROR")  # says that it does as it is told
     base.dequantize()
+    fourbit.unpack_stacks(base)
     for name in swapped:  # GPT-2's layers keep their weight the other way round, and dequantize() leaves them turned
         linear = base.get_submodule(name)
         with torch.device("meta"):

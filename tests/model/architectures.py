@@ -6,11 +6,14 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from finetune_kit.model.tiny import write_tiny_model
 
 # what configs call their sizes: a name that a config has gets this value
 SMALL = {
@@ -58,7 +61,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 @functools.cache
 def _found(model_type: str) -> Any:
-    ways: tuple[Callable[[str], Any], ...] = (_by_attributes, _by_values, functools.partial(_by_values, fill=True))
+    ways: tuple[Callable[[str], Any], ...] = (_by_values, functools.partial(_by_values, fill=True), _by_attributes)
     first = None
     for way in ways:
         try:
@@ -81,6 +84,7 @@ def tiny_config(model_type: str) -> Any:
 
 
 def _by_attributes(model_type: str) -> Any:
+    """By changing what the default config says, for those that cannot be built anew from what they say."""
     config = CONFIG_MAPPING[model_type]()
     text = config.get_text_config()
     for part in (text, getattr(config, "vision_config", None), getattr(config, "audio_config", None)):
@@ -104,7 +108,7 @@ def _shrink(config: Any) -> None:
 
 
 def _by_values(model_type: str, fill: bool = False) -> Any:
-    """By building the config anew from small values, for those that forbid to change one or check them together."""
+    """By building the config anew from small values. `fill`: what it leaves open, too."""
     known = CONFIG_MAPPING[model_type]
     return known.from_dict(_small(known().to_dict(), fill))
 
@@ -127,6 +131,8 @@ def _small(values: dict[str, Any], fill: bool) -> dict[str, Any]:
             found[name] = len(kept) // 2
         elif name in SMALL and isinstance(value, int) and not isinstance(value, bool):
             found[name] = SMALL[name]
+        elif name in ("attn_layer_indices", "attn_layers_indices") and value is None:
+            found[name] = [1]  # a hybrid whose default has no attention
         elif fill and value is None and name in OPEN:
             found[name] = OPEN[name]
         elif fill and name == "is_decoder":
@@ -140,7 +146,7 @@ def _small(values: dict[str, Any], fill: bool) -> dict[str, Any]:
             found[name] = value
     if found.get("kv_lora_rank"):
         found["num_key_value_heads"] = found["num_attention_heads"]
-    if "qk_nope_head_dim" in found and "head_dim" in found:
+    if "qk_nope_head_dim" in found and values.get("head_dim") != values.get("qk_rope_head_dim"):
         found["head_dim"] = found["qk_nope_head_dim"] + found["qk_rope_head_dim"]
     return found
 
@@ -171,3 +177,15 @@ def auto_class(model_type: str) -> Any:
     """What makes it: a causal language model's class, or, of one that reads images, too, that of those."""
     causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+
+
+def write_small(model_type: str, folder: Path) -> None:
+    """Save one with random weights and the tiny model's tokenizer, once it has read eight tokens."""
+    torch.manual_seed(0)
+    model = auto_class(model_type).from_config(tiny_config(model_type)).float().eval()
+    with torch.no_grad():
+        model(input_ids=torch.arange(5, 13)[None])
+    write_tiny_model(folder)
+    for path in (folder / "model.safetensors", folder / "config.json"):
+        path.unlink()
+    model.save_pretrained(folder)
