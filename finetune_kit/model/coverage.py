@@ -195,9 +195,10 @@ class Coverage:
     share: float
 
     def in_words(self) -> list[str]:
-        """Lines for people: what is adapted, and what is not."""
+        """Lines for people: what is adapted, what it trains, and what is left alone."""
         named = ", ".join(f"{kind} ({count})" for kind, count in self.covered.items())
         lines = [f"adapted: {named}; {self.share:.0%} of the layers' weights"]
+        lines.append(f"trained by kind: {', '.join(f'{kind} {count:,}' for kind, count in self.trained.items())}")
         by_reason: dict[str, list[str]] = {}
         for kind, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(f"{kind} ({self.left_out[kind]})")

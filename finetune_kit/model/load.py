@@ -384,6 +384,12 @@ def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: b
         return base if lora is None else adapters.attach(base, lora)
 
 
+def coverage_of(model: ModelConfig, lora: LoraConfig) -> list[str]:
+    """What an adapter with these settings covers of the model, and what it leaves out, in lines; nothing is loaded."""
+    policy = empty_policy(model, lora, trained_in_full=False)
+    return adapters.covered(policy).in_words() if adapters.is_adapter(policy) else []
+
+
 def learned_positions(model: ModelConfig) -> int | None:
     """How many positions the model has a table for, learned or computed once; None where any length can be read."""
     import torch

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from finetune_kit.model.layout import make_plan
 from finetune_kit.model.load import computes_in_bfloat16, device, load_model_config, weight_dtype
 from finetune_kit.training.arguments import DEFAULT_OPTIMIZER
 from finetune_kit.training.batches import by_row, micro_batch, plan_layout
+from finetune_kit.values import sized
 
 if TYPE_CHECKING:
     from finetune_kit.training.rehearsal import Batch
@@ -132,6 +134,26 @@ def weights(policy: Any, model: ModelConfig, quantised: Quantised) -> int:
     plain = sum(tensor.numel() * tensor.element_size() for tensor in tensors if id(tensor) not in in_4bit)
     sizes = [parameter.numel() for parameter in policy.parameters() if id(parameter) in in_4bit]
     return int(plain + sum(four_bit(size, model.bnb_4bit_use_double_quant) for size in sizes))
+
+
+def in_4_bits(policy: Any, model: ModelConfig, quantised: Quantised) -> str:
+    """Of the frozen base, what is in 4 bits and what is not, in bytes, for people; "" where nothing is."""
+    if not quantised.every:
+        return ""
+    packed = {id(policy.get_parameter(name)) for name in quantised.every}
+    kept: Counter[str] = Counter()
+    for name, parameter in policy.named_parameters():
+        if id(parameter) not in packed and not parameter.requires_grad:
+            owner = without_wrappers(name).split(".")[-2]
+            kept[owner] += parameter.numel() * parameter.element_size()
+    sizes = [policy.get_parameter(name).numel() for name in quantised.every]
+    small = sum(four_bit(size, model.bnb_4bit_use_double_quant) for size in sizes)
+    whole = sum(kept.values())
+    most = ", ".join(f"{owner} {sized(size)}" for owner, size in kept.most_common(3))
+    return (
+        f"{sum(sizes):,} weights in {sized(small)}; not quantised, in 32 bits: {sized(whole)} ({most}); "
+        f"{sized(small + whole)} together"
+    )
 
 
 def file_pages(policy: Any, model: ModelConfig, quantised: Quantised) -> int:
