@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import shutil
 import types
@@ -103,6 +104,8 @@ def build(
         # TRL turns it on in the config, where generation and the saved model would have it, too; the trainers ask for
         # it in each training pass besides
         text.output_router_logits = routers
+    if not _gives_router_loss(policy):
+        trainer.aux_loss_enabled = False  # TRL goes by the config alone, and would multiply what is not there
     if tokenises:
         trainer.train_dataset = rows
     processes.barrier()
@@ -131,6 +134,12 @@ def build(
         console.print(f"note: {said}")
     plan_in_collator(trainer)
     return trainer
+
+
+def _gives_router_loss(policy: Any) -> bool:
+    """Whether a model can be asked for its router's loss: the configs of Llama 4 and others only look like it."""
+    causal = policy.get_base_model() if is_adapter(policy) else policy
+    return "output_router_logits" in inspect.signature(causal.forward).parameters
 
 
 def _pushes_checkpoints(config: RecipeConfig) -> Any:

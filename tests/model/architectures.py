@@ -37,6 +37,7 @@ SMALL = {
     **dict.fromkeys(("qk_nope_head_dim", "mamba_d_state", "state_size", "ssm_state_size"), 8),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 512),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "num_dense_layers"), 1),
+    **dict.fromkeys(("n_groups", "mamba_n_groups"), 1),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 261),
     **dict.fromkeys(("ngram_vocab_size_base", "encoder_hash_byte_group_vocab"), 64),
     "q_lora_rank": 24,
@@ -146,6 +147,10 @@ def _small(values: dict[str, Any], fill: bool) -> dict[str, Any]:
             found[name] = value
     if found.get("kv_lora_rank"):
         found["num_key_value_heads"] = found["num_attention_heads"]
+    if {"num_heads", "head_dim", "expand"} <= found.keys():  # a state space, whose heads make up all its width
+        found["num_heads"] = found["expand"] * found["hidden_size"] // found["head_dim"]
+    if set(found.get("layer_types") or ()) == {"linear_attention"} and "num_attention_heads" in found:
+        found["layer_types"][-1] = "full_attention"  # a hybrid whose default has none
     if "qk_nope_head_dim" in found and values.get("head_dim") != values.get("qk_rope_head_dim"):
         found["head_dim"] = found["qk_nope_head_dim"] + found["qk_rope_head_dim"]
     return found
