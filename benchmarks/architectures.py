@@ -368,6 +368,10 @@ reasons of each **no** and **fails**. *seconds*: of CPU, all the cells together.
 ## Not made small
 
 {unmade}
+
+## Not tried yet
+
+{untried}
 """
 
 
@@ -415,6 +419,7 @@ def page(results: dict[str, Any], names: Iterable[str]) -> str:
         left_out="\n".join(listed) or "Nothing.",
         reasons="\n".join(reasons) or "Each does everything.",
         unmade="\n".join(unmade) or "None.",
+        untried=", ".join(f"`{name}`" for name in every() if name not in results) or "None.",
     )
 
 

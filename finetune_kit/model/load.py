@@ -451,7 +451,7 @@ def check_base(model: ModelConfig, folder: Path) -> None:
         return
     then, now = read_object(folder / BASE_RECORD), base_record(model)
     # through this transformers' own class, so that a default which a release adds is on both sides
-    known = _architecture(AutoConfig.for_model(**then["config"]))
+    known = _architecture(AutoConfig.for_model(**_with_infinities(then["config"])))
     keys = [key for key in sorted(known.keys() | now["config"]) if known.get(key) != now["config"].get(key)]
     differing = [f"{key} {known.get(key)} → {now['config'].get(key)}" for key in keys[:3]]
     if not keys and None not in (then["weights"], now["weights"]) and then["weights"] != now["weights"]:
@@ -462,6 +462,15 @@ def check_base(model: ModelConfig, folder: Path) -> None:
             f"{folder} is an adapter of {was}; {found} is another model: {', '.join(differing)}.",
             "Name the base that it was trained on, in its run.yaml: model.name_or_path and model.revision.",
         )
+
+
+def _with_infinities(values: Any) -> Any:
+    """Numbers that JSON lacks, which transformers writes as {"__float__": "Infinity"}, as such again."""
+    if isinstance(values, dict):
+        if values.keys() == {"__float__"}:
+            return float(values["__float__"])
+        return {key: _with_infinities(value) for key, value in values.items()}
+    return [_with_infinities(value) for value in values] if isinstance(values, list) else values
 
 
 def _architecture(config: PretrainedConfig) -> dict[str, Any]:
