@@ -9,7 +9,7 @@ import copy
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from finetune_kit.data.load import Data
 from finetune_kit.evaluation.compare import Report
 from finetune_kit.evaluation.intervals import spread_of
 from finetune_kit.evaluation.report import write_html
-from finetune_kit.model.adapters import is_adapter
+from finetune_kit.model.adapters import covered, is_adapter
+from finetune_kit.model.coverage import Coverage
 from finetune_kit.model.embedded import INSTALL
 from finetune_kit.model.embedded import NAME as EMBEDDED
 from finetune_kit.model.load import BASE_RECORD, base_license, base_record, hub_name, public_name
@@ -118,6 +119,8 @@ def _save(
         )
     short = [line for line in history if "per_device_train_batch_size" in line]
     results = {**report.to_json(), **proof.to_json(), "out_of_memory": short}
+    if is_adapter(model):
+        results["adapter"] = asdict(covered(model))
     run = {
         "recipe": config.recipe,
         "settings": to_yaml(without_paths(config), versions()),
@@ -236,6 +239,7 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequen
         values = f"{metric['before']:.4f} | {metric['after']:.4f} | {metric['difference']:+.4f}"
         rows.append(f"| {metric['name']} | {values} | {spread} | {metric['n']} | {metric['verdict']} |")
     settings = to_yaml(shown, versions())
+    adapter = Coverage(**results["adapter"]).in_words() if "adapter" in results else []
     ledger = data.ledger.to_json()
     task, use = ("text-classification", [*REWARD_USE, ""]) if "gate" in results else ("text-generation", [])
     return "\n".join(
@@ -254,6 +258,7 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequen
             "",
             sentence(results),
             "",
+            *(f"{line[0].upper()}{line[1:]}.\n" for line in adapter),
             *use,
             *how_to_use(config, rewards="gate" in results),
             *(["## Where it comes from", "", *as_text(line), ""] if len(line) > 1 else []),

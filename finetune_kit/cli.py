@@ -167,6 +167,14 @@ def show(word: RecipeWord, words: Words = None, config: ConfigFile = None, debug
     out.print((recipe.module.__doc__ or "").strip(), markup=False)
     out.print(f"\nThe code: {recipe.path}\n", style="dim", markup=False)
     _print_settings(settings)
+    if hasattr(settings, "lora") and Path(settings.model.name_or_path).expanduser().is_dir():
+        from finetune_kit.model.load import coverage_of
+
+        out.print(f"\nThe adapter on {settings.model.name_or_path}", style="dim", markup=False)
+        with doing("counting what it covers"):
+            lines = coverage_of(settings.model, settings.lora)
+        for line in lines:
+            out.print(line, markup=False)
 
 
 def _print_settings(settings: RecipeConfig) -> None:

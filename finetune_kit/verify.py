@@ -15,6 +15,8 @@ chance; and where the best token leads by more than 8 r, it must be the same one
 from __future__ import annotations
 
 import gc
+import importlib
+import inspect
 import json
 import math
 import os
@@ -23,7 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,7 @@ from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError, ResourceError
 from finetune_kit.model import load
 from finetune_kit.model.adapters import is_adapter
+from finetune_kit.model.coverage import without_wrappers
 from finetune_kit.model.load import resolve_name, weight_dtype
 from finetune_kit.model.precision import as_loaded
 from finetune_kit.training import room
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # largest difference of a float32 logit or score after saving and loading
 PROBE = 64  # tokens
+STACKS = "finetune_kit.model.stacks"
 ROUNDINGS = 8  # of 16 bits: as many times the rounding of a logit
 REWARDS = "AutoModelForSequenceClassification"
 # what a launcher tells its processes: the fresh one is alone
@@ -52,6 +56,7 @@ SHORT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "Mem
 
 # Run as `python -c` in a fresh process, so that nothing of this package can help the weights along.
 RELOAD = """
+import contextlib
 import json
 import sys
 given = json.loads(sys.argv[1])
@@ -64,24 +69,30 @@ folder, base, trusted, quantised, device = (given[k] for k in ("folder", "base",
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 rewards = given["kind"] == "AutoModelForSequenceClassification"
 quantise = transformers.BitsAndBytesConfig
-model = getattr(transformers, given["kind"]).from_pretrained(
-    base,
-    **({"num_labels": 1} if rewards else {}),
-    revision=given["revision"],
-    trust_remote_code=trusted == "True",
-    attn_implementation=given["attention"],
-    quantization_config=quantise.from_dict(json.loads(quantised)) if quantised else None,
-    dtype=getattr(torch, given["dtype"]),
-    device_map={"": device},
-    use_safetensors=True,
-)
+stacks = {"packing": lambda find: contextlib.nullcontext()}
+if given["stacks"]:  # experts in 4 bits, which transformers cannot do
+    exec(given["stacks_code"], stacks)
+with stacks["packing"](lambda empty: given["stacks"]):
+    model = getattr(transformers, given["kind"]).from_pretrained(
+        base,
+        **({"num_labels": 1} if rewards else {}),
+        revision=given["revision"],
+        trust_remote_code=trusted == "True",
+        attn_implementation=given["attention"],
+        quantization_config=quantise.from_dict(json.loads(quantised)) if quantised else None,
+        dtype=getattr(torch, given["dtype"]),
+        device_map={"": device},
+        use_safetensors=True,
+    )
 for module in model.modules():  # bitsandbytes would round to bfloat16 on some CPUs
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False
 if rewards:  # its head is trained in float32, whatever the other weights are in
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.score.float().register_forward_pre_hook(lambda head, given: (given[0].float(),))
-if quantised:  # as in training: what is not quantised computes in float32
+if given["stacks"]:
+    stacks["freeze"](model)
+elif quantised:  # as in training: what is not quantised computes in float32
     from peft import prepare_model_for_kbit_training
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 if base != folder:
@@ -311,6 +322,7 @@ def prove(model: Any, config: ModelConfig, folder: Path, probe: list[int], expec
                 torch.device(device),
                 base=base,
                 quantised=quantised,
+                stacks=stacks_of(model) if quantised else [],
                 kind=auto_class(model),
             )
         except NotMade as error:
@@ -323,6 +335,15 @@ def prove(model: Any, config: ModelConfig, folder: Path, probe: list[int], expec
             continue
         return Proof(judged(here, got, folder), here.tolerance, _name(coarsest), device)
     return Proof(None, 0.0, _name(coarsest), place(model), "; ".join(reasons))
+
+
+def stacks_of(model: Any) -> list[str]:
+    """The base's names of the weights in 4 bits that no 4-bit layer holds (model/stacks.py)."""
+    from finetune_kit.model.stacks import Weight4bit
+
+    base = model.get_base_model() if is_adapter(model) else model
+    weights = base.named_parameters()
+    return [without_wrappers(name) for name, weight in weights if isinstance(weight, Weight4bit)]
 
 
 def place(model: Any) -> str:
@@ -359,6 +380,7 @@ def reload_logits(
     *,
     base: str = "",
     quantised: str = "",
+    stacks: Sequence[str] = (),
     kind: str = "AutoModelForCausalLM",
 ) -> torch.Tensor:
     """What `folder` gives in a fresh process: an adapter on `base`, or a whole model where it is "".
@@ -380,6 +402,8 @@ def reload_logits(
             "trusted": str(model.trust_remote_code),
             "attention": model.attn_implementation or None,
             "quantised": quantised,
+            "stacks": list(stacks),
+            "stacks_code": inspect.getsource(importlib.import_module(STACKS)) if stacks else "",
             "dtype": _name(dtype),
             "device": str(device),
             "kind": kind,

@@ -15,7 +15,6 @@ HEADS = ("lm_head", "score")
 ROUTER = "a router, which decides and does not compute"
 OUTSIDE = "outside the language model's layers"
 STATE_SPACE = "its kernel reads the weight past an adapter (PEFT refuses it on this architecture)"
-RENAMED_IN_4_BIT = "PEFT takes this name for the experts' on this architecture, and 4-bit weights have no other way in"
 EXPERTS_IN_4_BIT = "4-bit experts take no adapter"
 # What PEFT refuses as a target on state-space models (peft.tuners.tuners_utils._check_lora_target_modules_mamba).
 STATE_SPACE_MODELS, STATE_SPACE_LAYERS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}, {"out_proj"}
@@ -41,7 +40,7 @@ def matrices(model: Any) -> Iterator[Matrix]:
     """Every weight matrix of a model, but embeddings and heads; those of an adapter on it are no part of it."""
     import torch
 
-    modules, config = _modules(model), model.config
+    modules, config = plain_modules(model), model.config
     decoder = decoder_of(model)
     prefix = next(name for name, module in modules.items() if module is decoder)
     stacks = {
@@ -61,8 +60,6 @@ def matrices(model: Any) -> Iterator[Matrix]:
                 leaf = ".".join(name.rsplit(".", 2)[-2:])
             reason = _unreachable(modules, config, name, module) if inside else OUTSIDE
             as_parameter = leaf in renamed and not reason
-            if as_parameter and is_4_bit(module):
-                reason, as_parameter = RENAMED_IN_4_BIT, False
             full = f"{name}.weight" if as_parameter else name
             yield Matrix(full, leaf, _size(module), as_parameter, reason)
             continue
@@ -83,7 +80,7 @@ def matrices(model: Any) -> Iterator[Matrix]:
             yield Matrix(f"{name}.{own}", kind, weight.numel(), not reason, reason)
 
 
-def _modules(model: Any) -> dict[str, Any]:
+def plain_modules(model: Any) -> dict[str, Any]:
     """{full name: module} as they are without an adapter, which puts each module into a wrapper."""
     found = {}
     for name, module in model.named_modules():
@@ -114,10 +111,6 @@ def is_linear(module: Any) -> bool:
     import torch
 
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def is_4_bit(module: Any) -> bool:
-    return type(module).__name__ == "Linear4bit"
 
 
 def _size(module: Any) -> int:
@@ -202,9 +195,10 @@ class Coverage:
     share: float
 
     def in_words(self) -> list[str]:
-        """Lines for people: what is adapted, and what is not."""
+        """Lines for people: what is adapted, what it trains, and what is left alone."""
         named = ", ".join(f"{kind} ({count})" for kind, count in self.covered.items())
         lines = [f"adapted: {named}; {self.share:.0%} of the layers' weights"]
+        lines.append(f"trained by kind: {', '.join(f'{kind} {count:,}' for kind, count in self.trained.items())}")
         by_reason: dict[str, list[str]] = {}
         for kind, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(f"{kind} ({self.left_out[kind]})")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import ModelConfig
 from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.model.coverage import matrices, plain_modules
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +80,45 @@ def keep_exact(model: Any) -> None:
 
 
 def prepare(base: Any) -> Any:
-    """Freeze the base and put what is not quantised (embeddings, norms, head) into float32."""
-    from peft import prepare_model_for_kbit_training
+    """Freeze the base and put what is not quantised (embeddings, norms, head, routers) into float32."""
+    from finetune_kit.model import stacks
 
-    # the trainer turns gradient checkpointing on where it is asked for
-    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    stacks.freeze(base)
+    return base
+
+
+def packing_stacks() -> AbstractContextManager[None]:
+    """In here a model that loads in 4 bits has its stacks of experts in 4 bits, too."""
+    from finetune_kit.model import stacks
+
+    return stacks.packing(stacked)
+
+
+def unpack_stacks(base: Any) -> None:
+    """Write them out again, in the type that they were loaded in."""
+    from finetune_kit.model import stacks
+
+    stacks.unpack(base)
+
+
+def layers(model: Any) -> dict[str, Any]:
+    """{name: layer} of what bitsandbytes' layers take the place of, of a model without weights, as transformers
+    chooses them: linear layers, but for heads and those of `stacked`. Names are those without an adapter."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    kept += [name.removesuffix(".weight") for name in stacked(model) if name.endswith(".weight")]
+    return {
+        name: module
+        for name, module in plain_modules(model).items()
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+    }
+
+
+def stacked(model: Any) -> list[str]:
+    """Names of the parameters that are kept in 4 bits though no layer of bitsandbytes holds them: the stacks of
+    experts, and layers that an adapter can only reach by their parameter."""
+    return [matrix.name for matrix in matrices(model) if matrix.parameter]

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +195,7 @@ def load_base(
     from transformers.utils.logging import disable_progress_bar
 
     quantised = {}
+    packing: Any = nullcontext()
     own_heads = ("score.",) if own else ("no head",)  # a new head is random
     if model.load_in_4bit:
         if trained_in_full:
@@ -203,8 +204,9 @@ def load_base(
             _say_once(note)
         fourbit.check_base(load_model_config(model), model.name_or_path)
         quantised = {"quantization_config": fourbit.quantization_config(model, device(), computes_in_bfloat16())}
+        packing = fourbit.packing_stacks()
     disable_progress_bar()
-    with _said_plainly(model), doing(f"loading {public_name(model.name_or_path)}"):
+    with _said_plainly(model), doing(f"loading {public_name(model.name_or_path)}"), packing:
         source = _from(model, weights=True)
         base: PreTrainedModel
         base, loading = getattr(transformers, auto_class).from_pretrained(
@@ -287,6 +289,7 @@ def load_dequantised(model: ModelConfig) -> PreTrainedModel:
     swapped = [name for name, module in base.named_modules() if vars(module).get("source_cls") is Conv1D]
     logging.getLogger("transformers.integrations.bitsandbytes").setLevel("ERROR")  # says that it does as it is told
     base.dequantize()
+    fourbit.unpack_stacks(base)
     for name in swapped:  # GPT-2's layers keep their weight the other way round, and dequantize() leaves them turned
         linear = base.get_submodule(name)
         with torch.device("meta"):
@@ -382,6 +385,12 @@ def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: b
         return base if lora is None else adapters.attach(base, lora)
 
 
+def coverage_of(model: ModelConfig, lora: LoraConfig) -> list[str]:
+    """What an adapter with these settings covers of the model, and what it leaves out, in lines; nothing is loaded."""
+    policy = empty_policy(model, lora, trained_in_full=False)
+    return adapters.covered(policy).in_words() if adapters.is_adapter(policy) else []
+
+
 def learned_positions(model: ModelConfig) -> int | None:
     """How many positions the model has a table for, learned or computed once; None where any length can be read."""
     import torch
@@ -445,7 +454,7 @@ def check_base(model: ModelConfig, folder: Path) -> None:
     then = read_object(path)
     try:
         # through this transformers' own class, so that a default which a release adds is on both sides
-        known = _architecture(AutoConfig.for_model(**then["config"]))
+        known = _architecture(AutoConfig.for_model(**_with_infinities(then["config"])))
         if not {"name", "revision", "weights"} <= then.keys():
             raise KeyError("name, revision or weights")
     except Exception as error:  # what such a class makes of settings that are none has no one class
@@ -465,6 +474,15 @@ def check_base(model: ModelConfig, folder: Path) -> None:
             f"{folder} is an adapter of {was}; {found} is another model: {', '.join(differing)}.",
             "Name the base that it was trained on, in its run.yaml: model.name_or_path and model.revision.",
         )
+
+
+def _with_infinities(values: Any) -> Any:
+    """Numbers that JSON lacks, which transformers writes as {"__float__": "Infinity"}, as such again."""
+    if isinstance(values, dict):
+        if values.keys() == {"__float__"}:
+            return float(values["__float__"])
+        return {key: _with_infinities(value) for key, value in values.items()}
+    return [_with_infinities(value) for value in values] if isinstance(values, list) else values
 
 
 def _architecture(config: PretrainedConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
 from finetune_kit.model import packed
+from finetune_kit.model.adapters import covered, is_adapter
 from finetune_kit.model.load import computes_in_bfloat16, device
 from finetune_kit.rl import math as ppo
 from finetune_kit.rl.checkpoint import Snapshot, load_optimizer, optimizer_tensors, read_checkpoint, write_checkpoint
@@ -555,6 +556,9 @@ class PPOTrainer:
             f"{len(self.prompts):,} prompts; {self.updates} updates of {self.config.batch_size} completions; "
             f"{count:,} parameters of policy and value trained, on {processes.where(self.model)}"
         )
+        if is_adapter(self.model):
+            for line in covered(self.model).in_words():
+                self.record.say(line)
         if self.padded_because and self.config.train.padding_free:
             self.record.say(f"note: padded batches: {self.padded_because}")
 

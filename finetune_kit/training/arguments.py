@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import shutil
 import types
@@ -103,6 +104,9 @@ def build(
         # TRL turns it on in the config, where generation and the saved model would have it, too; the trainers ask for
         # it in each training pass besides
         text.output_router_logits = routers
+    if getattr(trainer, "aux_loss_enabled", False) and not _gives_router_loss(policy):
+        trainer.aux_loss_enabled = False  # TRL goes by the config alone, and would multiply what is not there
+        console.print("note: trained without a router's loss: TRL cannot compute it for this architecture")
     if tokenises:
         trainer.train_dataset = rows
     processes.barrier()
@@ -131,6 +135,14 @@ def build(
         console.print(f"note: {said}")
     plan_in_collator(trainer)
     return trainer
+
+
+def _gives_router_loss(policy: Any) -> bool:
+    """Whether TRL can ask a model for its router's loss: the configs of Llama 4 and others only look like it, and it
+    reads the number of experts by one name, which Granite's hybrids do not have."""
+    causal, text = policy.get_base_model() if is_adapter(policy) else policy, policy.config.get_text_config()
+    counted = hasattr(text, "num_experts") and hasattr(text, "num_experts_per_tok")
+    return counted and "output_router_logits" in inspect.signature(type(causal).forward).parameters
 
 
 def _pushes_checkpoints(config: RecipeConfig) -> Any:

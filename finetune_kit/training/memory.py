@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,15 @@ from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.evaluation.compare import MARGIN
 from finetune_kit.evaluation.loss import IGNORED, LOGITS
-from finetune_kit.model import kernel
+from finetune_kit.model import fourbit, kernel
+from finetune_kit.model.adapters import is_adapter
+from finetune_kit.model.coverage import without_wrappers
 from finetune_kit.model.fourbit import compute_dtype
 from finetune_kit.model.layout import make_plan
 from finetune_kit.model.load import computes_in_bfloat16, device, load_model_config, weight_dtype
 from finetune_kit.training.arguments import DEFAULT_OPTIMIZER
 from finetune_kit.training.batches import by_row, micro_batch, plan_layout
+from finetune_kit.values import sized
 
 if TYPE_CHECKING:
     from finetune_kit.training.rehearsal import Batch
@@ -76,58 +80,94 @@ def lies_in_heap(batch: Batch, policy: Any) -> bool:
     return device().type == "cpu" and states < LARGEST_IN_HEAP
 
 
-def settle_types(policy: Any, model: ModelConfig) -> list[str]:
-    """Give an empty policy the types of training; returns the names of the layers whose weights are in 4 bits.
+def settle_types(policy: Any, model: ModelConfig) -> Quantised:
+    """Give an empty policy the types of training; returns the names of the weights that are in 4 bits.
 
     What is trained is float32, and so is what 4-bit loading leaves unquantised. A 4-bit weight gets the type that it
     is unpacked to.
     """
     import torch
 
-    quantised = quantised_layers(policy) if model.load_in_4bit else {}
-    packed_weights = {id(layer.weight) for layer in quantised.values()}
+    quantised = quantised_weights(policy) if model.load_in_4bit else Quantised()
+    packed_weights = {id(policy.get_parameter(name)) for name in quantised.of_layers}
+    stacks = {id(policy.get_parameter(name)) for name in quantised.stacks}
     for parameter in policy.parameters():
         if id(parameter) in packed_weights:
             parameter.data = parameter.data.to(compute_dtype(device(), computes_in_bfloat16()))
+        elif id(parameter) in stacks:
+            parameter.data = parameter.data.to(weight_dtype(model, trained_in_full=False))
         elif parameter.requires_grad or model.load_in_4bit:
             parameter.data = parameter.data.to(torch.float32)
-    return list(quantised)
+    return quantised
 
 
-def quantised_layers(policy: Any) -> dict[str, Any]:
-    """The layers that 4-bit loading quantises: every linear layer of the base but the head. Name -> layer."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
+@dataclass(frozen=True)
+class Quantised:
+    """Names of a policy's weights in 4 bits: those of bitsandbytes' layers, and the stacks that no layer holds."""
 
-    head = set(policy.get_output_embeddings().modules())
-    return {
-        name: module
-        for name, module in policy.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and not module.weight.requires_grad and module not in head
-    }
+    of_layers: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
+
+    @property
+    def every(self) -> tuple[str, ...]:
+        return self.of_layers + self.stacks
 
 
-def weights(policy: Any, model: ModelConfig, quantised: list[str]) -> int:
+def quantised_weights(policy: Any) -> Quantised:
+    """What 4-bit loading quantises of an empty policy, by its names within an adapter."""
+    base = policy.get_base_model() if is_adapter(policy) else policy
+    layers, stacks = fourbit.layers(base), set(fourbit.stacked(base))
+    found: tuple[list[str], list[str]] = ([], [])
+    for name, parameter in policy.named_parameters():
+        own = without_wrappers(name.removeprefix("base_model.model."))
+        if own in stacks:
+            found[1].append(name)
+        elif own.removesuffix(".weight") in layers and own.endswith(".weight") and not parameter.requires_grad:
+            found[0].append(name)
+    return Quantised(tuple(found[0]), tuple(found[1]))
+
+
+def weights(policy: Any, model: ModelConfig, quantised: Quantised) -> int:
     """Bytes of parameters and buffers as training holds them, the state of quantised ones included."""
-    in_4bit = {id(policy.get_submodule(name).weight) for name in quantised}
+    in_4bit = {id(policy.get_parameter(name)) for name in quantised.every}
     tensors = itertools.chain(policy.parameters(), policy.buffers())
     plain = sum(tensor.numel() * tensor.element_size() for tensor in tensors if id(tensor) not in in_4bit)
     sizes = [parameter.numel() for parameter in policy.parameters() if id(parameter) in in_4bit]
     return int(plain + sum(four_bit(size, model.bnb_4bit_use_double_quant) for size in sizes))
 
 
-def file_pages(policy: Any, model: ModelConfig, quantised: list[str]) -> int:
+def in_4_bits(policy: Any, model: ModelConfig, quantised: Quantised) -> str:
+    """Of the frozen base, what is in 4 bits and what is not, in bytes, for people; "" where nothing is."""
+    if not quantised.every:
+        return ""
+    packed = {id(policy.get_parameter(name)) for name in quantised.every}
+    kept: Counter[str] = Counter()
+    for name, parameter in policy.named_parameters():
+        if id(parameter) not in packed and not parameter.requires_grad:
+            owner = without_wrappers(name).split(".")[-2]
+            kept[owner] += parameter.numel() * parameter.element_size()
+    sizes = [policy.get_parameter(name).numel() for name in quantised.every]
+    small = sum(four_bit(size, model.bnb_4bit_use_double_quant) for size in sizes)
+    whole = sum(kept.values())
+    most = ", ".join(f"{owner} {sized(size)}" for owner, size in kept.most_common(3))
+    return (
+        f"{sum(sizes):,} weights in {sized(small)}; not quantised, in 32 bits: {sized(whole)} ({most}); "
+        f"{sized(small + whole)} together"
+    )
+
+
+def file_pages(policy: Any, model: ModelConfig, quantised: Quantised) -> int:
     """Bytes of the model's file that stay mapped though nothing needs them: the system takes them back when it must.
 
     On a CPU, a tensor whose type is the file's lies in the mapped file. One of them, such as the embeddings, keeps all
     of it resident, and with it the weights that were read to be quantised.
     """
-    if not quantised or device().type != "cpu":
+    if not quantised.every or device().type != "cpu":
         return 0
     stored = _file_dtype(model.name_or_path, model.revision)
     if stored != weight_dtype(model, trained_in_full=False):
         return 0
-    return sum(int(policy.get_submodule(name).weight.numel()) * stored.itemsize for name in quantised)
+    return sum(int(policy.get_parameter(name).numel()) * stored.itemsize for name in quantised.every)
 
 
 @functools.cache  # verifying the embedded model's files takes seconds
@@ -187,7 +227,7 @@ def _adafactor(shape: Any) -> int:
 
 
 def step_beyond(
-    config: RecipeConfig, data: Data, policy: Any, quantised: list[str], batch: Batch, checkpointing: bool
+    config: RecipeConfig, data: Data, policy: Any, quantised: Quantised, batch: Batch, checkpointing: bool
 ) -> int:
     """Most bytes that a training step of `batch` needs beyond weights and optimizer state.
 
@@ -199,10 +239,11 @@ def step_beyond(
         checkpointing=checkpointing,
         accumulates=micro_batch(config.train, data)[1] > 1,
         on_gpu=computes_in_bfloat16(),
-        quantised=quantised,
+        quantised=[name.removesuffix(".weight") for name in quantised.of_layers],
+        stacks=quantised.stacks,
     )
-    layers = [policy.get_submodule(name).weight for name in quantised]
-    unpacked = max((weight.numel() * weight.element_size() for weight in layers), default=0)
+    packed = [policy.get_parameter(name) for name in quantised.every]
+    unpacked = max((weight.numel() * weight.element_size() for weight in packed), default=0)
     try:
         return unpacked + step_bytes(policy, batch, setting)
     except RuntimeError as error:  # torch has no one class for what its fake tensors cannot do

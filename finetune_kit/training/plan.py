@@ -14,7 +14,7 @@ from finetune_kit.model.embedded import NAME as EMBEDDED
 from finetune_kit.model.load import empty_policy, lacks_tokenizer, load_tokenizer, resolve_name
 from finetune_kit.training.arguments import check_train, steps
 from finetune_kit.training.batches import check_batches, padded_share, plan_layout
-from finetune_kit.training.memory import memory, planned_for
+from finetune_kit.training.memory import Quantised, in_4_bits, memory, planned_for, quantised_weights
 from finetune_kit.values import sized
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
     found = covered(policy) if is_adapter(policy) else None
     parameters = list(policy.parameters())
     sizes = memory(config, data, policy)  # which gives the policy the types of training
+    quantised = quantised_weights(policy) if config.model.load_in_4bit else Quantised()
     unknown = data.packed or data.kind == "prompt"
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return {
@@ -43,7 +44,11 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
         "target_modules": found.covered if found else {},
+        "trained_by_kind": found.trained if found else {},
+        "covered_share": found.share if found else None,
+        "left_out": found.reasons if found else {},
         "adapter": found.in_words() if found else [],
+        "in_4_bits": in_4_bits(policy, config.model, quantised),
         "planned_for": planned_for(config, data, policy),
         "memory_bytes": sizes,
     }
@@ -81,6 +86,8 @@ def print_plan(settings: RecipeConfig, planned: dict[str, Any], out: Console) ->
         table.add_row("" if place else "planned for", escape(line))
     sizes = planned["memory_bytes"]
     parts = ", ".join(f"{name.replace('_', ' ')} {sized(size)}" for name, size in sizes.items() if size)
+    if planned["in_4_bits"]:
+        table.add_row("4 bits", planned["in_4_bits"])
     table.add_row("memory", f"about {sized(sum(sizes.values()))}: {parts}")
     if "measured" in planned:
         measured = planned["measured"]

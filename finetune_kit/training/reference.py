@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def _prove(trainer: Any, config: Any) -> None:
     batch = {name: tensor.to(policy.device) for name, tensor in trainer.data_collator(rows).items()}
     with evaluation_mode(policy):
         try:
-            with trainer.accelerator.autocast():
+            with trainer.accelerator.autocast(), without_router_loss(trainer):
                 loss = float(trainer.compute_loss(policy, batch))
         except ValueError as error:
             raise SettingsError(f"loss_type={config.loss_type}: {error}") from None
@@ -123,6 +125,20 @@ def _prove(trainer: Any, config: Any) -> None:
     plain = config.loss_type == ["sigmoid"] and not config.loss_weights and not config.train.extra
     if plain and abs(loss - math.log(2)) > 10 * alike:
         raise NumericsError(f"The first loss is {loss:.5f}; with the policy as its own reference it is ln 2 = 0.69315.")
+
+
+@contextmanager
+def without_router_loss(trainer: Any) -> Iterator[None]:
+    """The trainer's loss alone: TRL adds a share of what a mixture's router loses, which is not 0 at the start."""
+    share = getattr(trainer, "router_aux_loss_coef", None)
+    if share is None:
+        yield
+        return
+    trainer.router_aux_loss_coef = 0.0
+    try:
+        yield
+    finally:
+        trainer.router_aux_loss_coef = share
 
 
 def _log_probs(policy: Any, config: RecipeConfig, data: Data) -> dict[str, Any]:

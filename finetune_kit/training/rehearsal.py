@@ -66,6 +66,7 @@ class Setting:
     accumulates: bool
     on_gpu: bool
     quantised: Collection[str] = ()
+    stacks: Collection[str] = ()
 
 
 def step_bytes(policy: Any, batch: Batch, setting: Setting) -> int:
@@ -122,11 +123,11 @@ def blocks_of(policy: Any) -> torch.nn.ModuleList:
 
 def _rehearse(policy: Any, places: Sequence[int], batch: Batch, setting: Setting) -> tuple[int, int]:
     """(most bytes until the gradient has left the last of the blocks at `places`, most from then on)."""
-    policy, blocks = _copy(policy, places)
+    policy, blocks, stacks = _copy(policy, places, setting.stacks)
     causal = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     _as_in_training(policy, causal, batch, setting)
     with _quiet_torch(), FakeTensorMode(allow_non_fake_inputs=True):
-        _give_shapes(policy)
+        _give_shapes(policy, stacks)
         live = Live(policy, bound=MOST_OPERATIONS)
         if len(blocks):
             blocks[-1].register_forward_pre_hook(live.watch)
@@ -151,18 +152,22 @@ def _quiet_torch() -> Iterator[None]:
         logger.disabled = before
 
 
-def _copy(policy: Any, places: Sequence[int]) -> tuple[Any, torch.nn.ModuleList]:
-    """A policy of its own with the blocks at `places` only, and those."""
+def _copy(
+    policy: Any, places: Sequence[int], stacks: Collection[str]
+) -> tuple[Any, torch.nn.ModuleList, Collection[str]]:
+    """A policy of its own with the blocks at `places` only, those, and the names that `stacks` have in it."""
     blocks = blocks_of(policy)
     every = list(blocks)
+    known = {id(policy.get_parameter(name)) for name in stacks}
     del blocks[:]
     blocks.extend(every[place] for place in places)
+    renamed = {name for name, parameter in policy.named_parameters() if id(parameter) in known}
     fewer = copy.deepcopy(policy)
     kept = fewer.get_submodule(next(name for name, module in policy.named_modules() if module is blocks))
     del blocks[:]
     blocks.extend(every)
     _name_kinds(fewer.config.get_text_config(), places, len(every))
-    return fewer, kept
+    return fewer, kept, renamed
 
 
 def _name_kinds(config: Any, places: Sequence[int], count: int) -> None:
@@ -198,18 +203,33 @@ def _unpacked(product: Any) -> Any:
     return forward
 
 
-def _give_shapes(policy: Any) -> None:
+def _give_shapes(policy: Any, stacks: Collection[str]) -> None:
     """Put fake tensors in the place of those on the meta device; weights that are one stay one."""
     made: dict[int, torch.nn.Parameter] = {}
-    for module in policy.modules():
+    for home, module in policy.named_modules():
         for name, old in module._parameters.items():
             if old is not None:
+                if f"{home}.{name}" in stacks:
+                    made[id(old)] = _shape_in_4_bits(old)
                 if id(old) not in made:
                     made[id(old)] = torch.nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad)
                 module._parameters[name] = made[id(old)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _shape_in_4_bits(weight: torch.Tensor) -> torch.nn.Parameter:
+    """A stack of experts in 4 bits without content, which any operation unpacks."""
+    from finetune_kit.model.stacks import Weight4bit
+
+    class Shape(Weight4bit):
+        def unpacked(self) -> torch.Tensor:
+            return self.codes.new_empty(self.shape, dtype=self.dtype)
+
+    codes = torch.empty(-(-weight.numel() // 2), dtype=torch.uint8)
+    shape = types.SimpleNamespace(shape=weight.shape, dtype=weight.dtype)
+    return torch.nn.Parameter(Shape(codes, shape), requires_grad=False)
 
 
 def _loss(causal: Any, batch: Batch, setting: Setting) -> torch.Tensor:

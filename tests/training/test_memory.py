@@ -21,8 +21,10 @@ from transformers import (
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.data.load import load_data
 from finetune_kit.model.load import device, empty_policy, load_tokenizer, planning_for
+from finetune_kit.model.stacks import Weight4bit
 from finetune_kit.training import rehearsal
 from finetune_kit.training.memory import (
+    Quantised,
     four_bit,
     longest_batch,
     memory,
@@ -34,6 +36,7 @@ from finetune_kit.training.memory import (
 from finetune_kit.training.plan import plan
 from finetune_kit.training.rehearsal import Batch, Live, Setting, _loss, _rehearse, step_bytes
 from tests.fixtures_training import Trained, prepare, settings, write_rows
+from tests.model.architectures import write_small
 
 
 def stored(tensors: Iterable[Any]) -> int:
@@ -46,13 +49,14 @@ def held(model: Any) -> Iterator[torch.Tensor]:
     """Every tensor that a model keeps: parameters, buffers, and the state of quantised weights."""
     yield from model.buffers()
     for parameter in model.parameters():
-        yield parameter
-        state = getattr(parameter, "quant_state", None)
+        stack = isinstance(parameter, Weight4bit)
+        yield parameter.codes if stack else parameter
+        state = parameter.state if stack else getattr(parameter, "quant_state", None)
         for part in (state, getattr(state, "state2", None)):
             yield from (value for value in vars(part).values() if isinstance(value, torch.Tensor)) if part else ()
 
 
-def empty(model: ModelConfig, lora: LoraConfig | None) -> tuple[Any, list[str]]:
+def empty(model: ModelConfig, lora: LoraConfig | None) -> tuple[Any, Quantised]:
     policy = empty_policy(model, lora, trained_in_full=lora is None)
     return policy, settle_types(policy, model)
 
@@ -92,6 +96,20 @@ def test_weights_and_gradients_and_state_are_exact_to_the_byte(home: Path, recip
     run.trainer.add_callback(counting)
     run.trainer.train()
     assert (parts["gradients"], parts["optimizer_state"]) == (counting.gradients, counting.state)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+def test_a_mixture_in_4_bits_is_planned_to_the_byte_and_its_step_is_the_real_one(tmp_path: Path, kind: str) -> None:
+    write_small(kind, tmp_path / "tiny")
+    write_rows(tmp_path / "rows.jsonl")
+    run = prepare("qlora_sft", tmp_path, "per_device_train_batch_size=8", "data.size=8")
+    parts = planned(run)
+    assert parts["weights"] == stored(held(run.model))
+    experts = [weight for name, weight in run.model.named_parameters() if name.endswith("gate_up_proj")]
+    assert experts
+    assert all(isinstance(weight, Weight4bit) for weight in experts)
+    run.trainer.current_gradient_accumulation_steps = 1  # as in its own loop, which the router's loss asks
+    assert parts["gradients"] + parts["activations"] == pytest.approx(most_alive(run), rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""The architectures of docs/models.md: each layer kind trains and merges through the commands."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_kit import verify
+from tests.fixtures_cli import ROOT, python
+
+# dense layers apart: Conv1D, fused products, experts of four makes, and among them such as PEFT renames; linear
+# attention and state spaces between layers of attention, and alone; sliding windows; a router that is a linear layer
+KINDS = ("gpt2", "phi3", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "granitemoehybrid")
+KINDS += ("qwen3_5_text", "nemotron_h", "mamba2", "gemma3_text", "lfm2")
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        found = importlib.import_module("architectures")
+        # the proof's fresh process as a fork: 13 times the import of the libraries would be most of the time
+        patch.setattr(verify, "subprocess", type("Forks", (), {"run": staticmethod(found.in_a_fork)}))
+        found.import_heavy()
+        gc.freeze()
+        yield found
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_layer_kind_trains_is_proven_and_merges_to_the_adapter_s_logits(
+    benchmark: Any, tmp_path: Path, kind: str
+) -> None:
+    benchmark.furnish(tmp_path)
+    log = tmp_path / "log.txt"
+    log.touch()
+    cells = ("make", "coverage", "qlora" if kind == "mixtral" else "lora")
+    found = {cell: benchmark.one(cell, tmp_path, kind, log) for cell in cells}
+    assert {cell: result.get("why", "") for cell, result in found.items()} == dict.fromkeys(cells, "")
+    assert found["coverage"]["share"] > 0.5
+    if kind == "mixtral":
+        (tmp_path / "runs" / kind / "qlora").rename(tmp_path / "runs" / kind / "lora")
+    assert benchmark.one("merge", tmp_path, kind, log).get("why", "") == ""
+    folder = tmp_path / "runs" / kind / "merged"
+    assert json.loads((folder / "merge.json").read_text())["reload_max_logit_difference"] < 1e-4
+
+
+def test_the_page_has_a_row_for_each_with_what_came_of_it_and_why_not(benchmark: Any) -> None:
+    yes = {"is": "yes", "seconds": 1.0}
+    cells = {**dict.fromkeys(benchmark.CELLS, yes), "coverage": {**yes, "share": 0.5, "left_out": {"gate": "a router"}}}
+    cells["lora"] = {**yes, "rows": "packed"}
+    refused = {**cells, "reward": {"is": "no", "why": "/home/me/models/b is none.", "seconds": 0.5}}
+    unmade = {"make": {"is": "no", "why": "ValueError: too large", "seconds": 0.1}}
+    results = {
+        name: {"example": "org/" + name, "cells": found}
+        for name, found in (("a", cells), ("b", refused), ("c", unmade))
+    }
+    said = benchmark.page(results, ["a", "b", "c"])
+    assert "| a | org/a | yes | yes | yes | yes | yes | yes | yes | packed | 50% | 9 |" in said
+    assert "| b | org/b | yes | yes | yes | yes | no | yes | yes | packed | 50% | 8 |" in said
+    assert "- `b`, reward: …/b is none." in said
+    assert "- a router: `gate` (2)" in said
+    assert "- `c`: ValueError: too large" in said
+    assert "Of 3 architectures 2 could be made small; of those 1 do everything below." in said
+
+
+def test_every_causal_architecture_of_transformers_is_on_the_list_and_those_that_read_images(benchmark: Any) -> None:
+    names = benchmark.every()
+    assert {"llama", "gpt2", "qwen3_moe", "mistral3", "llava"} <= set(names)
+    assert len(names) == len(set(names)) > 200
+    assert benchmark.example("gpt2") == "openai-community/gpt2"
+
+
+@pytest.mark.long
+def test_what_any_architecture_cannot_do_is_refused_with_a_reason(tmp_path: Path) -> None:
+    """Hours on one core."""
+    page = tmp_path / "models.md"
+    words = ("--to", str(tmp_path), "--page", str(page), "--limit", "300")
+    done = python(str(ROOT / "benchmarks" / "architectures.py"), *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    results = {path.stem: json.loads(path.read_text())["cells"] for path in (tmp_path / "results").glob("*.json")}
+    failed = {
+        f"{name} {cell}": found["why"]
+        for name, cells in results.items()
+        for cell, found in cells.items()
+        if found["is"] == "fails"
+    }
+    assert not failed
