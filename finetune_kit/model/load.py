@@ -185,11 +185,12 @@ def planning_for(kind: str | None) -> Iterator[None]:
 
 
 def load_base(
-    model: ModelConfig, trained_in_full: bool = False, auto_class: str = "AutoModelForCausalLM", **own: Any
+    model: ModelConfig, trained_in_full: bool = False, auto_class: Any = "AutoModelForCausalLM", **own: Any
 ) -> PreTrainedModel:
     """The causal language model on its device, in evaluation mode; with model.load_in_4bit quantised while it loads.
 
-    `auto_class`: of transformers, for another head. `own`: further settings of the model's config, such as num_labels.
+    `auto_class`: of transformers, or a class, for another head. `own`: further settings of the model's config, such as
+    num_labels.
     """
     import transformers
     from transformers.utils.logging import disable_progress_bar
@@ -207,7 +208,8 @@ def load_base(
     with _said_plainly(model), doing(f"loading {public_name(model.name_or_path)}"):
         source = _from(model, weights=True)
         base: PreTrainedModel
-        base, loading = getattr(transformers, auto_class).from_pretrained(
+        loader = getattr(transformers, auto_class) if isinstance(auto_class, str) else auto_class
+        base, loading = loader.from_pretrained(
             **source,
             **quantised,
             **own,

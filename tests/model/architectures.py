@@ -33,6 +33,21 @@ SMALL = {
     "eos_token_id": 3,
 }
 
+# what some call by a name that means another thing elsewhere, or want to fit together
+OWN: dict[str, dict[str, Any]] = {
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_chunk_size": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 2, "chunk_size": 16},
+    "nemotron_h": {"n_groups": 2, "chunk_size": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "falcon": {"num_kv_heads": 4},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 16}),
+    "nemotron": {"num_key_value_heads": 2},
+}
+
 
 def tiny_config(model_type: str) -> Any:
     """The config of an architecture with every layer kind once, hidden size 64, and 261 words."""
@@ -45,10 +60,15 @@ def tiny_config(model_type: str) -> Any:
 
 
 def _shrink(config: Any) -> None:
+    lists = {name: value for name, value in config.to_dict().items() if isinstance(value, list)}
+    layers = config.to_dict().get("num_hidden_layers")
+    if config.to_dict().get("per_layer_config"):  # some layers' sizes differ from those of the others
+        config.per_layer_config = {}
     for name, value in SMALL.items():
         old = getattr(config, name, None)
         if isinstance(old, int) and not isinstance(old, bool):
-            setattr(config, name, value)
+            with contextlib.suppress(AttributeError):  # of some it is worked out from other settings
+                setattr(config, name, value)
     if getattr(config, "kv_lora_rank", None):  # keys are made from the latent for each query head
         config.num_key_value_heads = config.num_attention_heads
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
@@ -56,6 +76,12 @@ def _shrink(config: Any) -> None:
         with contextlib.suppress(AttributeError):  # of some it is worked out from other settings
             config.layer_types = (kinds * 2)[: max(2, len(kinds))]
             config.num_hidden_layers = len(config.layer_types)
+    for name, each in lists.items():  # one for each layer
+        if name != "layer_types" and layers and len(each) == layers:
+            with contextlib.suppress(AttributeError):
+                setattr(config, name, (list(dict.fromkeys(each)) * layers)[: config.num_hidden_layers])
+    for name, value in OWN.get(config.model_type, {}).items():
+        setattr(config, name, value)
 
 
 def empty_model(model_type: str) -> Any:

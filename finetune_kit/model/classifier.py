@@ -1,0 +1,79 @@
+"""The class that puts a score on a sequence: transformers' own of an architecture, or one made from its backbone.
+
+transformers has a sequence classifier for half of its language models. For the others the class is made here, in the
+layout of its own ones: the backbone under its usual name, `score.weight` beside it. So transformers' own class reads
+what was saved, once there is one. The class is a text: this package runs it, a run's card shows it, and the proof of
+what was saved runs it in a process without this package.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from finetune_kit.errors import SettingsError
+
+AUTO_CLASS = "AutoModelForSequenceClassification"
+ANOTHER = "Take a causal language model, such as Llama, Qwen, Gemma or LFM2, as model.name_or_path."
+DEFINITION = """\
+from {config_module} import {config}
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
+from {parent_module} import {parent}
+
+
+class {name}(GenericForSequenceClassification, {parent}):
+    config_class, base_model_prefix = {config}, "{prefix}"
+    __module__ = {parent}.__module__  # transformers reads its weights as those of its own classes
+
+    def forward(self, input_ids, attention_mask=None, **more):
+        mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
+        more = {{key: value for key, value in more.items() if value is not None}}
+        scores = self.score(self.base_model(input_ids, attention_mask=mask, **more).last_hidden_state)
+        last = mask.cumsum(-1).argmax(-1)  # the last real token, whichever side is padded
+        return SequenceClassifierOutput(logits=scores[range(len(last)), last])
+"""
+
+
+def loading(config: Any) -> tuple[str, str]:
+    """What loads a model of this config under a score, and the Python that defines it: transformers' auto class and "",
+    or the name of a class and its code.
+
+    Raises SettingsError where there is neither a class nor a backbone that reads from left to right.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+
+    own = getattr(config, "auto_map", None) or {}
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or AUTO_CLASS in own:
+        return AUTO_CLASS, ""
+    backbone = MODEL_MAPPING.get(type(config), None)
+    both = config.is_encoder_decoder or type(config).is_encoder_decoder  # a decoder alone has no class of its own
+    if backbone is None or both or not backbone.__name__.endswith("Model"):
+        why = "is an encoder-decoder" if both else "has no backbone of its own in transformers"
+        raise SettingsError(f"{config.model_type} {why}: no score can be put on it.", ANOTHER)
+    parent = next(base for base in backbone.__mro__ if base.__name__.endswith("PreTrainedModel"))
+    name = f"{backbone.__name__.removesuffix('Model')}ForSequenceClassification"  # as transformers names its own
+    code = DEFINITION.format(
+        config_module=type(config).__module__,
+        config=type(config).__name__,
+        parent_module=parent.__module__,
+        parent=parent.__name__,
+        name=name,
+        prefix=parent.base_model_prefix or "model",
+    )
+    return name, code
+
+
+def classifier(config: Any) -> Any:
+    """The class whose `from_pretrained` loads a model of this config under a score; see loading."""
+    import transformers
+
+    name, code = loading(config)
+    return _made(name, code) if code else getattr(transformers, name)
+
+
+@cache
+def _made(name: str, code: str) -> Any:
+    made: dict[str, Any] = {}
+    exec(compile(code, f"<{name}>", "exec", dont_inherit=True), made)  # from the text above and names of transformers'
+    return made[name]
