@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def _prove(trainer: Any, config: Any) -> None:
     batch = {name: tensor.to(policy.device) for name, tensor in trainer.data_collator(rows).items()}
     with evaluation_mode(policy):
         try:
-            with trainer.accelerator.autocast():
+            with trainer.accelerator.autocast(), _without_router_loss(trainer):
                 loss = float(trainer.compute_loss(policy, batch))
         except ValueError as error:
             raise SettingsError(f"loss_type={config.loss_type}: {error}") from None
@@ -123,6 +125,17 @@ def _prove(trainer: Any, config: Any) -> None:
     plain = config.loss_type == ["sigmoid"] and not config.loss_weights and not config.train.extra
     if plain and abs(loss - math.log(2)) > 10 * alike:
         raise NumericsError(f"The first loss is {loss:.5f}; with the policy as its own reference it is ln 2 = 0.69315.")
+
+
+@contextmanager
+def _without_router_loss(trainer: Any) -> Iterator[None]:
+    """In here a trainer of TRL adds no load-balancing loss of a mixture of experts, which is none of the pairs'."""
+    enabled = getattr(trainer, "aux_loss_enabled", False)
+    trainer.aux_loss_enabled = False
+    try:
+        yield
+    finally:
+        trainer.aux_loss_enabled = enabled
 
 
 def _log_probs(policy: Any, config: RecipeConfig, data: Data) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 # what configs call their sizes: a name that a config has gets this value
 SMALL = {
@@ -44,7 +45,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 16}),
+    **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "nemotron": {"num_key_value_heads": 2},
 }
 
@@ -88,3 +89,15 @@ def empty_model(model_type: str) -> Any:
     """The same as a model without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(tiny_config(model_type))
+
+
+def write_model(model_type: str, folder: Path, tiny_model: Path, **changed: Any) -> Path:
+    """Save a random model of an architecture with the tokenizer of the tiny one; `changed`: settings of its config."""
+    config = tiny_config(model_type)
+    for name, value in changed.items():
+        setattr(config, name, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
