@@ -28,7 +28,7 @@ class {name}(GenericForSequenceClassification, {parent}):
 
     def forward(self, input_ids, attention_mask=None, **more):
         mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
-        more = {{key: value for key, value in more.items() if value is not None}}
+        more = {{"use_cache": False, **{{key: value for key, value in more.items() if value is not None}}}}
         scores = self.score(self.base_model(input_ids, attention_mask=mask, **more).last_hidden_state)
         last = mask.cumsum(-1).argmax(-1)  # the last real token, whichever side is padded
         return SequenceClassifierOutput(logits=scores[range(len(last)), last])

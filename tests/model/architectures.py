@@ -36,6 +36,7 @@ SMALL = {
 
 # what some call by a name that means another thing elsewhere, or want to fit together
 OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_chunk_size": 16},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_chunk_size": 16},
     "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 2, "chunk_size": 16},
     "nemotron_h": {"n_groups": 2, "chunk_size": 16},
