@@ -444,7 +444,7 @@ def check_base(model: ModelConfig, folder: Path) -> None:
         return
     then, now = read_object(folder / BASE_RECORD), base_record(model)
     # through this transformers' own class, so that a default which a release adds is on both sides
-    known = _architecture(AutoConfig.for_model(**then["config"]))
+    known = _architecture(AutoConfig.for_model(**_with_floats(then["config"])))
     keys = [key for key in sorted(known.keys() | now["config"]) if known.get(key) != now["config"].get(key)]
     differing = [f"{key} {known.get(key)} → {now['config'].get(key)}" for key in keys[:3]]
     if not keys and None not in (then["weights"], now["weights"]) and then["weights"] != now["weights"]:
@@ -462,6 +462,14 @@ def _architecture(config: PretrainedConfig) -> dict[str, Any]:
     settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     idle = {"transformers_version", "_name_or_path", "dtype", "use_cache", "architectures", "quantization_config"}
     return {key: value for key, value in settings.items() if key not in idle and not key.endswith("_token_id")}
+
+
+def _with_floats(value: Any) -> Any:
+    """A saved setting with its infinite numbers, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        tagged = value.get("__float__")
+        return float(tagged) if tagged else {key: _with_floats(each) for key, each in value.items()}
+    return [_with_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def weights_stamp(model: ModelConfig) -> list[tuple[str, int, int]]:

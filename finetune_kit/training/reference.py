@@ -105,7 +105,7 @@ def _prove(trainer: Any, config: Any) -> None:
     batch = {name: tensor.to(policy.device) for name, tensor in trainer.data_collator(rows).items()}
     with evaluation_mode(policy):
         try:
-            with trainer.accelerator.autocast(), _without_router_loss(trainer):
+            with trainer.accelerator.autocast(), without_router_loss(trainer):
                 loss = float(trainer.compute_loss(policy, batch))
         except ValueError as error:
             raise SettingsError(f"loss_type={config.loss_type}: {error}") from None
@@ -128,14 +128,17 @@ def _prove(trainer: Any, config: Any) -> None:
 
 
 @contextmanager
-def _without_router_loss(trainer: Any) -> Iterator[None]:
-    """In here a trainer of TRL adds no load-balancing loss of a mixture of experts, which is none of the pairs'."""
-    enabled = getattr(trainer, "aux_loss_enabled", False)
-    trainer.aux_loss_enabled = False
+def without_router_loss(trainer: Any) -> Iterator[None]:
+    """The trainer's loss alone: TRL adds a share of what a mixture's router loses, which is not 0 at the start."""
+    share = getattr(trainer, "router_aux_loss_coef", None)
+    if share is None:
+        yield
+        return
+    trainer.router_aux_loss_coef = 0.0
     try:
         yield
     finally:
-        trainer.aux_loss_enabled = enabled
+        trainer.router_aux_loss_coef = share
 
 
 def _log_probs(policy: Any, config: RecipeConfig, data: Data) -> dict[str, Any]:

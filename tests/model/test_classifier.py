@@ -21,7 +21,8 @@ from finetune_kit.model import packed
 from finetune_kit.model.classifier import AUTO_CLASS, classifier, loading
 from finetune_kit.model.load import load_tokenizer
 from finetune_kit.model.reward import load_reward_model, load_scorer, score_batch, score_rows
-from tests.model.architectures import tiny_config, write_model
+from tests.model.architectures import tiny_config
+from tests.model.small import write_model
 
 ROWS = [[40, 41, 42, 3], [50, 3], [60, 61, 62, 63, 64, 65, 66, 67, 68, 3], [60, 61, 62, 63, 64, 65, 66, 67, 69, 3]]
 # without a class in transformers: convolutions, state spaces with and without attention, experts, a vision tower

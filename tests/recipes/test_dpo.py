@@ -20,7 +20,7 @@ from finetune_kit.model.adapters import is_adapter
 from finetune_kit.recipe import load
 from finetune_kit.training import reference
 from tests.fixtures_training import Trained, fit_only, furnish_pairs, prepare, train
-from tests.model.architectures import write_model
+from tests.model.small import write_model
 
 PAIRS = [{"prompt": f"{n} + {n} =", "chosen": f"it is {2 * n}", "rejected": f"no {n}"} for n in range(40)]
 
