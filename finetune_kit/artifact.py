@@ -21,7 +21,6 @@ from finetune_kit.evaluation.compare import Report
 from finetune_kit.evaluation.intervals import spread_of
 from finetune_kit.evaluation.report import write_html
 from finetune_kit.model.adapters import is_adapter
-from finetune_kit.model.classifier import AUTO_CLASS as REWARDS
 from finetune_kit.model.classifier import loading
 from finetune_kit.model.embedded import INSTALL
 from finetune_kit.model.embedded import NAME as EMBEDDED
@@ -39,6 +38,7 @@ from finetune_kit.terminal import doing
 from finetune_kit.training.progress import console
 from finetune_kit.training.room import heeding_disk
 from finetune_kit.verify import (
+    REWARDS,
     Outputs,
     auto_class,
     check_files,
@@ -291,12 +291,15 @@ ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rstrip(), a
 print(model(**ids).logits.item())"""
 
 
-def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".") -> list[str]:
-    """Lines of a card: Python that loads what lies in the folder and uses it, with nothing of this package."""
+def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".", merged: bool = False) -> list[str]:
+    """Lines of a card: Python that loads what lies in the folder and uses it, with nothing of this package.
+
+    `merged`: it is a whole model, although an adapter was trained.
+    """
     kind, definition = loading(load_model_config(config.model)) if rewards else ("AutoModelForCausalLM", "")
     more = ", num_labels=1" if rewards else ""
     lora = getattr(config, "lora", None)
-    adapted = lora is not None and lora.r != 0
+    adapted = lora is not None and lora.r != 0 and not merged
     base = hub_name(config.model.name_or_path)
     names = "AutoTokenizer" if definition else f"{kind}, AutoTokenizer"
     lines = [

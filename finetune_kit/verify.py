@@ -34,8 +34,7 @@ from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError, ResourceError
 from finetune_kit.model import load
 from finetune_kit.model.adapters import is_adapter
-from finetune_kit.model.classifier import AUTO_CLASS as REWARDS
-from finetune_kit.model.classifier import loading
+from finetune_kit.model.classifier import definition
 from finetune_kit.model.load import resolve_name, weight_dtype
 from finetune_kit.model.precision import as_loaded
 from finetune_kit.training import room
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4  # largest difference of a float32 logit or score after saving and loading
 PROBE = 64  # tokens
 ROUNDINGS = 8  # of 16 bits: as many times the rounding of a logit
+REWARDS = "AutoModelForSequenceClassification"
 # what a launcher tells its processes: the fresh one is alone
 LAUNCHER = re.compile(r"ACCELERATE_|FSDP_|TORCHELASTIC_|(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_\w+)$")
 # of the allocators of CUDA, torch, Python and C++
@@ -61,12 +61,12 @@ sys.modules["finetune_kit"] = None
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+exec(given["definition"])  # of a class that transformers lacks, as the card shows it
 folder, base, trusted, quantised, device = (given[k] for k in ("folder", "base", "trusted", "quantised", "device"))
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-rewards = given["kind"].endswith("SequenceClassification")
-exec(given["definition"])
+rewards = given["kind"] == "AutoModelForSequenceClassification"
 quantise = transformers.BitsAndBytesConfig
-model = (globals().get(given["kind"]) or getattr(transformers, given["kind"])).from_pretrained(
+model = getattr(transformers, given["kind"]).from_pretrained(
     base,
     **({"num_labels": 1} if rewards else {}),
     revision=given["revision"],
@@ -294,7 +294,6 @@ def prove(model: Any, config: ModelConfig, folder: Path, probe: list[int], expec
     dtype = loaded_in(model, config)
     coarsest = computed_in(model, config)
     base = resolve_name(config.name_or_path) if is_adapter(model) else ""
-    kind, definition = loading(model.config) if auto_class(model) == REWARDS else (auto_class(model), "")
     quantised = model.config.quantization_config.to_json_string(use_diff=False) if config.load_in_4bit else ""
     # 4-bit codes are another device's own, and shards are where they are
     elsewhere = [] if quantised or expected is not None else ["cpu"]
@@ -314,8 +313,8 @@ def prove(model: Any, config: ModelConfig, folder: Path, probe: list[int], expec
                 torch.device(device),
                 base=base,
                 quantised=quantised,
-                kind=kind,
-                definition=definition,
+                kind=auto_class(model),
+                code=definition(model.config) if auto_class(model) == REWARDS else "",
             )
         except NotMade as error:
             reasons.append(f"on {device} {error.message}")
@@ -364,12 +363,12 @@ def reload_logits(
     base: str = "",
     quantised: str = "",
     kind: str = "AutoModelForCausalLM",
-    definition: str = "",
+    code: str = "",
 ) -> torch.Tensor:
     """What `folder` gives in a fresh process: an adapter on `base`, or a whole model where it is "".
 
-    `kind`: the auto class of transformers that loads it, or the class that the code `definition` defines. Raises
-    NotMade for want of memory or of a package, NumericsError where transformers or PEFT cannot load it.
+    `kind`: the auto class of transformers that loads it. `code`: run before, it makes a class that transformers lacks.
+    Raises NotMade for want of memory or of a package, NumericsError where transformers or PEFT cannot load it.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -388,7 +387,7 @@ def reload_logits(
             "dtype": _name(dtype),
             "device": str(device),
             "kind": kind,
-            "definition": definition,
+            "definition": code,
             "probe": str(path),
         }
         # the base was loaded a moment ago, so that the cache has it

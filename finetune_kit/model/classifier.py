@@ -41,10 +41,11 @@ def loading(config: Any) -> tuple[str, str]:
 
     Raises SettingsError where there is neither a class nor a backbone that reads from left to right.
     """
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+    from transformers import MODEL_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as OWN
 
-    own = getattr(config, "auto_map", None) or {}
-    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or AUTO_CLASS in own:
+    known = config.model_type in OWN and type(config).__module__.startswith("transformers.")
+    if known or AUTO_CLASS in (getattr(config, "auto_map", None) or {}):
         return AUTO_CLASS, ""
     backbone = MODEL_MAPPING.get(type(config), None)
     both = config.is_encoder_decoder or type(config).is_encoder_decoder  # a decoder alone has no class of its own
@@ -64,16 +65,25 @@ def loading(config: Any) -> tuple[str, str]:
     return name, code
 
 
-def classifier(config: Any) -> Any:
-    """The class whose `from_pretrained` loads a model of this config under a score; see loading."""
-    import transformers
+def definition(config: Any) -> str:
+    """Python after which transformers' auto class loads models of this config under a score; "" where it does already.
 
+    Raises SettingsError as loading does.
+    """
     name, code = loading(config)
-    return _made(name, code) if code else getattr(transformers, name)
+    register = (
+        f"from transformers import {AUTO_CLASS}\n{AUTO_CLASS}.register({name}.config_class, {name}, exist_ok=True)"
+    )
+    return f"{code}\n\n{register}\n" if code else ""
+
+
+def make_known(config: Any) -> None:
+    """Let transformers' auto class load models of this config under a score. Raises SettingsError as loading does."""
+    _run(definition(config))
 
 
 @cache
-def _made(name: str, code: str) -> Any:
-    made: dict[str, Any] = {}
-    exec(compile(code, f"<{name}>", "exec", dont_inherit=True), made)  # from the text above and names of transformers'
-    return made[name]
+def _run(code: str) -> None:
+    exec(
+        compile(code, "<sequence classifier>", "exec", dont_inherit=True), {}
+    )  # of the text above and transformers' names

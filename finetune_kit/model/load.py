@@ -185,12 +185,11 @@ def planning_for(kind: str | None) -> Iterator[None]:
 
 
 def load_base(
-    model: ModelConfig, trained_in_full: bool = False, auto_class: Any = "AutoModelForCausalLM", **own: Any
+    model: ModelConfig, trained_in_full: bool = False, auto_class: str = "AutoModelForCausalLM", **own: Any
 ) -> PreTrainedModel:
     """The causal language model on its device, in evaluation mode; with model.load_in_4bit quantised while it loads.
 
-    `auto_class`: of transformers, or a class, for another head. `own`: further settings of the model's config, such as
-    num_labels.
+    `auto_class`: of transformers, for another head. `own`: further settings of the model's config, such as num_labels.
     """
     import transformers
     from transformers.utils.logging import disable_progress_bar
@@ -208,8 +207,7 @@ def load_base(
     with _said_plainly(model), doing(f"loading {public_name(model.name_or_path)}"):
         source = _from(model, weights=True)
         base: PreTrainedModel
-        loader = getattr(transformers, auto_class) if isinstance(auto_class, str) else auto_class
-        base, loading = loader.from_pretrained(
+        base, loading = getattr(transformers, auto_class).from_pretrained(
             **source,
             **quantised,
             **own,
@@ -281,11 +279,15 @@ def _say_once(note: str) -> None:
 
 
 def load_dequantised(model: ModelConfig) -> PreTrainedModel:
-    """The 4-bit model with its weights written out again in the type it was loaded in, a layer at a time."""
+    """The 4-bit language model, dequantised."""
+    return dequantised(load_base(model))
+
+
+def dequantised(base: PreTrainedModel) -> PreTrainedModel:
+    """A 4-bit model with its weights written out again in the type it was loaded in, a layer at a time."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    base = load_base(model)
     swapped = [name for name, module in base.named_modules() if vars(module).get("source_cls") is Conv1D]
     logging.getLogger("transformers.integrations.bitsandbytes").setLevel("ERROR")  # says that it does as it is told
     base.dequantize()

@@ -18,7 +18,7 @@ from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import SettingsError
 from finetune_kit.generation import evaluation_mode, in_batches
 from finetune_kit.model import adapters, fourbit
-from finetune_kit.model.classifier import ANOTHER, classifier
+from finetune_kit.model.classifier import ANOTHER, AUTO_CLASS, make_known
 from finetune_kit.model.load import check_base, load_base, load_model_config
 
 TASK_TYPE = "SEQ_CLS"  # PEFT's; with any other one the head would not be saved
@@ -76,13 +76,13 @@ def load_scorer(
             f"{model.name_or_path} is a classifier with {config.num_labels} labels; a reward model has one.",
             "Name a language model, or a reward model with num_labels=1, as model.name_or_path.",
         )
-    auto_class = classifier(config)
+    make_known(config)
     _check_vocabulary(model, config, tokenizer)
     choose_pad_token(tokenizer, end_token_ids)
     with _unsaid(
         "transformers.modeling_utils", "transformers.distributed.tensor_parallel"
     ):  # a new head is what is wanted
-        base = load_base(model, trained_in_full, auto_class, num_labels=1)
+        base = load_base(model, trained_in_full, AUTO_CLASS, num_labels=1)
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     found: Any = getattr(base, "score", None)
     if not hasattr(found, "weight") or found.weight.shape[0] != 1:

@@ -10,7 +10,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     BlenderbotConfig,
     TrOCRConfig,
 )
@@ -18,7 +17,7 @@ from transformers import (
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import SettingsError
 from finetune_kit.model import packed
-from finetune_kit.model.classifier import AUTO_CLASS, classifier, loading
+from finetune_kit.model.classifier import AUTO_CLASS, definition, loading
 from finetune_kit.model.load import load_tokenizer
 from finetune_kit.model.reward import load_reward_model, load_scorer, score_batch, score_rows
 from tests.model.architectures import tiny_config
@@ -106,7 +105,7 @@ def test_so_it_does_on_every_causal_architecture_or_is_refused_with_the_reason(
 def test_transformers_own_class_is_taken_where_there_is_one_and_its_code_is_not_shown() -> None:
     for model_type in ("llama", "qwen3", "gpt2", "mixtral", "qwen3_5", "gpt_oss"):
         assert loading(tiny_config(model_type)) == (AUTO_CLASS, "")
-    assert classifier(tiny_config("llama")) is AutoModelForSequenceClassification
+    assert definition(tiny_config("llama")) == ""
 
 
 def test_every_architecture_without_one_gets_a_class_of_its_own_or_a_reason() -> None:

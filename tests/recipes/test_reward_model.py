@@ -22,7 +22,8 @@ from finetune_kit.data.records import Prompt
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.evaluation.rewards import measure_rewards
 from finetune_kit.finished import compare_adapters, compare_run, open_run, verify_run
-from finetune_kit.merge import merge
+from finetune_kit.merge import merge, table_of, verdict_of
+from finetune_kit.merge_rewards import merged
 from finetune_kit.model.load import load_policy, load_tokenizer
 from finetune_kit.model.reward import load_saved, score_rows
 from finetune_kit.rl.rewards import RewardConfig, load_rewards, shares_base
@@ -157,11 +158,10 @@ def test_it_is_no_start_for_a_policy(good_run: Artifact, paired: Path) -> None:
         fixtures_training.prepare("dpo", paired, f"model.name_or_path={good_run.folder}")
 
 
-def test_generate_merge_and_adapters_beside_it_are_refused_with_what_to_do(good_run: Artifact, tmp_path: Path) -> None:
+def test_generate_and_adapters_beside_it_are_refused_with_what_to_do(good_run: Artifact) -> None:
     run = open_run(good_run.folder, [])
     for refused in (
         lambda: prepare_answering(run, Decoding()),
-        lambda: merge(good_run.folder, tmp_path / "merged"),
         lambda: compare_adapters(run, [good_run.folder]),
     ):
         with pytest.raises(SettingsError, match=r"scores answers and writes none(.|\n)*finetune_kit evaluate"):
@@ -183,6 +183,16 @@ def test_a_full_run_saves_a_whole_model_that_scores_the_same_and_is_measured_aga
 def test_a_whole_run_on_a_4_bit_base_reloads_within_1e_4(paired: Path) -> None:
     run = train("reward_model", paired, "load_in_4bit=true", "learning_rate=1e-2")
     assert json.loads((run.folder / "report.json").read_text())["reload_max_logit_difference"] <= 1e-4
+    # what the 4 bits stand for is nearer to what was trained than the base before them
+    tokenizer, ends = _reading(run)
+    plain, found = merged(open_run(run.folder, []), tokenizer, ("base", "dequantised"), 2)
+    assert found["candidate"] == "dequantised"
+    differences = {name: numbers["score_difference"] for name, numbers in found["candidates"].items()}
+    assert differences["dequantised"] < 1e-5 < differences["base"]
+    assert (found["scores_measured_on"]["rows"], found["candidates"]["base"]["same_preference"]) == (4, 1.0)
+    quantised = load_saved(open_run(run.folder, []).config.model, run.folder, tokenizer, ends)
+    row = _whole(run, "say 1", "good")
+    assert score_rows(plain, [row]) == pytest.approx(score_rows(quantised, [row]), abs=1e-5)
 
 
 def test_the_loss_is_the_formula_on_scores_chosen_by_hand(paired: Path) -> None:
@@ -333,6 +343,24 @@ class TestWhereTransformersHasNoClass:
         capsys.readouterr()
         exec(compile(code, "the card", "exec"), {})
         assert float(capsys.readouterr().out)
+
+    def test_merged_it_is_a_whole_model_with_the_same_scores_and_its_card_shows_the_class(
+        self, own_run: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        made = merge(own_run.folder, tmp_path / "whole")
+        assert made.results["reload_max_logit_difference"] <= 1e-4
+        assert made.results["candidates"]["base"]["largest"] <= 1e-5
+        assert table_of(made.results)[0][0] == "merged into"
+        assert "a score differs from the trained model's by" in verdict_of(made.results)
+        assert {"config.json", "model.safetensors", "merge.json"} <= {path.name for path in made.folder.iterdir()}
+        assert not (made.folder / "adapter_config.json").exists()
+        code = shown(made.folder, own_run.folder.parent / "lfm2")
+        assert "PeftModel" not in code
+        capsys.readouterr()
+        exec(compile(code, "the card", "exec"), {})
+        model = load_saved(ModelConfig(str(own_run.folder.parent / "lfm2")), own_run.folder, *_reading(own_run))
+        expected = score_rows(model, [_whole(own_run, "1 + 1 =", "2")])[0]
+        assert float(capsys.readouterr().out) == pytest.approx(expected, abs=1e-5)
 
     def test_it_judges_beside_the_policy_and_on_its_own_alike(self, own_run: Artifact) -> None:
         base = ModelConfig(str(own_run.folder.parent / "lfm2"))
