@@ -8,6 +8,7 @@ what was saved runs it in a process without this package.
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -39,13 +40,19 @@ def loading(config: Any) -> tuple[str, str]:
     """What loads a model of this config under a score, and the Python that defines it: transformers' auto class and "",
     or the name of a class and its code.
 
-    Raises SettingsError where there is neither a class nor a backbone that reads from left to right.
+    Raises SettingsError where transformers' class has a head of another kind than a layer `score`, and where there is
+    neither a class nor a backbone that reads from left to right.
     """
-    from transformers import MODEL_MAPPING
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as OWN
 
     known = config.model_type in OWN and type(config).__module__.startswith("transformers.")
     if known or AUTO_CLASS in (getattr(config, "auto_map", None) or {}):
+        if known and not _has_score(own := MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]):
+            raise SettingsError(
+                f"{config.model_type}: transformers' {own.__name__} has a head of another kind than one layer `score`.",
+                ANOTHER,
+            )
         return AUTO_CLASS, ""
     backbone = MODEL_MAPPING.get(type(config), None)
     both = config.is_encoder_decoder or type(config).is_encoder_decoder  # a decoder alone has no class of its own
@@ -63,6 +70,12 @@ def loading(config: Any) -> tuple[str, str]:
         prefix=parent.base_model_prefix or "model",
     )
     return name, code
+
+
+def _has_score(own: Any) -> bool:
+    """Whether a class of transformers, or one that it takes its head from, makes a layer of that name."""
+    makers = (inspect.unwrap(vars(one)["__init__"]) for one in own.__mro__ if "__init__" in vars(one))
+    return any("score" in maker.__code__.co_names for maker in makers if inspect.isfunction(maker))
 
 
 def definition(config: Any) -> str:
