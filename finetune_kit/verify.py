@@ -51,6 +51,7 @@ LAUNCHER = re.compile(r"ACCELERATE_|FSDP_|TORCHELASTIC_|(RANK|LOCAL_RANK|WORLD_S
 # of the allocators of CUDA, torch, Python and C++
 SHORT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "MemoryError", "std::bad_alloc")
 
+CLASS = "# HERE A CLASS"  # that transformers lacks is defined, as the card shows it
 # Run as `python -c` in a fresh process, so that nothing of this package can help the weights along.
 RELOAD = """
 import json
@@ -61,7 +62,7 @@ sys.modules["finetune_kit"] = None
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-exec(given["definition"])  # of a class that transformers lacks, as the card shows it
+# HERE A CLASS
 folder, base, trusted, quantised, device = (given[k] for k in ("folder", "base", "trusted", "quantised", "device"))
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 rewards = given["kind"] == "AutoModelForSequenceClassification"
@@ -387,13 +388,12 @@ def reload_logits(
             "dtype": _name(dtype),
             "device": str(device),
             "kind": kind,
-            "definition": code,
             "probe": str(path),
         }
         # the base was loaded a moment ago, so that the cache has it
         alone = {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)}
         done = subprocess.run(
-            [sys.executable, "-I", "-c", RELOAD, json.dumps(given)],
+            [sys.executable, "-I", "-c", RELOAD.replace(CLASS, code), json.dumps(given)],
             capture_output=True,
             text=True,
             check=False,

@@ -2,13 +2,14 @@
 
 transformers has a sequence classifier for half of its language models. For the others the class is made here, in the
 layout of its own ones: the backbone under its usual name, `score.weight` beside it. So transformers' own class reads
-what was saved, once there is one. The class is a text: this package runs it, a run's card shows it, and the proof of
-what was saved runs it in a process without this package.
+what was saved, once there is one. A run's card shows the text of the class, and the proof of what was saved runs that
+text, in a process without this package.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
@@ -27,13 +28,21 @@ class {name}(GenericForSequenceClassification, {parent}):
     config_class, base_model_prefix = {config}, "{prefix}"
     __module__ = {parent}.__module__  # transformers reads its weights as those of its own classes
 
-    def forward(self, input_ids, attention_mask=None, **more):
+{forward}"""
+
+
+def _forward() -> Any:
+    """The method of the class, whose source is its text."""
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    def forward(self, input_ids, attention_mask=None, **more):  # type: ignore[no-untyped-def]
         mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
-        more = {{"use_cache": False, **{{key: value for key, value in more.items() if value is not None}}}}
+        more = {"use_cache": False, **{key: value for key, value in more.items() if value is not None}}
         scores = self.score(self.base_model(input_ids, attention_mask=mask, **more).last_hidden_state)
         last = mask.cumsum(-1).argmax(-1)  # the last real token, whichever side is padded
         return SequenceClassifierOutput(logits=scores[range(len(last)), last])
-"""
+
+    return forward
 
 
 def loading(config: Any) -> tuple[str, str]:
@@ -59,7 +68,7 @@ def loading(config: Any) -> tuple[str, str]:
     if backbone is None or both or not backbone.__name__.endswith("Model"):
         why = "is an encoder-decoder" if both else "has no backbone of its own in transformers"
         raise SettingsError(f"{config.model_type} {why}: no score can be put on it.", ANOTHER)
-    parent = next(base for base in backbone.__mro__ if base.__name__.endswith("PreTrainedModel"))
+    parent = _parent(backbone)
     name = f"{backbone.__name__.removesuffix('Model')}ForSequenceClassification"  # as transformers names its own
     code = DEFINITION.format(
         config_module=type(config).__module__,
@@ -68,8 +77,14 @@ def loading(config: Any) -> tuple[str, str]:
         parent=parent.__name__,
         name=name,
         prefix=parent.base_model_prefix or "model",
+        forward=inspect.getsource(_forward()).replace("  # type: ignore[no-untyped-def]", ""),
     )
     return name, code
+
+
+def _parent(backbone: Any) -> Any:
+    """The class that all models of an architecture have in common."""
+    return next(base for base in backbone.__mro__ if base.__name__.endswith("PreTrainedModel"))
 
 
 def _has_score(own: Any) -> bool:
@@ -92,11 +107,23 @@ def definition(config: Any) -> str:
 
 def make_known(config: Any) -> None:
     """Let transformers' auto class load models of this config under a score. Raises SettingsError as loading does."""
-    _run(definition(config))
+    name, code = loading(config)
+    if code:
+        _register(type(config), name)
 
 
 @cache
-def _run(code: str) -> None:
-    exec(
-        compile(code, "<sequence classifier>", "exec", dont_inherit=True), {}
-    )  # of the text above and transformers' names
+def _register(config_class: Hashable, name: str) -> None:
+    """Make the class that the text defines, and make it known."""
+    from transformers import MODEL_MAPPING, AutoModelForSequenceClassification
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    parent = _parent(MODEL_MAPPING[config_class])
+    own = {
+        "config_class": config_class,
+        "base_model_prefix": parent.base_model_prefix or "model",
+        "__module__": parent.__module__,
+        "forward": _forward(),
+    }
+    made = type(name, (GenericForSequenceClassification, parent), own)
+    AutoModelForSequenceClassification.register(config_class, made, exist_ok=True)
