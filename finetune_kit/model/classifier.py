@@ -9,8 +9,6 @@ text, in a process without this package.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
-from functools import cache
 from typing import Any
 
 from finetune_kit.errors import SettingsError
@@ -112,8 +110,7 @@ def make_known(config: Any) -> None:
         _register(type(config), name)
 
 
-@cache
-def _register(config_class: Hashable, name: str) -> None:
+def _register(config_class: Any, name: str) -> None:
     """Make the class that the text defines, and make it known."""
     from transformers import MODEL_MAPPING, AutoModelForSequenceClassification
     from transformers.modeling_layers import GenericForSequenceClassification
