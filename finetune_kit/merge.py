@@ -119,7 +119,7 @@ def merge(
         try:
             with doing("a fresh process loads it, and must give the same outputs"):
                 got = reload_logits(
-                    replace(run.config.model, revision=None), whole, probe, dtype, device, kind=kind, code=code
+                    replace(run.config.model, revision=None), whole, probe, dtype, device, kind=kind, class_code=code
                 )
             proof = Proof(judged(expected, got, whole), expected.tolerance, named, str(device))
         except NotMade as error:

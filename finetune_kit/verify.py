@@ -315,7 +315,7 @@ def prove(model: Any, config: ModelConfig, folder: Path, probe: list[int], expec
                 base=base,
                 quantised=quantised,
                 kind=auto_class(model),
-                code=definition(model.config) if auto_class(model) == REWARDS else "",
+                class_code=definition(model.config) if auto_class(model) == REWARDS else "",
             )
         except NotMade as error:
             reasons.append(f"on {device} {error.message}")
@@ -364,11 +364,11 @@ def reload_logits(
     base: str = "",
     quantised: str = "",
     kind: str = "AutoModelForCausalLM",
-    code: str = "",
+    class_code: str = "",
 ) -> torch.Tensor:
     """What `folder` gives in a fresh process: an adapter on `base`, or a whole model where it is "".
 
-    `kind`: the auto class of transformers that loads it. `code`: run before, it makes a class that transformers lacks.
+    `kind`: the auto class of transformers that loads it. `class_code` makes one that transformers lacks.
     Raises NotMade for want of memory or of a package, NumericsError where transformers or PEFT cannot load it.
     """
     import torch
@@ -393,7 +393,7 @@ def reload_logits(
         # the base was loaded a moment ago, so that the cache has it
         alone = {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)}
         done = subprocess.run(
-            [sys.executable, "-I", "-c", RELOAD.replace(CLASS, code), json.dumps(given)],
+            [sys.executable, "-I", "-c", RELOAD.replace(CLASS, class_code), json.dumps(given)],
             capture_output=True,
             text=True,
             check=False,
