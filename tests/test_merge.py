@@ -188,7 +188,9 @@ def plain(head_run: FinishedRun, shared_home: Path) -> Merged:
 def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The saved model is read back in this process: a fresh one takes 5 s, and `plain` and `quantised` have one."""
 
-    def read(_model: Any, folder: Path, probe: list[int], dtype: torch.dtype, _device: Any) -> torch.Tensor:
+    def read(
+        _model: Any, folder: Path, probe: list[int], dtype: torch.dtype, _device: Any, **_more: Any
+    ) -> torch.Tensor:
         with torch.inference_mode():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
             result: torch.Tensor = model(torch.tensor([probe])).logits
