@@ -448,7 +448,7 @@ class TestBadInput:
     def test_weights_that_do_not_come_back_leave_nothing(
         self, head_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(merging, "reload_logits", lambda *_: torch.zeros(1, 64, 261))
+        monkeypatch.setattr(merging, "reload_logits", lambda *_, **__: torch.zeros(1, 64, 261))
         with pytest.raises(NumericsError, match="is not what was trained: loaded, its outputs differ by"):
             merge(head_run.folder, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
