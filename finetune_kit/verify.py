@@ -36,6 +36,7 @@ from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError, ResourceError
 from finetune_kit.model import load
 from finetune_kit.model.adapters import is_adapter
+from finetune_kit.model.classifier import definition
 from finetune_kit.model.coverage import without_wrappers
 from finetune_kit.model.load import resolve_name, weight_dtype
 from finetune_kit.model.precision import as_loaded
@@ -54,6 +55,7 @@ LAUNCHER = re.compile(r"ACCELERATE_|FSDP_|TORCHELASTIC_|(RANK|LOCAL_RANK|WORLD_S
 # of the allocators of CUDA, torch, Python and C++
 SHORT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "MemoryError", "std::bad_alloc")
 
+CLASS = "# HERE A CLASS"  # that transformers lacks is defined, as the card shows it
 # Run as `python -c` in a fresh process, so that nothing of this package can help the weights along.
 RELOAD = """
 import contextlib
@@ -65,6 +67,7 @@ sys.modules["finetune_kit"] = None
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+# HERE A CLASS
 folder, base, trusted, quantised, device = (given[k] for k in ("folder", "base", "trusted", "quantised", "device"))
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 rewards = given["kind"] == "AutoModelForSequenceClassification"
@@ -324,6 +327,7 @@ def prove(model: Any, config: ModelConfig, folder: Path, probe: list[int], expec
                 quantised=quantised,
                 stacks=stacks_of(model) if quantised else [],
                 kind=auto_class(model),
+                class_code=definition(model.config) if auto_class(model) == REWARDS else "",
             )
         except NotMade as error:
             reasons.append(f"on {device} {error.message}")
@@ -382,11 +386,12 @@ def reload_logits(
     quantised: str = "",
     stacks: Sequence[str] = (),
     kind: str = "AutoModelForCausalLM",
+    class_code: str = "",
 ) -> torch.Tensor:
     """What `folder` gives in a fresh process: an adapter on `base`, or a whole model where it is "".
 
-    `kind`: the auto class of transformers that loads it. Raises NotMade for want of memory or of a package,
-    NumericsError where transformers or PEFT cannot load it.
+    `kind`: the auto class of transformers that loads it. `class_code` makes one that transformers lacks.
+    Raises NotMade for want of memory or of a package, NumericsError where transformers or PEFT cannot load it.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -411,7 +416,9 @@ def reload_logits(
         }
         # the base was loaded a moment ago, so that the cache has it
         alone = {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)}
-        code, said = in_a_fresh_process(RELOAD, json.dumps(given), {**alone, "HF_HUB_OFFLINE": "1"})
+        code, said = in_a_fresh_process(
+            RELOAD.replace(CLASS, class_code), json.dumps(given), {**alone, "HF_HUB_OFFLINE": "1"}
+        )
         if code:
             raise _failure(code, said, folder)
         logits: torch.Tensor = load_file(f"{path}.out")["logits"]

@@ -18,7 +18,7 @@ LEVELS = (
     {"data", "model", "decoding", "generation", "rl.math"},
     {"training", "rl", "evaluation", "verify", "artifact", "hub"},
     {"recipes"},
-    {"prompt_file", "finished", "answering", "merge", "doctor", "difference"},
+    {"prompt_file", "finished", "answering", "merge", "merge_rewards", "doctor", "difference"},
     {"cli", "__main__"},
 )
 # the library: where it may be imported

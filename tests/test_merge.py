@@ -188,7 +188,9 @@ def plain(head_run: FinishedRun, shared_home: Path) -> Merged:
 def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The saved model is read back in this process: a fresh one takes 5 s, and `plain` and `quantised` have one."""
 
-    def read(_model: Any, folder: Path, probe: list[int], dtype: torch.dtype, _device: Any) -> torch.Tensor:
+    def read(
+        _model: Any, folder: Path, probe: list[int], dtype: torch.dtype, _device: Any, **_more: Any
+    ) -> torch.Tensor:
         with torch.inference_mode():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
             result: torch.Tensor = model(torch.tensor([probe])).logits
@@ -446,7 +448,7 @@ class TestBadInput:
     def test_weights_that_do_not_come_back_leave_nothing(
         self, head_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(merging, "reload_logits", lambda *_: torch.zeros(1, 64, 261))
+        monkeypatch.setattr(merging, "reload_logits", lambda *_, **__: torch.zeros(1, 64, 261))
         with pytest.raises(NumericsError, match="is not what was trained: loaded, its outputs differ by"):
             merge(head_run.folder, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []

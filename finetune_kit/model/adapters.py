@@ -246,8 +246,11 @@ def adopt(lora: LoraConfig) -> Path:
     saved = read_adapter_config(folder)
     if saved["peft_type"] != "LORA":
         raise SettingsError(f"lora.init_from={lora.init_from}: its adapter is {saved['peft_type']}, no LORA.", NONE)
-    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
+    shape = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "modules_to_save")
+    for name in (*shape, "use_rslora", "use_dora"):
         asked, default, has = getattr(lora, name), getattr(LoraConfig(), name), saved[name]
+        if name == "target_parameters":
+            has = has or []
         if name == "modules_to_save":  # PEFT adds the names of heads by itself
             has = [module for module in has or [] if saved["task_type"] != "SEQ_CLS" or module not in REWARD_HEADS]
         same = sorted(asked) == sorted(has) if isinstance(asked, list) and isinstance(has, list) else asked == has

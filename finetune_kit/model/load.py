@@ -281,11 +281,15 @@ def _say_once(note: str) -> None:
 
 
 def load_dequantised(model: ModelConfig) -> PreTrainedModel:
-    """The 4-bit model with its weights written out again in the type it was loaded in, a layer at a time."""
+    """The 4-bit language model, dequantised."""
+    return dequantised(load_base(model))
+
+
+def dequantised(base: PreTrainedModel) -> PreTrainedModel:
+    """A 4-bit model with its weights written out again in the type it was loaded in, a layer at a time."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    base = load_base(model)
     swapped = [name for name, module in base.named_modules() if vars(module).get("source_cls") is Conv1D]
     logging.getLogger("transformers.integrations.bitsandbytes").setLevel("ERROR")  # says that it does as it is told
     base.dequantize()

@@ -18,9 +18,9 @@ from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import SettingsError
 from finetune_kit.generation import evaluation_mode, in_batches
 from finetune_kit.model import adapters, fourbit
+from finetune_kit.model.classifier import ANOTHER, AUTO_CLASS, make_known
 from finetune_kit.model.load import check_base, load_base, load_model_config
 
-AUTO_CLASS = "AutoModelForSequenceClassification"
 TASK_TYPE = "SEQ_CLS"  # PEFT's; with any other one the head would not be saved
 
 
@@ -32,7 +32,7 @@ def load_reward_model(
     The head is float32, trained in any case, and random by `seed` unless the checkpoint is a reward model already.
     `lora.init_from` may name an adapter of the causal language model: training starts from its weights. The tokenizer
     gets a pad token that is none of `end_token_ids`. Raises SettingsError for a checkpoint whose head has several
-    labels, a vocabulary larger than the embedding, or a model without such a head.
+    labels, a vocabulary larger than the embedding, or an architecture that no score can be put on.
     """
     from transformers import set_seed
 
@@ -76,6 +76,7 @@ def load_scorer(
             f"{model.name_or_path} is a classifier with {config.num_labels} labels; a reward model has one.",
             "Name a language model, or a reward model with num_labels=1, as model.name_or_path.",
         )
+    make_known(config)
     _check_vocabulary(model, config, tokenizer)
     choose_pad_token(tokenizer, end_token_ids)
     with _unsaid(
@@ -87,7 +88,7 @@ def load_scorer(
     if not hasattr(found, "weight") or found.weight.shape[0] != 1:
         raise SettingsError(
             f"{model.name_or_path}: {type(base).__name__} has no single linear layer `score` as its head.",
-            "Take a causal language model of a common architecture, such as Llama, Qwen, Gemma or GPT-2.",
+            ANOTHER,
         )
     width = base.config.get_text_config().hidden_size
     start = torch.empty(1, width).normal_(std=1 / (width + 1), generator=torch.Generator().manual_seed(seed))

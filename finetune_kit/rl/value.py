@@ -103,7 +103,8 @@ def put_beside(policy: Any, name: str, folder: Path | None, trained: bool) -> di
     tensors: dict[str, Tensor] = {}
     if folder is not None:
         saved = read_adapter_config(folder)
-        for key in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "lora_dropout"):
+        shape = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora", "lora_dropout")
+        for key in shape:
             setattr(config, key, saved[key])
         tensors = _tensors(folder / "adapter_model.safetensors")
     policy.add_adapter(name, config)

@@ -12,6 +12,9 @@ from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
 from finetune_kit.model.embedded import NAME
 from finetune_kit.model.load import (
+    BASE_RECORD,
+    base_record,
+    check_base,
     computes_in_bfloat16,
     device,
     empty_policy,
@@ -22,6 +25,7 @@ from finetune_kit.model.load import (
     resolve_name,
     weight_dtype,
 )
+from tests.model.small import write_model
 
 
 @pytest.fixture
@@ -158,3 +162,14 @@ def adapter_weights(model: ModelConfig, seed: int) -> torch.Tensor:
 
 def shapes(model: torch.nn.Module) -> dict[str, tuple[torch.Size, torch.dtype, bool]]:
     return {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+
+
+def test_an_adapter_s_base_with_an_infinite_number_in_its_config_is_known_again(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    base = ModelConfig(name_or_path=str(write_model("mamba2", tmp_path / "mamba2", tiny_model)))
+    (tmp_path / BASE_RECORD).write_text(json.dumps(base_record(base)))
+    assert "Infinity" in (tmp_path / BASE_RECORD).read_text()
+    check_base(base, tmp_path)
+    with pytest.raises(SettingsError, match="is an adapter of mamba2"):
+        check_base(ModelConfig(name_or_path=str(tiny_model)), tmp_path)

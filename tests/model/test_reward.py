@@ -1,5 +1,6 @@
 """model/reward.py: one float32 number a sequence, read at its end token, the same after saving and loading."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from transformers import AutoModelForSequenceClassification
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import SettingsError
-from finetune_kit.model.load import load_adapted, load_base, load_policy, load_tokenizer
+from finetune_kit.model.load import BASE_RECORD, base_record, load_adapted, load_base, load_policy, load_tokenizer
 from finetune_kit.model.reward import choose_pad_token, load_reward_model, load_saved, score_batch, score_rows
+from finetune_kit.rl.rewards import score_beside, shares_base
+from tests.model.small import write_model
 
 ROWS = [[40, 41, 42, 3], [50, 3], [60, 61, 62, 63, 64, 65, 3], [70, 71, 3], [80, 3]]  # 3: <|im_end|>
 
@@ -105,6 +108,23 @@ def test_a_causal_adapter_to_start_from_puts_its_weights_under_the_head(tiny_mod
     ids = torch.tensor([ROWS[2]])
     causal = load_adapted(base, tmp_path, load_base(base)).get_base_model().model(ids).last_hidden_state
     assert torch.allclose(model.get_base_model().model(ids).last_hidden_state, causal, atol=1e-6)
+
+
+def test_a_causal_adapter_on_experts_starts_a_reward_model_that_judges_beside_a_policy_without_one(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = write_model("mixtral", tmp_path / "mixtral", tiny_model)
+    base = ModelConfig(name_or_path=str(folder))
+    moved(load_policy(base, LoraConfig(r=4))).save_pretrained(tmp_path / "sft", save_embedding_layers=False)
+    judge = rewards(folder, LoraConfig(init_from=str(tmp_path / "sft")))
+    experts = {name for name, p in judge.named_parameters() if p.requires_grad and ".experts." in name}
+    weights = load_file(tmp_path / "sft" / "adapter_model.safetensors")
+    assert len(experts) == sum(".experts." in name for name in weights) > 0
+    judge.save_pretrained(tmp_path / "judge")
+    (tmp_path / "judge" / BASE_RECORD).write_text(json.dumps(base_record(base)))
+    policy = load_policy(base, LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    assert shares_base(tmp_path / "judge", base, policy)
+    assert score_beside(policy, tmp_path / "judge")(policy, ROWS) == pytest.approx(score_rows(judge, ROWS), abs=1e-5)
 
 
 def test_a_reward_adapter_to_start_from_goes_on_with_its_head(tiny_model: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from finetune_kit.model.adapters import is_adapter
 from finetune_kit.recipe import load
 from finetune_kit.training import reference
 from tests.fixtures_training import Trained, fit_only, furnish_pairs, prepare, train
+from tests.model.small import write_model
 
 PAIRS = [{"prompt": f"{n} + {n} =", "chosen": f"it is {2 * n}", "rejected": f"no {n}"} for n in range(40)]
 
@@ -180,6 +181,20 @@ def test_another_reference_than_the_policys_start_is_noticed(home: Path, monkeyp
     )
     with pytest.raises(NumericsError, match="The reference is not the policy's start"):
         prepare("dpo", home)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_of_experts_the_first_loss_is_ln_2_where_the_routers_are_left_out_and_training_keeps_theirs(
+    home: Path, model_type: str
+) -> None:
+    base = write_model(model_type, home / model_type, home / "tiny", router_aux_loss_coef=0.1)
+    run = prepare("dpo", home, f"model.name_or_path={base}")  # which proves the first loss
+    batch = next(iter(run.trainer.get_train_dataloader()))
+    both = run.trainer.compute_loss(run.model.eval(), dict(batch)).item()
+    run.trainer.aux_loss_enabled = False
+    alone = run.trainer.compute_loss(run.model, dict(batch)).item()
+    assert alone == pytest.approx(math.log(2), abs=1e-5)
+    assert both > alone + 0.1  # balanced routers have 1 for each expert that a token goes to
 
 
 @pytest.mark.parametrize("loss", ["[ipo]", "[hinge]", "[sigmoid, sft]", "[sigmoid_norm]", "[apo_zero]", "[robust]"])

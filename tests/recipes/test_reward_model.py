@@ -10,23 +10,30 @@ from typing import Any
 import pytest
 import torch
 
+from finetune_kit import hub as kit_hub
 from finetune_kit import recipe as recipes
 from finetune_kit.answering import Decoding
 from finetune_kit.answering import prepare as prepare_answering
 from finetune_kit.artifact import Artifact
-from finetune_kit.config import ModelConfig
+from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt
 from finetune_kit.data.load import load_data
+from finetune_kit.data.records import Prompt
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.evaluation.rewards import measure_rewards
-from finetune_kit.finished import compare_adapters, compare_run, open_run
-from finetune_kit.merge import merge
-from finetune_kit.model.load import load_tokenizer
+from finetune_kit.finished import compare_adapters, compare_run, open_run, verify_run
+from finetune_kit.merge import merge, table_of, verdict_of
+from finetune_kit.merge_rewards import merged
+from finetune_kit.model.load import load_policy, load_tokenizer
 from finetune_kit.model.reward import load_saved, score_rows
+from finetune_kit.rl.rewards import RewardConfig, load_rewards, shares_base
 from finetune_kit.verify import prove
 from tests import fixtures_training
 from tests.conftest import furnish
+from tests.fixtures_hub import Hub
+from tests.fixtures_hub import hub as hub
 from tests.fixtures_training import settings, train, write_rows
+from tests.model.small import write_model
 
 WORDS = ("red", "blue", "green", "tall", "old", "small")
 
@@ -151,11 +158,10 @@ def test_it_is_no_start_for_a_policy(good_run: Artifact, paired: Path) -> None:
         fixtures_training.prepare("dpo", paired, f"model.name_or_path={good_run.folder}")
 
 
-def test_generate_merge_and_adapters_beside_it_are_refused_with_what_to_do(good_run: Artifact, tmp_path: Path) -> None:
+def test_generate_and_adapters_beside_it_are_refused_with_what_to_do(good_run: Artifact) -> None:
     run = open_run(good_run.folder, [])
     for refused in (
         lambda: prepare_answering(run, Decoding()),
-        lambda: merge(good_run.folder, tmp_path / "merged"),
         lambda: compare_adapters(run, [good_run.folder]),
     ):
         with pytest.raises(SettingsError, match=r"scores answers and writes none(.|\n)*finetune_kit evaluate"):
@@ -177,6 +183,16 @@ def test_a_full_run_saves_a_whole_model_that_scores_the_same_and_is_measured_aga
 def test_a_whole_run_on_a_4_bit_base_reloads_within_1e_4(paired: Path) -> None:
     run = train("reward_model", paired, "load_in_4bit=true", "learning_rate=1e-2")
     assert json.loads((run.folder / "report.json").read_text())["reload_max_logit_difference"] <= 1e-4
+    # what the 4 bits stand for is nearer to what was trained than the base before them
+    tokenizer, ends = _reading(run)
+    plain, found = merged(open_run(run.folder, []), tokenizer, ("base", "dequantised"), 2)
+    assert found["candidate"] == "dequantised"
+    differences = {name: numbers["score_difference"] for name, numbers in found["candidates"].items()}
+    assert differences["dequantised"] < 1e-5 < differences["base"]
+    assert (found["scores_measured_on"]["rows"], found["candidates"]["base"]["same_preference"]) == (4, 1.0)
+    quantised = load_saved(open_run(run.folder, []).config.model, run.folder, tokenizer, ends)
+    row = _whole(run, "say 1", "good")
+    assert score_rows(plain, [row]) == pytest.approx(score_rows(quantised, [row]), abs=1e-5)
 
 
 def test_the_loss_is_the_formula_on_scores_chosen_by_hand(paired: Path) -> None:
@@ -285,3 +301,100 @@ def test_saved_scores_are_those_of_the_model_in_memory_by_the_package_too(good_r
     assert margin == pytest.approx(
         next(e["after"] for e in good_run.report.metrics if e["name"] == "reward_margin"), abs=1e-4
     )
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Artifact:
+    """A whole run on LFM2, whose convolutions have no sequence classifier in transformers. Read only."""
+    home = furnish(tmp_path_factory.mktemp("own"), tiny_model)
+    write_rows(home / "rows.jsonl", pairs(80))
+    base = write_model("lfm2", home / "lfm2", tiny_model)
+    return train("reward_model", home, "max_steps=10", "learning_rate=1e-2", f"model.name_or_path={base}")
+
+
+class TestWhereTransformersHasNoClass:
+    def test_a_fresh_process_gave_the_same_score_by_the_lines_that_the_card_shows(
+        self, own_run: Artifact, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert json.loads((own_run.folder / "report.json").read_text())["reload_max_logit_difference"] <= 1e-4
+        base = own_run.folder.parent / "lfm2"
+        code = shown(own_run.folder, base)
+        assert "class Lfm2ForSequenceClassification(GenericForSequenceClassification, Lfm2PreTrainedModel):" in code
+        assert "finetune_kit" not in code
+        capsys.readouterr()
+        exec(compile(code, "the card", "exec"), {})
+        printed = float(capsys.readouterr().out)
+        model = load_saved(ModelConfig(str(base)), own_run.folder, *_reading(own_run))
+        assert printed == pytest.approx(score_rows(model, [_whole(own_run, "1 + 1 =", "2")])[0], abs=1e-5)
+
+    def test_evaluate_measures_the_same_numbers_again(self, own_run: Artifact) -> None:
+        again = compare_run(open_run(own_run.folder, []))
+        for then, now in zip(own_run.report.metrics, again.metrics, strict=True):
+            assert (now["before"], now["after"]) == pytest.approx((then["before"], then["after"]), abs=1e-5)
+
+    def test_it_is_pushed_and_the_pushed_card_s_lines_load_it_from_the_hub(
+        self, own_run: Artifact, hub: Hub, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        kit_hub.send(kit_hub.prepare(own_run.folder, "ada/own", open_run(own_run.folder, []).config))
+        assert "class Lfm2ForSequenceClassification" in hub.repos["ada/own"].files()["README.md"].decode()
+        assert str(own_run.folder.parent).encode() not in hub.received()
+        fetched = kit_hub.fetch("ada/own")
+        code = shown(fetched, own_run.folder.parent / "lfm2").replace(str(fetched), "ada/own")
+        capsys.readouterr()
+        exec(compile(code, "the card", "exec"), {})
+        assert float(capsys.readouterr().out)
+
+    def test_merged_it_is_a_whole_model_with_the_same_scores_and_its_card_shows_the_class(
+        self, own_run: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        made = merge(own_run.folder, tmp_path / "whole")
+        assert made.results["reload_max_logit_difference"] <= 1e-4
+        assert made.results["candidates"]["base"]["largest"] <= 1e-5
+        assert table_of(made.results)[0][0] == "merged into"
+        assert "a score differs from the trained model's by" in verdict_of(made.results)
+        assert {"config.json", "model.safetensors", "merge.json"} <= {path.name for path in made.folder.iterdir()}
+        assert not (made.folder / "adapter_config.json").exists()
+        code = shown(made.folder, own_run.folder.parent / "lfm2")
+        assert "PeftModel" not in code
+        capsys.readouterr()
+        exec(compile(code, "the card", "exec"), {})
+        model = load_saved(ModelConfig(str(own_run.folder.parent / "lfm2")), own_run.folder, *_reading(own_run))
+        expected = score_rows(model, [_whole(own_run, "1 + 1 =", "2")])[0]
+        assert float(capsys.readouterr().out) == pytest.approx(expected, abs=1e-5)
+
+    def test_it_judges_beside_the_policy_and_on_its_own_alike(self, own_run: Artifact) -> None:
+        base = ModelConfig(str(own_run.folder.parent / "lfm2"))
+        policy = load_policy(base, LoraConfig(r=4)).eval()
+        assert shares_base(own_run.folder, base, policy)
+        data = SimpleNamespace(score=None, chat_template_kwargs={}, train_records=[], held_out_records=[])
+        config = RewardConfig([str(own_run.folder)], ignore_gate=True)
+        records = [Prompt("", [{"role": "user", "content": text}]) for text in ("say 1", "say 22")]
+        given = (["say 1", "say 22"], ["good", "a tall one"], records)
+        beside, alone = (load_rewards(config, data, base, one)(*given)[0] for one in (policy, None))
+        assert beside == pytest.approx(alone, abs=1e-5)
+
+
+def shown(folder: Path, base: Path) -> str:
+    """A card's Python, with the folder and its base where they are."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    return code.replace('folder = "."', f'folder = "{folder}"').replace(f'"{base.name}"', f'"{base}"')
+
+
+def test_a_full_run_on_state_spaces_alone_is_a_whole_model_that_another_run_starts_from(paired: Path) -> None:
+    base = write_model("mamba", paired / "mamba", paired / "tiny")
+    run = train("reward_model", paired, "lora.r=0", "learning_rate=1e-3", "max_steps=4", f"model.name_or_path={base}")
+    assert json.loads((run.folder / "config.json").read_text())["architectures"] == ["MambaForSequenceClassification"]
+    assert json.loads((run.folder / "report.json").read_text())["reload_max_logit_difference"] <= 1e-4
+    again = fixtures_training.prepare("reward_model", paired, f"model.name_or_path={run.folder}")
+    saved = load_saved(again.config.model, run.folder, *_reading(run))
+    assert torch.equal(again.model.get_base_model().score.original_module.weight, saved.score.weight)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("words", [(), ("load_in_4bit=true",), ("lora.r=0", "learning_rate=1e-3")])
+@pytest.mark.parametrize("model_type", ["bamba", "mamba2", "gemma4", "falcon_h1", "nemotron_h", "phimoe"])
+def test_runs_on_other_backbones_are_proven_and_verified(paired: Path, model_type: str, words: tuple[str, ...]) -> None:
+    base = write_model(model_type, paired / model_type, paired / "tiny")
+    run = train("reward_model", paired, *words, f"model.name_or_path={base}")
+    assert json.loads((run.folder / "report.json").read_text())["reload_max_logit_difference"] <= 1e-4
+    assert verify_run(open_run(run.folder, [])).difference is not None

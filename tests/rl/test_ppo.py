@@ -28,6 +28,7 @@ from finetune_kit.training.checkpoint import MANIFEST, begin, checkpoints, read_
 from finetune_kit.training.stopping import heeding_signals
 from tests.fixtures_cli import ROOT
 from tests.fixtures_training import largest_file, limit_files
+from tests.model.small import write_model
 from tests.rl.fixtures import ROWS, lower, parts, settings, trainer, weights, write_home
 
 TIMES = {
@@ -238,9 +239,14 @@ def test_each_pass_over_the_prompts_takes_every_one_once(home: Path) -> None:
     assert chosen[:24] != chosen[24:]
 
 
-@pytest.mark.parametrize("name", ["adapter", "separate"])
-def test_a_value_that_starts_from_a_reward_model_says_what_that_one_says(home: Path, name: str) -> None:
-    model = ModelConfig(name_or_path=str(home / "tiny"))
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [("adapter", "tiny"), ("separate", "tiny"), ("adapter", "lfm2"), ("separate", "mamba2"), ("separate", "bamba")],
+)
+def test_a_value_that_starts_from_a_reward_model_says_what_that_one_says(home: Path, name: str, backbone: str) -> None:
+    if backbone != "tiny":  # transformers has no classifier of it
+        write_model(backbone, home / backbone, home / "tiny")
+    model = ModelConfig(name_or_path=str(home / backbone))
     tokenizer = load_tokenizer(model)
     ends = end_token_ids(tokenizer)
     judge = load_reward_model(model, LoraConfig(r=4) if name == "adapter" else None, tokenizer, ends, seed=1)
@@ -250,7 +256,8 @@ def test_a_value_that_starts_from_a_reward_model_says_what_that_one_says(home: P
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) / 20)
     judge.save_pretrained(home / "judge")
     tokenizer.save_pretrained(home / "judge")
-    made = trainer(home, f"value_model={name}", f"value_init_from={home / 'judge'}")
+    places = (f"model.name_or_path={home / backbone}", f"value_init_from={home / 'judge'}")
+    made = trainer(home, f"value_model={name}", *places)
     rows = lay_out([[5, 6, 7]], [[8]], 1, "cpu")
     with torch.no_grad():
         seen = look(made.model, rows, 1.0, made.value)
@@ -261,6 +268,23 @@ def test_a_value_that_starts_from_a_reward_model_says_what_that_one_says(home: P
     for wrong in (other, "shared"):
         with pytest.raises(SettingsError, match="value_init_from"):
             trainer(home, f"value_model={wrong}", f"value_init_from={home / 'judge'}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("value", ["shared", "adapter", "separate"])
+@pytest.mark.parametrize("backbone", ["lfm2", "bamba", "mamba2", "gemma4_text"])
+def test_two_updates_on_backbones_with_states_have_ratio_1_at_first_and_move_policy_and_value(
+    home: Path, backbone: str, value: str
+) -> None:
+    base = write_model(backbone, home / backbone, home / "tiny")
+    made = trainer(home, f"model.name_or_path={base}", f"value_model={value}", "num_ppo_epochs=1", "num_mini_batches=1")
+    before = weights(made)
+    first, second = made.train()
+    assert first["val/ratio"] == pytest.approx(1, abs=1e-4)
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert second["objective/kl"] != 0
+    after = weights(made)
+    assert all(not torch.equal(after[name], tensor) for name, tensor in before.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize(
