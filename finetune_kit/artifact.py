@@ -23,7 +23,15 @@ from finetune_kit.evaluation.report import write_html
 from finetune_kit.model.adapters import is_adapter
 from finetune_kit.model.embedded import INSTALL
 from finetune_kit.model.embedded import NAME as EMBEDDED
-from finetune_kit.model.load import BASE_RECORD, base_license, base_record, hub_name, public_name
+from finetune_kit.model.load import (
+    BASE_RECORD,
+    base_license,
+    base_record,
+    copy_processor,
+    hub_name,
+    language_class,
+    public_name,
+)
 from finetune_kit.model.precision import plain_forward
 from finetune_kit.run_folder import versions
 from finetune_kit.terminal import doing
@@ -164,6 +172,7 @@ def save_weights(
         (folder / BASE_RECORD).write_text(record, encoding="utf-8")
     else:
         model.save_pretrained(folder, max_shard_size="5GB", **given)
+        copy_processor(config.model, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -281,7 +290,7 @@ print(model(**ids).logits.item())"""
 
 def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".") -> list[str]:
     """Lines of a card: Python that loads what lies in the folder and uses it, with nothing of this package."""
-    kind, more = (REWARDS, ", num_labels=1") if rewards else ("AutoModelForCausalLM", "")
+    kind, more = (REWARDS, ", num_labels=1") if rewards else (language_class(config.model), "")
     lora = getattr(config, "lora", None)
     adapted = lora is not None and lora.r != 0
     base = hub_name(config.model.name_or_path)

@@ -34,7 +34,7 @@ from finetune_kit.evaluation.divergence import Positions, choose_positions, dive
 from finetune_kit.evaluation.loss import IGNORED, Row, general_rows
 from finetune_kit.evaluation.preferences import sides
 from finetune_kit.finished import FinishedRun, check_writes, open_run, tokenizer_of
-from finetune_kit.model.load import base_record, load_adapted, load_dequantised
+from finetune_kit.model.load import base_record, copy_processor, load_adapted, load_dequantised
 from finetune_kit.parsing import read_object
 from finetune_kit.run_folder import versions
 from finetune_kit.terminal import doing
@@ -44,6 +44,7 @@ from finetune_kit.verify import (
     TOLERANCE,
     NotMade,
     Proof,
+    auto_class,
     check_files,
     judged,
     outputs,
@@ -99,7 +100,7 @@ def merge(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         whole = Path(scratch) / "model"
-        expected, dtype, device = outputs(model, probe), model.dtype, model.device
+        expected, dtype, device, kind = outputs(model, probe), model.dtype, model.device, auto_class(model)
         results["tied_embeddings"] = bool(model.config.get_text_config().tie_word_embeddings)
         with doing("saving the merged model"):
             _save(model, tokenizer, run, whole, max_shard_size)
@@ -109,7 +110,7 @@ def merge(
         named = str(dtype).removeprefix("torch.")
         try:
             with doing("a fresh process loads it, and must give the same outputs"):
-                got = reload_logits(replace(run.config.model, revision=None), whole, probe, dtype, device)
+                got = reload_logits(replace(run.config.model, revision=None), whole, probe, dtype, device, kind=kind)
             proof = Proof(judged(expected, got, whole), expected.tolerance, named, str(device))
         except NotMade as error:
             proof = Proof(None, expected.tolerance, named, str(device), error.message)
@@ -315,6 +316,7 @@ def _save(model: Any, tokenizer: Any, run: FinishedRun, folder: Path, max_shard_
     model.generation_config = GenerationConfig.from_pretrained(run.folder)
     model.save_pretrained(folder, max_shard_size=max_shard_size.replace(" ", "").upper())
     tokenizer.save_pretrained(folder)
+    copy_processor(run.config.model, folder)
     if (run.folder / ANCESTRY).is_file():
         shutil.copy(run.folder / ANCESTRY, folder)
     for path in folder.glob("*.safetensors"):  # written for their owner alone; what serves them may be another user

@@ -32,7 +32,7 @@ from finetune_kit import processes
 from finetune_kit.config import ModelConfig
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError, ResourceError
-from finetune_kit.model import load
+from finetune_kit.model import language, load
 from finetune_kit.model.adapters import is_adapter
 from finetune_kit.model.load import resolve_name, weight_dtype
 from finetune_kit.model.precision import as_loaded
@@ -199,12 +199,14 @@ def _whole(model: Any, weights: dict[str, torch.Tensor] | None) -> Iterator[tupl
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    tensors = revert_weight_conversion(model, dict(model.state_dict() if weights is None else weights))
     parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    first: dict[Any, torch.Tensor] = {}  # of tied weights, which may get other names, one tensor stands for all
+    given = model.state_dict() if weights is None else weights
+    one = {name: first.setdefault(parameters.get(name, name), tensor) for name, tensor in given.items()}
+    tensors = revert_weight_conversion(model, one)
     tied: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
-        one = parameters.get(name) or (tensor.data_ptr(), tensor.shape, tensor.dtype)
-        tied.setdefault(one, []).append(name)
+        tied.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), []).append(name)
     for names in tied.values():
         yield names, tensors[names[0]]
 
@@ -220,8 +222,8 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def auto_class(model: Any) -> str:
     """The auto class of transformers that loads a model like this one."""
-    names = type(model.get_base_model() if is_adapter(model) else model).__name__
-    return REWARDS if names.endswith("ForSequenceClassification") else "AutoModelForCausalLM"
+    base = model.get_base_model() if is_adapter(model) else model
+    return REWARDS if type(base).__name__.endswith("ForSequenceClassification") else language.class_of(base)
 
 
 def probe_of(model: Any, data: Any) -> list[int]:
@@ -359,7 +361,7 @@ def reload_logits(
     *,
     base: str = "",
     quantised: str = "",
-    kind: str = "AutoModelForCausalLM",
+    kind: str = language.CAUSAL,
 ) -> torch.Tensor:
     """What `folder` gives in a fresh process: an adapter on `base`, or a whole model where it is "".
 

@@ -194,8 +194,8 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     if is_adapter(model):
         trained, total = model.get_nb_trainable_parameters()
         return int(trained), int(total)
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    return sum(sizes), sum(sizes)
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 def attach(model: Any, lora: LoraConfig, task_type: str = "CAUSAL_LM") -> PeftModel:

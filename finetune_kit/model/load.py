@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
-from finetune_kit.model import adapters, fourbit
+from finetune_kit.model import adapters, fourbit, language
 from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.embedded import HUB_ID, embedded_folder
 from finetune_kit.model.embedded import LICENSE as EMBEDDED_LICENSE
@@ -185,16 +186,19 @@ def planning_for(kind: str | None) -> Iterator[None]:
 
 
 def load_base(
-    model: ModelConfig, trained_in_full: bool = False, auto_class: str = "AutoModelForCausalLM", **own: Any
+    model: ModelConfig, trained_in_full: bool = False, auto_class: str | None = None, **own: Any
 ) -> PreTrainedModel:
-    """The causal language model on its device, in evaluation mode; with model.load_in_4bit quantised while it loads.
+    """The language model on its device, in evaluation mode; with model.load_in_4bit quantised while it loads.
 
     `auto_class`: of transformers, for another head. `own`: further settings of the model's config, such as num_labels.
+    A checkpoint that reads more than text is loaded as its own class; what is no part of the language model is frozen.
     """
     import transformers
     from transformers.utils.logging import disable_progress_bar
 
     quantised = {}
+    writes = auto_class is None
+    auto_class = auto_class or language_class(model)
     own_heads = ("score.",) if own else ("no head",)  # a new head is random
     if model.load_in_4bit:
         if trained_in_full:
@@ -229,9 +233,15 @@ def load_base(
     if base.base_model is base and hasattr(base, "model"):
         # Llama 4's text model names its backbone by the word of the multimodal one, and transformers and TRL miss it
         base.base_model_prefix = "model"
-    if auto_class == "AutoModelForCausalLM":
+    if writes:
         settle_generation(base.generation_config, model.name_or_path)
+    language.freeze_beside(base)
     return base.eval()
+
+
+def language_class(model: ModelConfig) -> str:
+    """The auto class of transformers that loads the language model. Raises SettingsError where there is none."""
+    return language.auto_class(load_model_config(model), model.name_or_path)
 
 
 def settle_generation(config: Any, name: str) -> None:
@@ -337,6 +347,8 @@ def load_policy(
     if lora is not None and lora.init_from:
         check_base(model, adapters.adopt(lora))
     base = load_base(model, trained_in_full)
+    if beside := language.said(language.left_alone(base)):
+        _say_once(f"note: {public_name(model.name_or_path)}: only its language model is trained; left alone: {beside}")
     if lora is None:
         return base
     if model.load_in_4bit:
@@ -348,8 +360,10 @@ def load_policy(
 
 
 def check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
-    """Raises SettingsError for a model, or an adapter to go on from, that scores texts and writes none."""
-    named = [("model.name_or_path", model.name_or_path, load_model_config(model).architectures or [])]
+    """Raises SettingsError for what scores texts and writes none, be it the model or the adapter to go on from, and for
+    a model that is no language model."""
+    config = load_model_config(model)
+    named = [("model.name_or_path", model.name_or_path, config.architectures or [])]
     if lora is not None and lora.init_from:
         saved = Path(lora.init_from).expanduser()
         task = read_adapter_config(saved)["task_type"] if (saved / "adapter_config.json").is_file() else None
@@ -360,41 +374,45 @@ def check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
                 f"{setting}={value} is a classifier, such as a reward model: it scores texts and writes none.",
                 "Name a language model, or the run that this one was trained from.",
             )
+    language.auto_class(config, model.name_or_path)
 
 
 def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: bool) -> Any:
     """The policy's shapes and types without weights (torch's meta device), to count before anything is loaded."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     if lora is not None and lora.r == 0:
         lora, trained_in_full = None, True
+    dtype = weight_dtype(model, trained_in_full)
+    base = _empty(model, dtype=dtype, attn_implementation=model.attn_implementation)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            load_model_config(model),
-            trust_remote_code=model.trust_remote_code,
-            dtype=weight_dtype(model, trained_in_full),
-            attn_implementation=model.attn_implementation,
-        )
         if lora is not None and lora.init_from:
             adapters.adopt(lora)
         return base if lora is None else adapters.attach(base, lora)
 
 
+def _empty(model: ModelConfig, **given: Any) -> PreTrainedModel:
+    """The language model's shapes on torch's meta device, what is no part of it frozen as in training."""
+    import torch
+    import transformers
+
+    shapes = load_model_config(model)
+    kind = getattr(transformers, language.auto_class(shapes, model.name_or_path))
+    with torch.device("meta"):
+        base: PreTrainedModel = kind.from_config(shapes, trust_remote_code=model.trust_remote_code, **given)
+    language.freeze_beside(base)
+    return base
+
+
 def learned_positions(model: ModelConfig) -> int | None:
     """How many positions the model has a table for, learned or computed once; None where any length can be read."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     shapes = load_model_config(model)
     if not isinstance(getattr(shapes.get_text_config(), "max_position_embeddings", None), int):
         return None
-    with torch.device("meta"):
-        try:
-            empty = AutoModelForCausalLM.from_config(shapes, trust_remote_code=model.trust_remote_code)
-        except (ValueError, KeyError):  # no language model, which is said elsewhere
-            return None
-    return positions_of(empty)
+    try:
+        return positions_of(_empty(model))
+    except (ValueError, KeyError):  # no language model, which is said elsewhere
+        return None
 
 
 def positions_of(model: Any) -> int | None:
@@ -460,6 +478,16 @@ def _architecture(config: PretrainedConfig) -> dict[str, Any]:
     settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     idle = {"transformers_version", "_name_or_path", "dtype", "use_cache", "architectures", "quantization_config"}
     return {key: value for key, value in settings.items() if key not in idle and not key.endswith("_token_id")}
+
+
+def copy_processor(model: ModelConfig, folder: Path) -> None:
+    """Put what the base's processor is made of, beside its tokenizer, into the folder of a whole model: without it the
+    pictures or the sound that the model still reads could not be given to it."""
+    name = resolve_name(model.name_or_path)
+    source = Path(name) if Path(name).is_dir() else _cached_folder(name, model.revision)
+    for file in language.PROCESSOR:
+        if source is not None and (source / file).is_file() and not (folder / file).exists():
+            shutil.copyfile(source / file, folder / file)
 
 
 def weights_stamp(model: ModelConfig) -> list[tuple[str, int, int]]:
@@ -640,6 +668,10 @@ def _said_plainly(model: ModelConfig) -> Iterator[None]:
                 f"model.name_or_path={name}: the shapes in config.json are not those of its weights.", "Get it again."
             ) from None
         said = " ".join(str(error).split())[:200]
+        if isinstance(error, ImportError):
+            raise ResourceError(
+                f"model.name_or_path={name} needs a package that is not here: {said}", "Install it, and run this again."
+            ) from None
         raise SettingsError(
             f"model.name_or_path={name} cannot be loaded: {type(error).__name__}: {said}",
             "Get all of its files again, or take another model.",

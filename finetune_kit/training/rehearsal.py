@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune_kit.model import packed
+from finetune_kit.model.coverage import layers_of
 from finetune_kit.model.head import is_plain, label_log_probs
 from finetune_kit.model.layout import Plan
 
@@ -92,7 +93,7 @@ def step_bytes(policy: Any, batch: Batch, setting: Setting) -> int:
 
 def _by_blocks(policy: Any, batch: Batch, setting: Setting) -> list[int]:
     """Most bytes until the gradient has left the last block, and from then on."""
-    kinds = _kinds(blocks_of(policy))
+    kinds = _kinds(layers_of(policy))
     first = sorted(place for places in kinds for place in places[:2])
     most = _rehearse(policy, first, batch, setting)
     growth = [0] * len(most)
@@ -111,13 +112,6 @@ def _kinds(blocks: Iterable[Any]) -> list[list[int]]:
         weights = tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
         found.setdefault((parts, weights), []).append(place)
     return list(found.values())
-
-
-def blocks_of(policy: Any) -> torch.nn.ModuleList:
-    """The transformer's blocks; empty where the model keeps them in some other way."""
-    count = policy.config.get_text_config().num_hidden_layers
-    lists = (module for module in policy.modules() if isinstance(module, torch.nn.ModuleList))
-    return next((modules for modules in lists if len(modules) == count), torch.nn.ModuleList())
 
 
 def _rehearse(policy: Any, places: Sequence[int], batch: Batch, setting: Setting) -> tuple[int, int]:
@@ -153,12 +147,13 @@ def _quiet_torch() -> Iterator[None]:
 
 def _copy(policy: Any, places: Sequence[int]) -> tuple[Any, torch.nn.ModuleList]:
     """A policy of its own with the blocks at `places` only, and those."""
-    blocks = blocks_of(policy)
+    blocks = layers_of(policy)
     every = list(blocks)
     del blocks[:]
     blocks.extend(every[place] for place in places)
     fewer = copy.deepcopy(policy)
-    kept = fewer.get_submodule(next(name for name, module in policy.named_modules() if module is blocks))
+    home = next((name for name, module in policy.named_modules() if module is blocks), None)
+    kept = blocks if home is None else fewer.get_submodule(home)  # None: there are no blocks to be had
     del blocks[:]
     blocks.extend(every)
     _name_kinds(fewer.config.get_text_config(), places, len(every))
