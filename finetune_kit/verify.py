@@ -75,6 +75,10 @@ model = getattr(transformers, given["kind"]).from_pretrained(
     device_map={"": device},
     use_safetensors=True,
 )
+if type(model).__name__ == "Llama4ForConditionalGeneration":  # it asks its text for pictures (transformers 5.24)
+    def without_pictures(module, args, output):
+        output.image_outputs = None
+    model.language_model.register_forward_hook(without_pictures)
 for module in model.modules():  # bitsandbytes would round to bfloat16 on some CPUs
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False

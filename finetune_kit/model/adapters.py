@@ -115,6 +115,8 @@ def _wanted_modules(model: Any, lora: LoraConfig, every: list[Matrix]) -> list[M
         found = {full: matrix for full, matrix in linear.items() if full == name or full.endswith("." + name)}
         if not found:
             raise SettingsError(f"lora.target_modules: '{name}' is no linear layer of this model.", _meant(name, every))
+        if any(not matrix.reason for matrix in found.values()):  # a tower's layers have the same names, and no gradient
+            found = {full: matrix for full, matrix in found.items() if matrix.reason != OUTSIDE}
         barred = [matrix for matrix in found.values() if matrix.reason not in ("", OUTSIDE, ROUTER)]
         if barred:
             raise SettingsError(

@@ -35,10 +35,10 @@ def auto_class(config: Any, name: str) -> str:
     known = {kind: found for kind in (CAUSAL, *MULTIMODAL) if (found := _class_name(kind, config))}
     order = (*MULTIMODAL, CAUSAL) if has_parts(config) else (CAUSAL, *MULTIMODAL)
     chosen = next((kind for kind in (CAUSAL, *MULTIMODAL) if known.get(kind) == own), None)
-    chosen = chosen or next((kind for kind in order if kind in known), None)
-    if reason := _no_language_model(config, own, known[chosen] if chosen else ""):
+    chosen = chosen or next((kind for kind in order if kind in known), "")
+    if reason := _no_language_model(config, own, chosen):
         raise SettingsError(f"model.name_or_path={name} {reason}.", TAKE_ANOTHER)
-    return chosen or CAUSAL
+    return chosen
 
 
 def class_of(model: Any) -> str:
@@ -70,27 +70,64 @@ def _class_name(kind: str, config: Any) -> str:
 def _no_language_model(config: Any, own: str, chosen: str) -> str:
     """Why a config is not that of a model which writes text from left to right; "" where it is.
 
-    own: the class that it was saved as, chosen: the one that would load it, "" for none.
+    own: the class that it was saved as, chosen: the auto class that would load it, "" for none.
     """
     import transformers
 
     kind = own or config.model_type
     if own.endswith("ForMaskedLM"):
         return f"is a {own}, which fills in hidden words from both sides and writes none from left to right"
-    if getattr(config, "is_encoder_decoder", False) and _class_name(CAUSAL, config) != chosen:
+    if getattr(config, "is_encoder_decoder", False) and own != _class_name(CAUSAL, config):
         return f"is an encoder-decoder ({kind}), whose answers are read through its encoder; the recipes train decoders"
     if not chosen:
         return f"is a {kind}, which writes no text: transformers {transformers.__version__} has no language model of it"
-    taken = getattr(transformers, chosen, None)
-    if taken is None:
+    if chosen == CAUSAL:
         return ""
-    parameters = inspect.signature(taken.forward).parameters.values()
+    taken = _class_name(chosen, config)
+    parameters = inspect.signature(getattr(transformers, taken).forward).parameters.values()
     needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     needed = [name for name in needed if name not in ("self", "input_ids")]
     if needed or "input_ids" not in {p.name for p in parameters}:
         wants = f"needs {', '.join(needed)} in each call" if needed else "takes no token ids"
-        return f"is a {chosen}, which {wants}: it cannot be trained on text alone"
+        return f"is a {taken}, which {wants}: it cannot be trained on text alone"
     return ""
+
+
+def refuses_text(model: Any) -> str:
+    """Why a model without weights (on torch's meta device) that reads more than text takes no text alone in training;
+    "" where it does, or where that cannot be told without weights."""
+    import torch
+
+    ids = torch.zeros((1, 4), dtype=torch.long, device="meta")
+    try:
+        model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except (ValueError, TypeError) as error:
+        said = " ".join(str(error).split())[:200]
+        asked = any(word in said for word in ("pixel_values", "input_features", "image", "audio", "required"))
+        return f"takes no text alone: {type(model).__name__} says: {said}" if asked else ""
+    except Exception:  # what depends on a number cannot be run without one
+        return ""
+    finally:
+        model.eval()
+    return ""
+
+
+def settle_text(model: Any) -> None:
+    """Let text through Llama 4 (transformers 5.24, TRL 1.16): its own class asks the output of its language model for
+    the states of pictures, so that every call fails; its backbone goes by a name that it has not, where TRL looks for
+    it; and TRL reads how many experts there are by a name that its config does not know."""
+    text = model.config.get_text_config()
+    if text.model_type == "llama4_text":
+        type(text).attribute_map = {**type(text).attribute_map, "num_experts": "num_local_experts"}
+    if type(model).__name__ == "Llama4ForConditionalGeneration":
+        model.language_model.register_forward_hook(_without_pictures)
+        vars(model)["text_backbone"] = model.language_model.model  # no child: weights keep their names
+        model.base_model_prefix = "text_backbone"
+
+
+def _without_pictures(module: Any, args: Any, output: Any) -> None:
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
 
 
 def parts_beside(model: Any) -> dict[str, Any]:

@@ -236,6 +236,7 @@ def load_base(
     if writes:
         settle_generation(base.generation_config, model.name_or_path)
     language.freeze_beside(base)
+    language.settle_text(base)
     return base.eval()
 
 
@@ -398,10 +399,17 @@ def _empty(model: ModelConfig, **given: Any) -> PreTrainedModel:
 
     shapes = load_model_config(model)
     kind = getattr(transformers, language.auto_class(shapes, model.name_or_path))
-    with torch.device("meta"):
+    with _said_plainly(model), torch.device("meta"):
         base: PreTrainedModel = kind.from_config(shapes, trust_remote_code=model.trust_remote_code, **given)
     language.freeze_beside(base)
+    language.settle_text(base)
     return base
+
+
+def check_text(model: ModelConfig) -> None:
+    """Raises SettingsError for a model that reads more than text, and cannot be trained on text alone."""
+    if language_class(model) in language.MULTIMODAL and (reason := language.refuses_text(_empty(model))):
+        raise SettingsError(f"model.name_or_path={model.name_or_path} {reason}", language.TAKE_ANOTHER)
 
 
 def learned_positions(model: ModelConfig) -> int | None:
@@ -411,7 +419,7 @@ def learned_positions(model: ModelConfig) -> int | None:
         return None
     try:
         return positions_of(_empty(model))
-    except (ValueError, KeyError):  # no language model, which is said elsewhere
+    except SettingsError:  # no language model, which is said elsewhere
         return None
 
 

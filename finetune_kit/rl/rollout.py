@@ -128,7 +128,11 @@ def _begin(policy: Any, prompts: list[list[int]]) -> decoding.Growing | decoding
     """The prompts through the policy, what they begin with once where its cache allows that."""
     try:
         return _begin_with_cache(policy, prompts)
-    except (TypeError, ValueError, AttributeError):  # it knows no cache of the kind that transformers' models have in common
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # it knows no cache of the common kind
         return decoding.Whole(policy, prompts)
 
 
