@@ -105,12 +105,40 @@ def load_tokenizer(model: ModelConfig, saved: Path | None = None, weights: bool 
         tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.eos_token is None:
         raise SettingsError(f"The tokenizer of {model.name_or_path} has no end token.", "Set eos_token in its config.")
+    if tokenizer.chat_template is None and saved is None:
+        tokenizer.chat_template = _processors_template(model)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         taken = {tokenizer.eos_token, tokenizer.bos_token}
         spare = [token for token in tokenizer.all_special_tokens if token not in taken]
         tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _processors_template(model: ModelConfig) -> str | None:
+    """The chat template that a model which reads more than text keeps with its processor; None where it has none."""
+    if not language.has_parts(load_model_config(model)):
+        return None
+    for file in ("chat_template.json", "processor_config.json"):
+        path = _file_of(model, file)
+        found = read_object(path, SettingsError, "Get the model again.").get("chat_template") if path else None
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _file_of(model: ModelConfig, file: str) -> Path | None:
+    """A file beside the model's weights, in its folder or on the Hub; None where it is not there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    name = resolve_name(model.name_or_path)
+    if Path(name).is_dir():
+        return Path(name) / file if (Path(name) / file).is_file() else None
+    try:
+        return Path(hf_hub_download(name, file, revision=model.revision, local_files_only=not hub_reachable()))
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        return None
 
 
 def lacks_tokenizer(folder: Path) -> bool:
@@ -491,11 +519,11 @@ def _architecture(config: PretrainedConfig) -> dict[str, Any]:
 def copy_processor(model: ModelConfig, folder: Path) -> None:
     """Put what the base's processor is made of, beside its tokenizer, into the folder of a whole model: without it the
     pictures or the sound that the model still reads could not be given to it."""
-    name = resolve_name(model.name_or_path)
-    source = Path(name) if Path(name).is_dir() else _cached_folder(name, model.revision)
+    if not language.has_parts(load_model_config(model)):
+        return
     for file in language.PROCESSOR:
-        if source is not None and (source / file).is_file() and not (folder / file).exists():
-            shutil.copyfile(source / file, folder / file)
+        if (path := _file_of(model, file)) is not None and not (folder / file).exists():
+            shutil.copyfile(path, folder / file)
 
 
 def weights_stamp(model: ModelConfig) -> list[tuple[str, int, int]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -124,13 +125,13 @@ def _rehearse(policy: Any, places: Sequence[int], batch: Batch, setting: Setting
         live = Live(policy, bound=MOST_OPERATIONS)
         if len(blocks):
             blocks[-1].register_forward_pre_hook(live.watch)
-        with live:
+        with live, Between(live):
             if setting.accumulates:
                 for parameter in policy.parameters():
                     parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             with torch.autocast("cpu", torch.bfloat16) if setting.on_gpu else contextlib.nullcontext():
                 loss = _loss(causal, batch, setting)
-            loss.backward()
+            torch.autograd.backward(loss)  # Tensor's own method would be one operation to Between
     return live.most[0], live.most[1]
 
 
@@ -250,6 +251,7 @@ class Live(TorchDispatchMode):
     def __init__(self, policy: Any, bound: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.bound, self.operations = bound, 0
+        self.inside = False  # an operation that Python has called
         self.now = 0
         self.most = [0, 0]
         self.phase = 0
@@ -261,8 +263,8 @@ class Live(TorchDispatchMode):
             outputs = func(*args, **(kwargs or {}))
         else:
             self.operations += 1
-            if self.operations > self.bound:
-                raise TooLong(f"a step of a few blocks takes more than {self.bound:,} operations")
+            if not self.inside:
+                self.look()
             # the products of a mixture's experts: torch's own, without content, take bfloat16 alone
             grouped = str(func).startswith("aten._grouped_mm")
             outputs = _grouped_product(*args[:3]) if grouped else func(*args, **(kwargs or {}))
@@ -270,6 +272,11 @@ class Live(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
         return outputs
+
+    def look(self) -> None:
+        """Raises TooLong where there were more operations than are waited for."""
+        if self.bound is not None and self.operations > self.bound:
+            raise TooLong(f"a step of a few blocks takes more than {self.bound:,} operations")
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -291,6 +298,23 @@ class Live(TorchDispatchMode):
 
     def _turn(self, gradient: torch.Tensor) -> None:
         self.phase = 1
+
+
+class Between(TorchFunctionMode):
+    """Has Live look between two operations of the model's code: inside of one, such as an assignment to a slice, torch
+    may be where no error of Python's can come through, and the process would end."""
+
+    def __init__(self, live: Live) -> None:
+        super().__init__()
+        self.live = live
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.live.look()
+        self.live.inside = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.live.inside = False
 
 
 def _grouped_product(one: torch.Tensor, other: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

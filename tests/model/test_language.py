@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from finetune_kit.config import LoraConfig, ModelConfig
+from finetune_kit.data.template import dialect_of
 from finetune_kit.errors import FinetuneKitError
 from finetune_kit.merge import merge
 from finetune_kit.model import language
 from finetune_kit.model.adapters import attach, covered
-from finetune_kit.model.load import load_base
+from finetune_kit.model.load import load_base, load_tokenizer
 from finetune_kit.training.start import check_start
 from tests.fixtures_training import settings, train
 from tests.model.multimodal import tiny_multimodal, write_multimodal
@@ -159,6 +160,18 @@ def test_the_log_says_which_parts_are_left_alone_and_how_many_parameters_they_ha
         policy = load_policy(ModelConfig(name_or_path=str(home / "tiny")), trained_in_full=True)
     counted = sum(p.numel() for n, p in policy.named_parameters() if n.startswith("model.vision_tower."))
     assert f"left alone: model.vision_tower ({counted:,} parameters)" in caplog.text
+
+
+def test_a_chat_template_that_lies_with_the_processor_is_the_tokenizers(home: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(home / "tiny", tmp_path / "tiny")
+    (folder / "chat_template.jinja").unlink()
+    assert load_tokenizer(ModelConfig(name_or_path=str(folder))).chat_template is None
+    template = "{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] %}{{ part['text'] }}{% endfor %}\n"
+    template += "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder)))
+    assert tokenizer.chat_template == template
+    assert dialect_of(tokenizer).parts
 
 
 def test_a_package_that_an_architecture_needs_is_named(tmp_path: Path, tiny_model: Path, monkeypatch: Any) -> None:
