@@ -138,7 +138,7 @@ def _begin(policy: Any, prompts: list[list[int]]) -> decoding.Growing | decoding
 
 def _begin_with_cache(policy: Any, prompts: list[list[int]]) -> decoding.Growing:
     shared = common_beginning(policy, prompts)
-    cache = None
+    cache: Any = None
     if shared:
         beginning = torch.tensor([prompts[0][:shared]], device=policy.device)
         cache = getattr(policy(input_ids=beginning, use_cache=True, logits_to_keep=1), "cache", None)
