@@ -29,7 +29,9 @@ from finetune_kit.model.load import (
     BASE_RECORD,
     base_license,
     base_record,
+    copy_processor,
     hub_name,
+    language_class,
     load_model_config,
     public_name,
 )
@@ -179,6 +181,7 @@ def save_weights(
         (folder / BASE_RECORD).write_text(record, encoding="utf-8")
     else:
         model.save_pretrained(folder, max_shard_size="5GB", **given)
+        copy_processor(config.model, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -301,7 +304,7 @@ def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".", merged: b
 
     `merged`: it is a whole model, although an adapter was trained.
     """
-    kind, definition = loading(load_model_config(config.model)) if rewards else ("AutoModelForCausalLM", "")
+    kind, definition = loading(load_model_config(config.model)) if rewards else (language_class(config.model), "")
     more = ", num_labels=1" if rewards else ""
     lora = getattr(config, "lora", None)
     adapted = lora is not None and lora.r != 0 and not merged

@@ -60,7 +60,9 @@ class Growing:
         """Go on by (b, 1) tokens."""
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
         self.positions = self.positions + 1
-        self.cache, self.logits = _forward(self.model, tokens, self.mask, self.positions, self.cache)
+        # a model of states alone takes a mask of the tokens that it is given, and these are all real
+        mask = self.mask if _has_columns(self.cache) else None
+        self.cache, self.logits = _forward(self.model, tokens, mask, self.positions, self.cache)
 
     def keep(self, rows: Sequence[int]) -> bool:
         """Go on with some rows alone, where every layer of the cache lets rows go; whether it did.
@@ -75,32 +77,98 @@ class Growing:
         return True
 
 
-def _forward(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Any, Tensor]:
-    """(the cache, (b, v) logits of the token after the last)."""
+def _forward(model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Any, Tensor]:
+    """(the cache, (b, v) logits of the token after the last); None for a cache that is not handed out."""
     output = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
     )
-    return output.cache, output.logits[:, -1]
+    return getattr(output, "cache", None), output.logits[:, -1]
 
 
 def begin(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> Growing:
-    """Prompts through the model. ids: (b, w), padded on the left; mask: (b, columns of the cache + w)."""
+    """Prompts through the model. ids: (b, w), padded on the left; mask: (b, columns of the cache + w).
+
+    Raises TypeError for a model that knows no cache of this kind.
+    """
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] - ids.shape[1] :]
     cache, logits = _forward(model, ids, mask, positions, cache)
+    if cache is None:
+        raise TypeError(f"{type(model).__name__} hands no cache out")
     return Growing(model, cache, mask, positions[:, -1:], logits)
 
 
-def can_leave(cache: Any) -> bool:
-    """Whether rows can be taken out of a cache: each layer is asked, since those of a hybrid model differ."""
+class Whole:
+    """A batch of a model without a cache, or with one of another kind than `Growing` knows: each step reads all of each
+    row. mask: (b, columns so far), of rows padded on the right, since not every such model heeds a mask."""
+
+    def __init__(self, model: Any, rows: Sequence[list[int]]) -> None:
+        self.model, self.rows = model, [list(row) for row in rows]
+        self._look()
+
+    def _look(self) -> None:
+        width = max(map(len, self.rows))
+        device = self.model.device
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in self.rows], device=device)
+        ends = torch.tensor([len(row) for row in self.rows], device=device)
+        self.mask = (torch.arange(width, device=device)[None] < ends[:, None]).long()
+        logits = self.model(input_ids=ids, attention_mask=self.mask, use_cache=False).logits
+        self.logits = logits[torch.arange(len(ids), device=device), ends - 1]
+
+    def step(self, tokens: Tensor) -> None:
+        """Go on by (b, 1) tokens."""
+        self.rows = [[*row, token] for row, (token,) in zip(self.rows, tokens.tolist(), strict=True)]
+        self._look()
+
+    def keep(self, rows: Sequence[int]) -> bool:
+        """Go on with some rows alone, which it always does."""
+        self.rows = [self.rows[row] for row in rows]
+        self.mask, self.logits = self.mask[list(rows)], self.logits[list(rows)]
+        return True
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether all that a cache holds is keys and values, a column each for every token, of all of its layers."""
     layers = getattr(cache, "layers", ())
-    return bool(layers) and all(_has_state(layer) or hasattr(layer, "batch_select_indices") for layer in layers)
+    plain = all(type(layer).__name__ == "DynamicLayer" and layer.is_initialized for layer in layers)
+    return bool(layers) and plain and not _own(cache)
+
+
+def can_leave(cache: Any) -> bool:
+    """Whether rows can be taken out of a cache: each layer is asked, since those of a hybrid model differ.
+
+    One of a model's own, or a layer of it, holds more than keys and values: it must say itself how rows leave it.
+    """
+    layers = getattr(cache, "layers", ())
+    if not layers or any(_own(part) and not _selects(part) for part in (cache, *layers)):
+        return False
+    return all(_has_state(layer) or hasattr(layer, "batch_select_indices") for layer in layers)
 
 
 def select(cache: Any, kept: Tensor) -> None:
     """Leave the rows `kept` in a cache, in that order."""
+    if _own(cache):
+        cache.batch_select_indices(kept)
+        return
     for layer in cache.layers:
         # a state without columns, alone or beside keys and values: beam search's reordering takes both
         (layer.reorder_cache if _has_state(layer) else layer.batch_select_indices)(kept)
+
+
+def _own(part: Any) -> list[type]:
+    """The classes of a cache, or of a layer of one, that a model brings with it, besides those of transformers' own."""
+    return [
+        kind for kind in type(part).__mro__ if kind.__module__ not in ("transformers.cache_utils", "builtins", "abc")
+    ]
+
+
+def _selects(part: Any) -> bool:
+    return any("batch_select_indices" in vars(kind) for kind in _own(part))
+
+
+def _has_columns(cache: Any) -> bool:
+    """Whether a cache has keys of the tokens before in any of its layers."""
+    layers = getattr(cache, "layers", ())
+    return not layers or bool(_own(cache)) or any(hasattr(layer, "keys") for layer in layers)
 
 
 def _has_state(layer: Any) -> bool:
@@ -222,6 +290,8 @@ def refusal(model: Any) -> str:
 
 def _refused_cache(cache: Any, columns: int) -> str:
     """Why a cache cannot be one of `columns` columns; "" where it can."""
+    if _own(cache):
+        return f"there is no fixed {type(cache).__name__}"
     for layer in getattr(cache, "layers", ()):
         if type(layer).__name__ not in GROWING:
             return f"there is no fixed {type(layer).__name__}"
@@ -230,10 +300,10 @@ def _refused_cache(cache: Any, columns: int) -> str:
     return "" if getattr(cache, "layers", ()) else f"{type(cache).__name__} has no layers"
 
 
-def fastest(begun: Growing, steps: int) -> Growing | Fixed:
+def fastest(begun: Growing | Whole, steps: int) -> Growing | Whole | Fixed:
     """The batch that goes on for at most `steps` steps, in the fastest way that is right on its device."""
     capture = capturing(begun.mask.device)
-    if capture is None or steps < WORTH:
+    if capture is None or steps < WORTH or isinstance(begun, Whole):
         return begun
     model = begun.model
     key = model.get_input_embeddings()

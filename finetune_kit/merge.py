@@ -36,7 +36,7 @@ from finetune_kit.evaluation.loss import IGNORED, Row, general_rows
 from finetune_kit.evaluation.preferences import sides
 from finetune_kit.finished import FinishedRun, open_run, tokenizer_of
 from finetune_kit.model.classifier import definition
-from finetune_kit.model.load import base_record, load_adapted, load_dequantised
+from finetune_kit.model.load import base_record, copy_processor, load_adapted, load_dequantised
 from finetune_kit.parsing import read_object
 from finetune_kit.run_folder import versions
 from finetune_kit.terminal import doing
@@ -326,6 +326,7 @@ def _save(model: Any, tokenizer: Any, run: FinishedRun, folder: Path, max_shard_
         model.generation_config = GenerationConfig.from_pretrained(run.folder)
     model.save_pretrained(folder, max_shard_size=max_shard_size.replace(" ", "").upper())
     tokenizer.save_pretrained(folder)
+    copy_processor(run.config.model, folder)
     if (run.folder / ANCESTRY).is_file():
         shutil.copy(run.folder / ANCESTRY, folder)
     for path in folder.glob("*.safetensors"):  # written for their owner alone; what serves them may be another user

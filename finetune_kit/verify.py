@@ -34,7 +34,7 @@ from finetune_kit import processes
 from finetune_kit.config import ModelConfig
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError, ResourceError
-from finetune_kit.model import load
+from finetune_kit.model import language, load
 from finetune_kit.model.adapters import is_adapter
 from finetune_kit.model.classifier import definition
 from finetune_kit.model.coverage import without_wrappers
@@ -87,6 +87,10 @@ with stacks["packing"](lambda empty: given["stacks"]):
         device_map={"": device},
         use_safetensors=True,
     )
+if type(model).__name__ == "Llama4ForConditionalGeneration":  # it asks its text for pictures (transformers 5.24)
+    def without_pictures(module, args, output):
+        output.image_outputs = None
+    model.language_model.register_forward_hook(without_pictures)
 for module in model.modules():  # bitsandbytes would round to bfloat16 on some CPUs
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False
@@ -213,12 +217,14 @@ def _whole(model: Any, weights: dict[str, torch.Tensor] | None) -> Iterator[tupl
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    tensors = revert_weight_conversion(model, dict(model.state_dict() if weights is None else weights))
     parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    first: dict[Any, torch.Tensor] = {}  # of tied weights, which may get other names, one tensor stands for all
+    given = model.state_dict() if weights is None else weights
+    one = {name: first.setdefault(parameters.get(name, name), tensor) for name, tensor in given.items()}
+    tensors = revert_weight_conversion(model, one)
     tied: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
-        one = parameters.get(name) or (tensor.data_ptr(), tensor.shape, tensor.dtype)
-        tied.setdefault(one, []).append(name)
+        tied.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), []).append(name)
     for names in tied.values():
         yield names, tensors[names[0]]
 
@@ -234,8 +240,8 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def auto_class(model: Any) -> str:
     """The auto class of transformers that loads a model like this one."""
-    names = type(model.get_base_model() if is_adapter(model) else model).__name__
-    return REWARDS if names.endswith("ForSequenceClassification") else "AutoModelForCausalLM"
+    base = model.get_base_model() if is_adapter(model) else model
+    return REWARDS if type(base).__name__.endswith("ForSequenceClassification") else language.class_of(base)
 
 
 def probe_of(model: Any, data: Any) -> list[int]:
@@ -385,7 +391,7 @@ def reload_logits(
     base: str = "",
     quantised: str = "",
     stacks: Sequence[str] = (),
-    kind: str = "AutoModelForCausalLM",
+    kind: str = language.CAUSAL,
     class_code: str = "",
 ) -> torch.Tensor:
     """What `folder` gives in a fresh process: an adapter on `base`, or a whole model where it is "".

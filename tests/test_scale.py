@@ -8,11 +8,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from finetune_kit.data.load import load_data
+from finetune_kit.model.coverage import layers_of
 from finetune_kit.model.load import empty_policy, load_tokenizer
 from finetune_kit.training import devices
 from finetune_kit.training.devices import shares
 from finetune_kit.training.memory import memory
-from finetune_kit.training.rehearsal import blocks_of
 from tests.fixtures_cli import ROOT, cli
 from tests.fixtures_training import settings
 
@@ -60,7 +60,7 @@ def test_memory_and_traffic_follow_the_formulae_of_the_page(
     whole, gradients, state = (parts[name] for name in ("weights", "gradients", "optimizer_state"))
     rest = sum(parts.values()) - whole - gradients - state
     ways = {way.sharding: way for way in shares(config, data, policy, 4)}
-    blocks = [4 * sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks_of(policy)]
+    blocks = [4 * sum(p.numel() for p in block.parameters() if p.requires_grad) for block in layers_of(policy)]
     assert ways["data parallel"].training == whole + 2 * gradients + state + rest
     assert ways["data parallel"].sent == int(2 * 3 / 4 * gradients)
     assert ways["ZeRO-2"].training == whole + (gradients + state) // 4 + blocks[0] + rest

@@ -16,9 +16,9 @@ from finetune_kit.artifact import gathered, save_weights
 from finetune_kit.config import LoraConfig, ModelConfig, RecipeConfig
 from finetune_kit.evaluation.loss import Row, row_losses
 from finetune_kit.model import packed
+from finetune_kit.model.coverage import layers_of
 from finetune_kit.model.load import load_policy, load_tokenizer
 from finetune_kit.training.guard import finite
-from finetune_kit.training.rehearsal import blocks_of
 
 ROWS: list[Row] = [
     ([1] * 9 + list(range(40, 44 + n)), [-100] * 9 + list(range(40, 44 + n))) for n in (3, 9, 5, 14, 8, 2, 11)
@@ -67,7 +67,7 @@ if __name__ == "__main__":
     found = {}
     for lora in (False, True):
         model = policy(home, lora)
-        for block in blocks_of(model):
+        for block in layers_of(model):
             fully_shard(block)
         fully_shard(model)
         found[str(lora)] = {**figures(model), "sharded": processes.is_sharded(model)}

@@ -39,6 +39,7 @@ MEDIA = (
     *("image", "images", "image_url", "image_urls", "image_path", "image_paths"),
     *("audio", "audios", "video", "videos"),
 )
+ONLY_TEXT = "Text alone is trained, of models that read pictures or sound, too: take the row out, or the part."
 _MARKS = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
 
 
@@ -207,9 +208,7 @@ def _content(content: Any, role: str, calls: bool, where: str) -> str:
                 or not isinstance(part.get("text"), str)
             ):
                 kind = part.get("type") if isinstance(part, dict) else describe(part)
-                raise DataError(
-                    f"{where} ({role}) has a part that is no text: {kind!r}.", "Only text can be trained here."
-                )
+                raise DataError(f"{where} ({role}) has a part that is no text: {kind!r}.", ONLY_TEXT)
         content = "".join(part["text"] for part in content)
     if content is None and calls:
         return ""

@@ -115,6 +115,8 @@ def _wanted_modules(model: Any, lora: LoraConfig, every: list[Matrix]) -> list[M
         found = {full: matrix for full, matrix in linear.items() if full == name or full.endswith("." + name)}
         if not found:
             raise SettingsError(f"lora.target_modules: '{name}' is no linear layer of this model.", _meant(name, every))
+        if any(not matrix.reason for matrix in found.values()):  # a tower's layers have the same names, and no gradient
+            found = {full: matrix for full, matrix in found.items() if matrix.reason != OUTSIDE}
         barred = [matrix for matrix in found.values() if matrix.reason not in ("", OUTSIDE, ROUTER)]
         if barred:
             raise SettingsError(
@@ -194,8 +196,8 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     if is_adapter(model):
         trained, total = model.get_nb_trainable_parameters()
         return int(trained), int(total)
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    return sum(sizes), sum(sizes)
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 def attach(model: Any, lora: LoraConfig, task_type: str = "CAUSAL_LM") -> PeftModel:

@@ -6,6 +6,7 @@ parameters, experts. It never means a router, a vision tower or projector, or a 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -100,10 +101,26 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
 
 
+def size_of(parameter: Any) -> int:
+    """Numbers in a parameter; of 4 bits, two share a byte and the shape is that of bytes."""
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel() if state is None else math.prod(state.shape))
+
+
 def decoder_of(model: Any) -> Any:
     """The language model's stack of layers, without head, vision tower and projector."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     return found if found is not None else model.base_model
+
+
+def layers_of(model: Any) -> Any:
+    """The language model's layers, with an adapter or without, as a ModuleList; an empty one where the model keeps them
+    in some other way. Those of a tower beside it may be as many."""
+    import torch
+
+    count = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in decoder_of(model).modules() if isinstance(module, torch.nn.ModuleList))
+    return next((modules for modules in lists if len(modules) == count), torch.nn.ModuleList())
 
 
 def is_linear(module: Any) -> bool:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
-from finetune_kit.model import adapters, fourbit
+from finetune_kit.model import adapters, fourbit, language
 from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.embedded import HUB_ID, embedded_folder
 from finetune_kit.model.embedded import LICENSE as EMBEDDED_LICENSE
@@ -104,12 +105,40 @@ def load_tokenizer(model: ModelConfig, saved: Path | None = None, weights: bool 
         tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.eos_token is None:
         raise SettingsError(f"The tokenizer of {model.name_or_path} has no end token.", "Set eos_token in its config.")
+    if tokenizer.chat_template is None and saved is None:
+        tokenizer.chat_template = _processors_template(model)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         taken = {tokenizer.eos_token, tokenizer.bos_token}
         spare = [token for token in tokenizer.all_special_tokens if token not in taken]
         tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _processors_template(model: ModelConfig) -> str | None:
+    """The chat template that a model which reads more than text keeps with its processor; None where it has none."""
+    if not language.has_parts(load_model_config(model)):
+        return None
+    for file in ("chat_template.json", "processor_config.json"):
+        path = _file_of(model, file)
+        found = read_object(path, SettingsError, "Get the model again.").get("chat_template") if path else None
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _file_of(model: ModelConfig, file: str) -> Path | None:
+    """A file beside the model's weights, in its folder or on the Hub; None where it is not there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    name = resolve_name(model.name_or_path)
+    if Path(name).is_dir():
+        return Path(name) / file if (Path(name) / file).is_file() else None
+    try:
+        return Path(hf_hub_download(name, file, revision=model.revision, local_files_only=not hub_reachable()))
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        return None
 
 
 def lacks_tokenizer(folder: Path) -> bool:
@@ -185,17 +214,20 @@ def planning_for(kind: str | None) -> Iterator[None]:
 
 
 def load_base(
-    model: ModelConfig, trained_in_full: bool = False, auto_class: str = "AutoModelForCausalLM", **own: Any
+    model: ModelConfig, trained_in_full: bool = False, auto_class: str | None = None, **own: Any
 ) -> PreTrainedModel:
-    """The causal language model on its device, in evaluation mode; with model.load_in_4bit quantised while it loads.
+    """The language model on its device, in evaluation mode; with model.load_in_4bit quantised while it loads.
 
     `auto_class`: of transformers, for another head. `own`: further settings of the model's config, such as num_labels.
+    A checkpoint that reads more than text is loaded as its own class; what is no part of the language model is frozen.
     """
     import transformers
     from transformers.utils.logging import disable_progress_bar
 
     quantised = {}
     packing: Any = nullcontext()
+    writes = auto_class is None
+    auto_class = auto_class or language_class(model)
     own_heads = ("score.",) if own else ("no head",)  # a new head is random
     if model.load_in_4bit:
         if trained_in_full:
@@ -231,9 +263,16 @@ def load_base(
     if base.base_model is base and hasattr(base, "model"):
         # Llama 4's text model names its backbone by the word of the multimodal one, and transformers and TRL miss it
         base.base_model_prefix = "model"
-    if auto_class == "AutoModelForCausalLM":
+    if writes:
         settle_generation(base.generation_config, model.name_or_path)
+    language.freeze_beside(base)
+    language.settle_text(base)
     return base.eval()
+
+
+def language_class(model: ModelConfig) -> str:
+    """The auto class of transformers that loads the language model. Raises SettingsError where there is none."""
+    return language.auto_class(load_model_config(model), model.name_or_path)
 
 
 def settle_generation(config: Any, name: str) -> None:
@@ -345,6 +384,8 @@ def load_policy(
     if lora is not None and lora.init_from:
         check_base(model, adapters.adopt(lora))
     base = load_base(model, trained_in_full)
+    if beside := language.said(language.left_alone(base)):
+        _say_once(f"note: {public_name(model.name_or_path)}: only its language model is trained; left alone: {beside}")
     if lora is None:
         return base
     if model.load_in_4bit:
@@ -356,8 +397,10 @@ def load_policy(
 
 
 def check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
-    """Raises SettingsError for a model, or an adapter to go on from, that scores texts and writes none."""
-    named = [("model.name_or_path", model.name_or_path, load_model_config(model).architectures or [])]
+    """Raises SettingsError for what scores texts and writes none, be it the model or the adapter to go on from, and for
+    a model that is no language model."""
+    config = load_model_config(model)
+    named = [("model.name_or_path", model.name_or_path, config.architectures or [])]
     if lora is not None and lora.init_from:
         saved = Path(lora.init_from).expanduser()
         task = read_adapter_config(saved)["task_type"] if (saved / "adapter_config.json").is_file() else None
@@ -368,22 +411,18 @@ def check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
                 f"{setting}={value} is a classifier, such as a reward model: it scores texts and writes none.",
                 "Name a language model, or the run that this one was trained from.",
             )
+    language.auto_class(config, model.name_or_path)
 
 
 def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: bool) -> Any:
     """The policy's shapes and types without weights (torch's meta device), to count before anything is loaded."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     if lora is not None and lora.r == 0:
         lora, trained_in_full = None, True
+    dtype = weight_dtype(model, trained_in_full)
+    base = _empty(model, dtype=dtype, attn_implementation=model.attn_implementation)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            load_model_config(model),
-            trust_remote_code=model.trust_remote_code,
-            dtype=weight_dtype(model, trained_in_full),
-            attn_implementation=model.attn_implementation,
-        )
         if lora is not None and lora.init_from:
             adapters.adopt(lora)
         return base if lora is None else adapters.attach(base, lora)
@@ -395,20 +434,35 @@ def coverage_of(model: ModelConfig, lora: LoraConfig) -> list[str]:
     return adapters.covered(policy).in_words() if adapters.is_adapter(policy) else []
 
 
+def _empty(model: ModelConfig, **given: Any) -> PreTrainedModel:
+    """The language model's shapes on torch's meta device, what is no part of it frozen as in training."""
+    import torch
+    import transformers
+
+    shapes = load_model_config(model)
+    kind = getattr(transformers, language.auto_class(shapes, model.name_or_path))
+    with _said_plainly(model), torch.device("meta"):
+        base: PreTrainedModel = kind.from_config(shapes, trust_remote_code=model.trust_remote_code, **given)
+    language.freeze_beside(base)
+    language.settle_text(base)
+    return base
+
+
+def check_text(model: ModelConfig) -> None:
+    """Raises SettingsError for a model that reads more than text, and cannot be trained on text alone."""
+    if language_class(model) in language.MULTIMODAL and (reason := language.refuses_text(_empty(model))):
+        raise SettingsError(f"model.name_or_path={model.name_or_path} {reason}", language.TAKE_ANOTHER)
+
+
 def learned_positions(model: ModelConfig) -> int | None:
     """How many positions the model has a table for, learned or computed once; None where any length can be read."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     shapes = load_model_config(model)
     if not isinstance(getattr(shapes.get_text_config(), "max_position_embeddings", None), int):
         return None
-    with torch.device("meta"):
-        try:
-            empty = AutoModelForCausalLM.from_config(shapes, trust_remote_code=model.trust_remote_code)
-        except (ValueError, KeyError):  # no language model, which is said elsewhere
-            return None
-    return positions_of(empty)
+    try:
+        return positions_of(_empty(model))
+    except SettingsError:  # no language model, which is said elsewhere
+        return None
 
 
 def positions_of(model: Any) -> int | None:
@@ -494,6 +548,16 @@ def _architecture(config: PretrainedConfig) -> dict[str, Any]:
     settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     idle = {"transformers_version", "_name_or_path", "dtype", "use_cache", "architectures", "quantization_config"}
     return {key: value for key, value in settings.items() if key not in idle and not key.endswith("_token_id")}
+
+
+def copy_processor(model: ModelConfig, folder: Path) -> None:
+    """Put what the base's processor is made of, beside its tokenizer, into the folder of a whole model: without it the
+    pictures or the sound that the model still reads could not be given to it."""
+    if not language.has_parts(load_model_config(model)):
+        return
+    for file in language.PROCESSOR:
+        if (path := _file_of(model, file)) is not None and not (folder / file).exists():
+            shutil.copyfile(path, folder / file)
 
 
 def weights_stamp(model: ModelConfig) -> list[tuple[str, int, int]]:
@@ -674,6 +738,10 @@ def _said_plainly(model: ModelConfig) -> Iterator[None]:
                 f"model.name_or_path={name}: the shapes in config.json are not those of its weights.", "Get it again."
             ) from None
         said = " ".join(str(error).split())[:200]
+        if isinstance(error, ImportError):
+            raise ResourceError(
+                f"model.name_or_path={name} needs a package that is not here: {said}", "Install it, and run this again."
+            ) from None
         raise SettingsError(
             f"model.name_or_path={name} cannot be loaded: {type(error).__name__}: {said}",
             "Get all of its files again, or take another model.",

@@ -89,6 +89,7 @@ def attend(
             sliding_window=sliding_window,
             **kwargs,
         )
+    sliding_window = sliding_window or None  # 0 is none, too
     compiling = torch.compiler.is_compiling()
     if not compiling:  # a compiled layer has been asked before it was compiled
         packed.windows.add(sliding_window)
@@ -340,9 +341,11 @@ def plan_on_the_spot(
 def _too_long(causal: Any, longest: int, windows: set[int | None]) -> str:
     """Why a batch with a row of `longest` tokens cannot be packed; "" where it can."""
     text = causal.config.get_text_config()
+    if set(getattr(text, "layer_types", None) or ()) == {"full_attention"}:
+        return ""
     for name in ("sliding_window", "attention_chunk_size"):
-        limit = getattr(text, name, None)
-        if limit is not None and limit not in windows and longest > limit:
+        limit = getattr(text, name, None)  # 0, as in Qwen2-MoE's: none
+        if limit and limit not in windows and longest > limit:
             return f"rows are longer than {name}={limit}, of which this model does not tell attention"
     return ""
 

@@ -124,14 +124,28 @@ def _up_to_end(tokens: list[int], end_token_ids: list[int]) -> list[int]:
     return tokens[: end + 1]
 
 
-def _begin(policy: Any, prompts: list[list[int]]) -> decoding.Growing:
-    """The prompts through the policy, what they begin with once."""
+def _begin(policy: Any, prompts: list[list[int]]) -> decoding.Growing | decoding.Whole:
+    """The prompts through the policy, what they begin with once where its cache allows that."""
+    try:
+        return _begin_with_cache(policy, prompts)
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # it knows no cache of the common kind
+        return decoding.Whole(policy, prompts)
+
+
+def _begin_with_cache(policy: Any, prompts: list[list[int]]) -> decoding.Growing:
     shared = common_beginning(policy, prompts)
-    cache = None
+    cache: Any = None
     if shared:
         beginning = torch.tensor([prompts[0][:shared]], device=policy.device)
-        cache = policy(input_ids=beginning, use_cache=True, logits_to_keep=1).cache
-        cache.batch_repeat_interleave(len(prompts))
+        cache = getattr(policy(input_ids=beginning, use_cache=True, logits_to_keep=1), "cache", None)
+        if decoding.is_plain(cache):
+            cache.batch_repeat_interleave(len(prompts))
+        else:  # a state without columns would see the padding behind the beginning
+            cache, shared = None, 0
     width = max(map(len, prompts))
     ids = torch.zeros((len(prompts), width - shared), dtype=torch.long)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)

@@ -18,6 +18,7 @@ from typing import Any
 from finetune_kit import processes
 from finetune_kit.config import TrainConfig
 from finetune_kit.model import kernel
+from finetune_kit.model.coverage import layers_of
 from finetune_kit.model.packed import drops, way_of
 
 log = logging.getLogger(__name__)
@@ -28,15 +29,6 @@ FASTER = 0.97  # of the plain time, at most
 ALIKE = 0.05  # relative difference of the gradient's norm, compiled, from the plain one, in bfloat16
 LABELS = 8  # of a row, at most, when steps are timed
 TIMED = 3  # steps of which the median counts, after one that warms up
-
-
-def layers_of(model: Any) -> list[Any]:
-    """The decoder layers of a model, adapter or not; none where it keeps them in some other way."""
-    import torch
-
-    count = model.config.get_text_config().num_hidden_layers
-    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    return list(next((modules for modules in lists if len(modules) == count), []))
 
 
 def compile_layers(model: Any, backend: str | None = None, mode: str | None = None) -> int:

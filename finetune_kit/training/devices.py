@@ -26,10 +26,10 @@ from typing import Any
 
 from finetune_kit.config import RecipeConfig
 from finetune_kit.data.load import Data
+from finetune_kit.model.coverage import layers_of
 from finetune_kit.model.load import computes_in_bfloat16
 from finetune_kit.training.batches import micro_batch
 from finetune_kit.training.memory import memory
-from finetune_kit.training.rehearsal import blocks_of
 
 # the launcher's files for them, in the order in which they should be tried: each sends more than the one before
 FILES = {
@@ -73,7 +73,7 @@ def shares(config: RecipeConfig, data: Data, policy: Any, devices: int) -> list[
     if config.model.load_in_4bit or hasattr(config, "num_ppo_epochs"):
         return found
     _, passes = micro_batch(config.train, data, devices)
-    blocks = list(blocks_of(policy))
+    blocks = list(layers_of(policy))
     of_block = max(map(_gradients, blocks), default=gradients)
     cut = (gradients + state) // devices
     found.append(way("ZeRO-2", weights + cut + of_block + rest, others * (passes * gradients + trained)))

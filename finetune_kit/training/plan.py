@@ -11,6 +11,7 @@ from finetune_kit.data.load import Data
 from finetune_kit.errors import ResourceError
 from finetune_kit.model.adapters import covered, is_adapter
 from finetune_kit.model.embedded import NAME as EMBEDDED
+from finetune_kit.model.language import left_alone, said
 from finetune_kit.model.load import empty_policy, lacks_tokenizer, load_tokenizer, resolve_name
 from finetune_kit.training.arguments import check_train, steps
 from finetune_kit.training.batches import check_batches, padded_share, plan_layout
@@ -49,6 +50,7 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
         "left_out": found.reasons if found else {},
         "adapter": found.in_words() if found else [],
         "in_4_bits": in_4_bits(policy, config.model, quantised),
+        "left_alone": left_alone(policy),
         "planned_for": planned_for(config, data, policy),
         "memory_bytes": sizes,
     }
@@ -77,6 +79,8 @@ def print_plan(settings: RecipeConfig, planned: dict[str, Any], out: Console) ->
     )
     for line in planned["adapter"]:
         table.add_row(*line.split(": ", 1))
+    if planned["left_alone"]:
+        table.add_row("left alone", escape(said(planned["left_alone"])))
     budget = settings.train.max_tokens_per_batch
     cut = f", each in {planned['passes_in_a_step']} passes of at most {budget:,} tokens" if budget else ""
     table.add_row("steps", f"{planned['steps']:,} of {planned['rows_in_a_step']} rows{cut}")

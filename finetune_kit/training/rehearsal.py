@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune_kit.model import packed
+from finetune_kit.model.coverage import layers_of
 from finetune_kit.model.head import is_plain, label_log_probs
 from finetune_kit.model.layout import Plan
 
@@ -93,7 +95,7 @@ def step_bytes(policy: Any, batch: Batch, setting: Setting) -> int:
 
 def _by_blocks(policy: Any, batch: Batch, setting: Setting) -> list[int]:
     """Most bytes until the gradient has left the last block, and from then on."""
-    kinds = _kinds(blocks_of(policy))
+    kinds = _kinds(layers_of(policy))
     first = sorted(place for places in kinds for place in places[:2])
     most = _rehearse(policy, first, batch, setting)
     growth = [0] * len(most)
@@ -114,13 +116,6 @@ def _kinds(blocks: Iterable[Any]) -> list[list[int]]:
     return list(found.values())
 
 
-def blocks_of(policy: Any) -> torch.nn.ModuleList:
-    """The transformer's blocks; empty where the model keeps them in some other way."""
-    count = policy.config.get_text_config().num_hidden_layers
-    lists = (module for module in policy.modules() if isinstance(module, torch.nn.ModuleList))
-    return next((modules for modules in lists if len(modules) == count), torch.nn.ModuleList())
-
-
 def _rehearse(policy: Any, places: Sequence[int], batch: Batch, setting: Setting) -> tuple[int, int]:
     """(most bytes until the gradient has left the last of the blocks at `places`, most from then on)."""
     policy, blocks, stacks = _copy(policy, places, setting.stacks)
@@ -131,13 +126,13 @@ def _rehearse(policy: Any, places: Sequence[int], batch: Batch, setting: Setting
         live = Live(policy, bound=MOST_OPERATIONS)
         if len(blocks):
             blocks[-1].register_forward_pre_hook(live.watch)
-        with live:
+        with live, Between(live):
             if setting.accumulates:
                 for parameter in policy.parameters():
                     parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             with torch.autocast("cpu", torch.bfloat16) if setting.on_gpu else contextlib.nullcontext():
                 loss = _loss(causal, batch, setting)
-            loss.backward()
+            torch.autograd.backward(loss)  # Tensor's own method would be one operation to Between
     return live.most[0], live.most[1]
 
 
@@ -156,14 +151,15 @@ def _copy(
     policy: Any, places: Sequence[int], stacks: Collection[str]
 ) -> tuple[Any, torch.nn.ModuleList, Collection[str]]:
     """A policy of its own with the blocks at `places` only, those, and the names that `stacks` have in it."""
-    blocks = blocks_of(policy)
+    blocks = layers_of(policy)
     every = list(blocks)
     known = {id(policy.get_parameter(name)) for name in stacks}
     del blocks[:]
     blocks.extend(every[place] for place in places)
     renamed = {name for name, parameter in policy.named_parameters() if id(parameter) in known}
     fewer = copy.deepcopy(policy)
-    kept = fewer.get_submodule(next(name for name, module in policy.named_modules() if module is blocks))
+    home = next((name for name, module in policy.named_modules() if module is blocks), None)
+    kept = blocks if home is None else fewer.get_submodule(home)  # None: there are no blocks to be had
     del blocks[:]
     blocks.extend(every)
     _name_kinds(fewer.config.get_text_config(), places, len(every))
@@ -275,6 +271,7 @@ class Live(TorchDispatchMode):
     def __init__(self, policy: Any, bound: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.bound, self.operations = bound, 0
+        self.inside = False  # an operation that Python has called
         self.now = 0
         self.most = [0, 0]
         self.phase = 0
@@ -286,8 +283,8 @@ class Live(TorchDispatchMode):
             outputs = func(*args, **(kwargs or {}))
         else:
             self.operations += 1
-            if self.operations > self.bound:
-                raise TooLong(f"a step of a few blocks takes more than {self.bound:,} operations")
+            if not self.inside:
+                self.look()
             # the products of a mixture's experts: torch's own, without content, take bfloat16 alone
             grouped = str(func).startswith("aten._grouped_mm")
             outputs = _grouped_product(*args[:3]) if grouped else func(*args, **(kwargs or {}))
@@ -295,6 +292,11 @@ class Live(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
         return outputs
+
+    def look(self) -> None:
+        """Raises TooLong where there were more operations than are waited for."""
+        if self.bound is not None and self.operations > self.bound:
+            raise TooLong(f"a step of a few blocks takes more than {self.bound:,} operations")
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -316,6 +318,23 @@ class Live(TorchDispatchMode):
 
     def _turn(self, gradient: torch.Tensor) -> None:
         self.phase = 1
+
+
+class Between(TorchFunctionMode):
+    """Has Live look between two operations of the model's code: inside of one, such as an assignment to a slice, torch
+    may be where no error of Python's can come through, and the process would end."""
+
+    def __init__(self, live: Live) -> None:
+        super().__init__()
+        self.live = live
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.live.look()
+        self.live.inside = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.live.inside = False
 
 
 def _grouped_product(one: torch.Tensor, other: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from finetune_kit.model import fourbit
 from finetune_kit.model.adapters import adopt
 from finetune_kit.model.load import (
     check_base,
+    check_text,
     check_writes,
     device,
     learned_positions,
@@ -85,6 +86,7 @@ def _check_weights(config: RecipeConfig, elsewhere: bool) -> None:
     in_full = lora is None or lora.r == 0
     if not config.trainer_config.endswith(".RewardConfig"):
         check_writes(model, lora)
+        check_text(model)
     if model.load_in_4bit:
         if in_full:
             raise SettingsError("model.load_in_4bit: quantised weights cannot be trained.", "Run qlora_sft")

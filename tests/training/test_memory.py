@@ -1,5 +1,6 @@
 """Memory is predicted from shapes: to the byte where tensors stay, and the step that is rehearsed is the real one."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -297,6 +298,20 @@ def test_a_loop_over_the_tokens_of_long_rows_is_told_from_short_ones_within_5_pe
         in caplog.text
     )
     assert found == pytest.approx(alive(config, batch), rel=0.05)
+
+
+def test_a_loop_that_assigns_to_slices_is_left_without_ending_the_process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {"lru_width": 64, "head_dim": 16, "num_hidden_layers": 2}
+    with torch.device("meta"):
+        policy = AutoModelForCausalLM.from_config(RecurrentGemmaConfig(**{**LLAMA, **own}))
+    monkeypatch.setattr(rehearsal, "SHORT", (2, 3))
+    for most in range(800, 806):  # somewhere in the loop of its forward pass, and at each kind of operation there
+        monkeypatch.setattr(rehearsal, "MOST_OPERATIONS", most)
+        with contextlib.suppress(rehearsal.TooLong):  # the short rows may be too long for it, too
+            step_bytes(policy, Batch(2, 96, False, 190), Setting(False, False, on_gpu=False))
+    assert "takes more than 805 operations" in caplog.text
 
 
 # another device
