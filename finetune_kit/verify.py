@@ -55,9 +55,11 @@ LAUNCHER = re.compile(r"ACCELERATE_|FSDP_|TORCHELASTIC_|(RANK|LOCAL_RANK|WORLD_S
 # of the allocators of CUDA, torch, Python and C++
 SHORT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "MemoryError", "std::bad_alloc")
 
+PACKING = "# HERE STACKS"  # experts in 4 bits, which transformers cannot do: model/stacks.py's own text
 CLASS = "# HERE A CLASS"  # that transformers lacks is defined, as the card shows it
 # Run as `python -c` in a fresh process, so that nothing of this package can help the weights along.
 RELOAD = """
+from __future__ import annotations
 import contextlib
 import json
 import sys
@@ -72,10 +74,8 @@ folder, base, trusted, quantised, device = (given[k] for k in ("folder", "base",
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 rewards = given["kind"] == "AutoModelForSequenceClassification"
 quantise = transformers.BitsAndBytesConfig
-stacks = {"packing": lambda find: contextlib.nullcontext()}
-if given["stacks"]:  # experts in 4 bits, which transformers cannot do
-    exec(given["stacks_code"], stacks)
-with stacks["packing"](lambda empty: given["stacks"]):
+# HERE STACKS
+with packing(lambda empty: given["stacks"]) if given["stacks"] else contextlib.nullcontext():
     model = getattr(transformers, given["kind"]).from_pretrained(
         base,
         **({"num_labels": 1} if rewards else {}),
@@ -414,7 +414,6 @@ def reload_logits(
             "attention": model.attn_implementation or None,
             "quantised": quantised,
             "stacks": list(stacks),
-            "stacks_code": inspect.getsource(importlib.import_module(STACKS)) if stacks else "",
             "dtype": _name(dtype),
             "device": str(device),
             "kind": kind,
@@ -437,6 +436,12 @@ def in_a_fresh_process(program: str, argument: str, environment: dict[str, str])
         [sys.executable, "-I", "-c", program, argument], capture_output=True, text=True, check=False, env=environment
     )
     return done.returncode, done.stderr
+
+
+def _stacks_code() -> str:
+    """The text of model/stacks.py without its first import, which has to stand first in a program."""
+    source = inspect.getsource(importlib.import_module(STACKS))
+    return source.replace("from __future__ import annotations\n", "", 1)
 
 
 def packages() -> list[str]:
