@@ -25,6 +25,7 @@ NAMES = ("8B", "1.7B", "0.6B", "135M")
 WORDS = ["--device", "cpu", "--shape", "tiny", "--rounds", "1", "--steps", "1", "--rows", "2", "--max-length", "1024"]
 
 
+@pytest.mark.long
 def test_as_a_program_it_measures_a_side_in_a_process_of_its_own(tmp_path: Path) -> None:
     said = python(str(ROOT / "benchmarks" / "gpu_trl.py"), *WORDS, "--jobs", "sft_lora", "--who", "ours", cwd=tmp_path)
     assert said.code == 0, said.err

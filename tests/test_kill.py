@@ -30,8 +30,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return furnish(tmp_path_factory.mktemp("kills"))
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.long)])
-def test_stopped_twice_and_killed_it_ends_as_the_run_that_nobody_stopped(home: Path, kills: int) -> None:
+@pytest.mark.long
+def test_stopped_twice_and_killed_6_times_it_ends_as_the_run_that_nobody_stopped(home: Path) -> None:
     run = home / "lora_sft-1"
     assert kill_when(start(home, "lora_sft", run.name), (run / "checkpoint-3").is_dir, signal.SIGTERM) == 75
     said, kept = (home / f"{run.name}.log").read_text(), checkpoints(run)[-1]
@@ -44,7 +44,7 @@ def test_stopped_twice_and_killed_it_ends_as_the_run_that_nobody_stopped(home: P
     assert "stopped at once by a second signal, SIG" in (home / f"{run.name}.log").read_text()
     assert [broken(path) for path in checkpoints(run)] == [""] * len(checkpoints(run))
     assert step_of(checkpoints(run)[-1]) >= step_of(kept)
-    assert survive(home, "lora_sft", 1, kills=kills, seed=1) >= kills - 1  # it may end before the last one
+    assert survive(home, "lora_sft", 1, kills=6, seed=1) >= 5  # it may end before the last one
     assert f"which goes on from step {kept.name.rpartition('-')[2]}." in (home / f"{run.name}.log").read_text()
 
 

@@ -33,6 +33,7 @@ def merged(lora_run: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
+@pytest.mark.long
 def test_the_example_of_the_page_runs_with_torch_and_transformers_alone(merged: Path) -> None:
     code = BLOCK.format(absent=ABSENT) + snippet(merged)
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)

@@ -62,6 +62,7 @@ def test_a_run_that_fits_is_said_to_and_ends_with_0(folder: Path) -> None:
     assert plan["ways"] == [{"recipe": "lora_sft", "words": [], "bytes": needed, "fits": True}]
 
 
+@pytest.mark.long
 def test_a_run_that_does_not_fit_ends_with_5_and_ways_that_keep_the_rows_of_a_step(folder: Path) -> None:
     needed = sum(planned("full_sft")[1]["memory_bytes"].values())
     code, plan = planned("full_sft", "--memory", f"{needed // 2**20 - 1}MiB")
