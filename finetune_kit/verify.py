@@ -421,9 +421,8 @@ def reload_logits(
         }
         # the base was loaded a moment ago, so that the cache has it
         alone = {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)}
-        code, said = in_a_fresh_process(
-            RELOAD.replace(CLASS, class_code), json.dumps(given), {**alone, "HF_HUB_OFFLINE": "1"}
-        )
+        program = RELOAD.replace(CLASS, class_code).replace(PACKING, _stacks_code() if stacks else "")
+        code, said = in_a_fresh_process(program, json.dumps(given), {**alone, "HF_HUB_OFFLINE": "1"})
         if code:
             raise _failure(code, said, folder)
         logits: torch.Tensor = load_file(f"{path}.out")["logits"]
