@@ -98,7 +98,7 @@ if rewards:  # its head is trained in float32, whatever the other weights are in
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.score.float().register_forward_pre_hook(lambda head, given: (given[0].float(),))
 if given["stacks"]:
-    stacks["freeze"](model)
+    freeze(model)
 elif quantised:  # as in training: what is not quantised computes in float32
     from peft import prepare_model_for_kbit_training
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
