@@ -31,7 +31,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import traceback
 import warnings
@@ -177,8 +176,8 @@ def covered_share(folder: Path) -> dict[str, Any]:
     return {"share": found.share, "left_out": found.reasons}
 
 
-def in_a_fork(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
-    """The proof's fresh process: its script in a fork, so that the libraries need not be imported again."""
+def in_a_fork(program: str, argument: str, environment: dict[str, str]) -> tuple[int, str]:
+    """What verify.in_a_fresh_process does, in a fork, so that the libraries need not be imported again."""
     reader, writer = os.pipe()
     child = os.fork()
     if child:
@@ -186,12 +185,12 @@ def in_a_fork(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[s
         with os.fdopen(reader) as pipe:
             said = pipe.read()
         _, status = os.waitpid(child, 0)
-        return subprocess.CompletedProcess(list(command), os.waitstatus_to_exitcode(status), "", said)
+        return os.waitstatus_to_exitcode(status), said
     code = 1
     try:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        sys.argv = ["-c", *command[4:]]
-        exec(command[3], {"__name__": "__main__"})  # the script's own text, as `python -c` runs it
+        os.environ.update(environment)
+        sys.argv = ["-c", argument]
+        exec(program, {"__name__": "__main__"})  # the script's own text, as `python -c` runs it
         code = 0
     except BaseException:
         os.write(writer, traceback.format_exc().encode())
@@ -218,7 +217,7 @@ def examine_here(
     from finetune_kit import verify
 
     torch.set_num_threads(1)
-    verify.subprocess = type("Forks", (), {"run": staticmethod(in_a_fork)})  # type: ignore[assignment]
+    verify.in_a_fresh_process = in_a_fork
     for cell in cells:
         say(cell, one(cell, home, model_type, log))
 

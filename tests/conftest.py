@@ -23,6 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+class Kept:
+    """How many modules were imported when the collector was last told to leave all objects alone."""
+
+    modules = 0
+
+
 @pytest.fixture(autouse=True)
 def imports_kept() -> None:
     """A run collects garbage four times, 0.4 s each, most of it a walk over what transformers and TRL have imported:
@@ -31,10 +37,6 @@ def imports_kept() -> None:
         gc.collect()
         gc.freeze()
         Kept.modules = len(sys.modules)
-
-
-class Kept:
-    modules = 0
 
 
 @pytest.fixture(scope="session", autouse=True)

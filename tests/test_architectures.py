@@ -25,8 +25,8 @@ def benchmark() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         found = importlib.import_module("architectures")
-        # the proof's fresh process as a fork: 13 times the import of the libraries would be most of the time
-        patch.setattr(verify, "subprocess", type("Forks", (), {"run": staticmethod(found.in_a_fork)}))
+        # as the benchmark itself does it
+        patch.setattr(verify, "in_a_fresh_process", found.in_a_fork)
         found.import_heavy()
         gc.freeze()
         yield found
