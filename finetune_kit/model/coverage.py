@@ -215,7 +215,7 @@ class Coverage:
         """Lines for people: what is adapted, what it trains, and what is left alone."""
         named = ", ".join(f"{kind} ({count})" for kind, count in self.covered.items())
         lines = [f"adapted: {named}; {self.share:.0%} of the layers' weights"]
-        lines.append(f"by kind: {', '.join(f'{kind} {count:,}' for kind, count in self.trained.items())}")
+        lines.append(f"parameters: {', '.join(f'{kind} {count:,}' for kind, count in self.trained.items())}")
         by_reason: dict[str, list[str]] = {}
         for kind, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(f"{kind} ({self.left_out[kind]})")
