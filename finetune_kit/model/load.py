@@ -21,7 +21,7 @@ from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.embedded import HUB_ID, embedded_folder
 from finetune_kit.model.embedded import LICENSE as EMBEDDED_LICENSE
 from finetune_kit.model.embedded import NAME as EMBEDDED
-from finetune_kit.model.folder import check_files, check_model, check_weights
+from finetune_kit.model.folder import check_files, check_model, check_settings, check_weights
 from finetune_kit.names import near_path
 from finetune_kit.network import hub_reachable
 from finetune_kit.parsing import read_object
@@ -95,6 +95,7 @@ def load_tokenizer(model: ModelConfig, saved: Path | None = None, weights: bool 
 
     if saved:
         check_files(saved)
+        check_settings(saved)
     with _said_plainly(model), doing(f"loading the tokenizer of {public_name(model.name_or_path)}"):
         source = {"pretrained_model_name_or_path": saved, **ITS_OWN} if saved else _from(model, weights)
         if lacks_tokenizer(folder := Path(str(source["pretrained_model_name_or_path"]))):
