@@ -88,6 +88,9 @@ def check_settings(folder: Path) -> None:
             file = path if name in tokenizer else folder / "special_tokens_map.json"
             expected = "a text, or an object with content"
             raise SettingsError(f"{file}: {name} is {_short(value)}; expected {expected}.", AGAIN)
+    longest = tokenizer.get("model_max_length")
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float)):
+        raise SettingsError(f"{path}: model_max_length is {_short(longest)}; expected a number.", AGAIN)
     side = tokenizer.get("padding_side")
     if side not in (None, "left", "right"):
         raise SettingsError(f"{path}: padding_side is {_short(side)}; expected left or right.", AGAIN)
@@ -107,6 +110,8 @@ def _is_token(value: Any) -> bool:
 
 
 def _are_named(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(text, str) for text in value.values())
     return isinstance(value, list) and all(
         isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
         for one in value
