@@ -64,7 +64,7 @@ def first_of_two(row: Row, where: str) -> list[Record]:
             f"{where}: output is a list of {len(texts)} texts; a pair is two, the better one first.",
             "Write chosen and rejected, or all answers with their scores: responses and scores.",
         )
-    return [_pair(row, *texts, where, None)]
+    return [_pair(row, texts[0], texts[1], where, None)]
 
 
 def ranked(row: Row, where: str) -> list[Record]:

@@ -160,6 +160,11 @@ def check_config(path: Path, weights: int = 0) -> None:
         raise SettingsError(
             f"{path}: model_type is {kind!r}; expected the name of an architecture.", "Get the model again."
         )
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+        raise SettingsError(
+            f"{path}: architectures is {_short(names)}; expected a list of names.", "Get the model again."
+        )
     for key, value in _settings(config):
         if "attn_implementation" in key and isinstance(value, str) and not value.isidentifier():
             raise SecurityError(
@@ -177,6 +182,9 @@ def _check_shapes(config: dict[str, Any], path: Path, weights: int) -> None:
         found = next((shape[name] for name in names if name in shape), 0)
         return found if isinstance(found, int) and not isinstance(found, bool) else 0
 
+    for name in ("num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size"):
+        if name in shape and isinstance(shape[name], int) and shape[name] < 1:
+            raise SettingsError(f"{path}: {name} is {shape[name]}; expected 1 or more.", "Get the model again.")
     layers, width = number("num_hidden_layers", "n_layer"), number("hidden_size", "n_embd")
     positions = number("n_positions", "max_position_embeddings")
     parameters = (number("vocab_size") + (positions if "n_positions" in shape else 0)) * width
@@ -189,6 +197,15 @@ def _check_shapes(config: dict[str, Any], path: Path, weights: int) -> None:
             f"{path}: {layers:,} layers of width {width:,} and {number('vocab_size'):,} words are {size}{beside}.",
             "Nothing was allocated. Get the model again: this config.json is not that of its weights.",
         )
+
+
+def settings_with(folder: Path, value: str) -> list[str]:
+    """The settings of a model's config.json that are a text, to say which of them transformers does not know."""
+    try:
+        config = read_object(folder / "config.json")
+    except SettingsError:
+        return []
+    return list(dict.fromkeys(key for key, found in _settings(config) if found == value))
 
 
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -18,9 +18,14 @@ SHAPE = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "voca
         ({"vocab_size": 10**12}, "at least 119,209 GiB in 16 bits"),
         ({"num_hidden_layers": 10**7}, "10,000,000 layers of width 64"),
         ({"hidden_size": 10**7}, "at least 7"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected 1 or more"),
+        ({"hidden_size": -64}, "hidden_size is -64; expected 1 or more"),
+        ({"vocab_size": 0}, "vocab_size is 0; expected 1 or more"),
+        ({"architectures": [3]}, "architectures is [[]3[]]; expected a list of names"),
+        ({"architectures": "x"}, "architectures is 'x'; expected a list of names"),
     ],
 )
-def test_shapes_that_no_machine_holds_are_refused(changed: dict[str, int], text: str, tmp_path: Path) -> None:
+def test_shapes_that_no_machine_holds_are_refused(changed: dict[str, object], text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     check_config(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, **changed}))
