@@ -46,7 +46,7 @@ TRLS = "def score(prompts, completions, completion_ids, **columns)"
 FROM_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")
 # what tells the main thread that the time is up: no library uses it, and SIGALRM is for the function's own limits
-CLOCK = getattr(signal, "SIGRTMAX", getattr(signal, "SIGVTALRM", None))
+CLOCK: Any = getattr(signal, "SIGRTMAX", getattr(signal, "SIGVTALRM", None))
 TIMERS = [getattr(signal, name) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF") if hasattr(signal, name)]
 OURS_ALONE = (signal.SIGINT, signal.SIGTERM)  # end a command whatever a reward makes of them
 
@@ -275,7 +275,7 @@ def contained(act: Callable[[], Result], limit: float, own: Own, folder: Path, s
             raise TimeIsUp
 
     clock = _Clock(limit, running) if main and CLOCK is not None else None
-    heeded = {int(number): signal.getsignal(number) for number in OURS_ALONE}
+    heeded: dict[int, Any] = {int(number): signal.getsignal(number) for number in OURS_ALONE}
     set_here: dict[int, Any] = {}
     try:
         os._exit = no_exit  # type: ignore[assignment]
@@ -329,7 +329,7 @@ class _Clock(threading.Thread):
         wait = min(self.limit, threading.TIMEOUT_MAX)
         while not self.over.wait(wait):
             if self.running:
-                signal.pthread_kill(threading.main_thread().ident or 0, CLOCK or 0)
+                signal.pthread_kill(threading.main_thread().ident or 0, CLOCK)
             wait = 1.0
 
     def stop(self) -> None:
