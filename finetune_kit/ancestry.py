@@ -65,11 +65,18 @@ def ancestors(config: RecipeConfig) -> list[dict[str, Any]]:
     """The entries of the run that this one started from, the oldest first; none where that was no run of ours."""
     lora = getattr(config, "lora", None)
     folder = Path((lora.init_from if lora else None) or config.model.name_or_path).expanduser()
-    if not (folder / ANCESTRY).is_file():
+    if not (folder / ANCESTRY).exists():
         return []
     entries = parsing.read(folder / ANCESTRY)
     keys = ("recipe", "start", "data", "fingerprint", "verdict")
-    whole = isinstance(entries, list) and all(isinstance(one, dict) and one.keys() >= set(keys) for one in entries)
+    whole = isinstance(entries, list) and all(
+        isinstance(one, dict)
+        and one.keys() >= set(keys)
+        and isinstance(one["fingerprint"], str)
+        and isinstance(one["data"], list)
+        and all(isinstance(name, str) for name in one["data"])
+        for one in entries
+    )
     if not whole:
         raise SettingsError(f"{folder / ANCESTRY} is no list of runs.", "Take the file out: it is told, not used.")
     return list(entries)

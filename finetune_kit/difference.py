@@ -49,7 +49,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
             f"{folder} is no run's folder: it has no run.yaml.", "A run is made by: python -m finetune_kit run RECIPE"
         )
     record = values.load_file(path)
-    versions, origins = record.pop("versions", {}), record.pop("origins", {})
+    versions, origins = (_object(record.pop(name, {}), path, name) for name in ("versions", "origins"))
     settings: dict[str, Any] = {}
     for name, value in record.items():
         inside = value if isinstance(value, dict) else {}
@@ -57,13 +57,15 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     ledger = _json(folder / "ledger.json")
     data = {"fingerprint": ledger.get("fingerprint")}
     for split in ("train", "held_out"):
-        counts = ledger.get(split, {})
+        counts = _object(ledger.get(split, {}), folder / "ledger.json", split)
         data |= {f"{split} {name}": counts.get(name) for name in ("rows", "truncated", "tokens", "supervised_tokens")}
-        data[f"{split} dropped"] = sum(counts.get("dropped", {}).values()) if counts else None
+        dropped = _object(counts.get("dropped", {}), folder / "ledger.json", f"{split}.dropped").values()
+        data[f"{split} dropped"] = sum(count for count in dropped if isinstance(count, int)) if counts else None
     metrics = _json(folder / "report.json").get("metrics", [])
     try:
-        results = {metric["name"]: {"before": metric["before"], "after": metric["after"]} for metric in metrics}
-    except (TypeError, KeyError):
+        sides = ("before", "after")
+        results = {str(metric["name"]): {side: float(metric[side]) for side in sides} for metric in metrics}
+    except (TypeError, KeyError, ValueError):
         raise SettingsError(f"{folder / 'report.json'} is no run's report: its metrics are not whole.") from None
     return {
         "settings": {name: value for name, value in settings.items() if name not in PLACES},
@@ -72,6 +74,12 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
         "versions": versions,
         "results": results,
     }
+
+
+def _object(value: Any, path: Path, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise SettingsError(f"{path} is no run's: {name} is no object.", "Get the file again, or take it out.")
+    return value
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -375,6 +375,8 @@ def _data_settings(folder: Path) -> dict[str, Any]:
     """What decides which rows a run was trained on, and as which tokens; read without its recipe."""
     written = values.load_file(folder / "run.yaml")
     data, train = (written.get(name) or {} for name in ("data", "train"))
+    if not isinstance(data, dict) or not isinstance(train, dict):
+        raise SettingsError(f"{folder / 'run.yaml'} is no run's: data and train have to hold settings.")
     kept = {f"data.{name}": value for name, value in {**asdict(DataConfig()), **data}.items()}
     kept["train.seed"] = train.get("seed", TrainConfig.seed)
     for harmless in ("data.size", "data.weights", "data.max_length", "data.packing", "data.train_on", "data.max_lost"):

@@ -333,11 +333,15 @@ def _results(folder: Path, config: RecipeConfig, task: str) -> list[Any]:
     sources = shown.held_out_path or shown.path
     data = sources if isinstance(sources, str) else ", ".join(sources)
     results = []
-    for metric in read_object(folder / "report.json").get("metrics", []):
-        if not math.isfinite(metric["after"]):
-            continue
-        spread = f"95 % interval {spread_of(metric, decimals=4)}"
-        change = f"before {metric['before']:.4f}, change {metric['difference']:+.4f}, {spread}, n = {metric['n']}"
+    path = folder / "report.json"
+    for metric in read_object(path).get("metrics", []):
+        try:
+            if not math.isfinite(metric["after"]):
+                continue
+            spread = f"95 % interval {spread_of(metric, decimals=4)}"
+            change = f"before {metric['before']:.4f}, change {metric['difference']:+.4f}, {spread}, n = {metric['n']}"
+        except (TypeError, KeyError, ValueError, AttributeError, IndexError):
+            raise SettingsError(f"{path} is no run's report: its metrics are not whole.") from None
         results.append(
             EvalResult(
                 task_type=task,

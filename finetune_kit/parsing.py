@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,11 @@ def read_object(path: Path, error_class: type[FinetuneKitError] = SettingsError,
 def read(path: Path, error_class: type[FinetuneKitError] = SettingsError, fix: str = "") -> Any:
     """The same, whatever the file holds."""
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise error_class(f"{path} has {path.stat().st_size:,} bytes: no such file is that large.", fix)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device never ends
+            raise error_class(f"{path} is no plain file.", fix or "Put the file itself there.")
+        if found.st_size > LARGEST_FILE:
+            raise error_class(f"{path} has {found.st_size:,} bytes: no such file is that large.", fix)
         content = parse(path.read_text(encoding="utf-8"), strict=False)  # a model's config.json may hold Infinity
     except NotJSON as error:
         where = f"{path}:{error.line}" if error.line else f"{path}"

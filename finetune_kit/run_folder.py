@@ -26,7 +26,7 @@ from finetune_kit import processes
 from finetune_kit.config import RecipeConfig, leaves, to_yaml
 from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.parsing import read_object
-from finetune_kit.system import lock, write_whole
+from finetune_kit.system import lock, strange_in, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +182,7 @@ def _goes_on(folder: Path, config: RecipeConfig) -> bool:
     if not is_unfinished(folder) or is_being_trained(folder):
         return False
     try:
+        _check_plain(folder)
         then = read_identity(folder)["settings"]
     except SettingsError as error:  # another run's, which need not stop this one
         log.warning("note: passed over: %s", error.message)
@@ -192,9 +193,19 @@ def _goes_on(folder: Path, config: RecipeConfig) -> bool:
 def _refuse_others(folder: Path, config: RecipeConfig) -> None:
     if is_being_trained(folder):
         raise _taken(folder)
+    _check_plain(folder)
     _compare(folder, read_identity(folder), {"settings": settings_of(config)}, config)
     if not _hold(folder):
         raise _taken(folder)
+
+
+def _check_plain(folder: Path) -> None:
+    """Raises SettingsError where a run that would go on holds what is neither a file nor a folder."""
+    if (strange := strange_in(folder)) is not None:
+        raise SettingsError(
+            f"{strange} is no plain file: reading or writing it could hang.",
+            f"Take it out, or begin another run: output_dir={_next_free(folder)}",
+        )
 
 
 def _taken(folder: Path) -> SettingsError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,17 @@ def lock(number: int, shared: bool = False) -> bool | None:
     except OSError:  # network file systems: no locks, or none on a folder
         return None
     return True
+
+
+def strange_in(folder: Path) -> Path | None:
+    """What in a folder, or in one below it, is neither a file nor a folder: a pipe is waited for, a device never ends.
+    None where there is no such thing. Links are followed, those to folders aside."""
+    for here, folders, files in os.walk(folder):
+        for name in sorted([*files, *folders]):
+            path = Path(here, name)
+            if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+                return path
+    return None
 
 
 def sync_folder(folder: Path) -> None:

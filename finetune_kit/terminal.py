@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rich.console import ConsoleDimensions
 from rich.segment import Segment
 
 from finetune_kit import processes, streams
@@ -24,6 +27,8 @@ from finetune_kit.streams import NO_ROOM as NO_ROOM
 FIRST = 1.0  # seconds of silence before a piece of work is named where there is no terminal
 PROGRESS = "progress"  # the thread that says so
 GAP = 3.0  # seconds between two lines about it, and between anything said and the next one
+GROWTH = (1.0, 10 / 3, 10.0, 20.0)  # times that after the first, second, … line about work of one name: logs stay short
+WIDTH = 120  # columns where there is no terminal and COLUMNS does not say
 
 # C0 but tab and line feed, as the pictures Unicode has of them; C1, line separators, and what turns the direction of
 # writing round (CVE-2021-42574) or is half a character, as the sign for what cannot be shown
@@ -45,6 +50,17 @@ def as_json(content: Any) -> str:
 
 class Console(streams.Voice):
     """rich's console, with every text escaped; its own colours and cursor moves stay."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """rich's own is 80 columns where nothing says how many there are, as in a log."""
+        found = super().size
+        said = os.environ.get("COLUMNS", "").isdigit() or any(map(os.isatty, range(3)))
+        return found if said or self.is_terminal or self._width is not None else found._replace(width=WIDTH)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
 
     def print(self, *objects: Any, **options: Any) -> None:
         """On a terminal prose wraps between words; a command stays in one piece, so that it can be copied."""
@@ -84,10 +100,12 @@ def guard() -> None:
 
 class _Work:
     """The pieces of work that are going on where there is no terminal, the inner ones last; a thread names the last one
-    in a line after FIRST seconds, then wherever nothing has been said for GAP."""
+    in a line after FIRST seconds, then wherever nothing has been said for GAP, and later for longer (GROWTH)."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.begun: list[str] = []  # the names that they began with
+        self.lines: Counter[str] = Counter()  # about work that began with a name
         self.changed = threading.Condition()
         self.thread: threading.Thread | None = None
         self.since = 0.0  # the innermost one has its name
@@ -98,6 +116,7 @@ class _Work:
     def begin(self, what: str, after: float) -> None:
         with self.changed:
             self.names.append(what)
+            self.begun.append(what)
             self._anew(after)
             if self.thread is None:
                 self.thread = threading.Thread(target=self._watch, daemon=True, name=PROGRESS)
@@ -106,6 +125,7 @@ class _Work:
     def end(self) -> None:
         with self.changed:
             self.names.pop()
+            self.begun.pop()
             self._anew(GAP)
 
     def move(self, what: str) -> None:
@@ -113,10 +133,14 @@ class _Work:
             if self.names and self.names[-1] != what:
                 self.names[-1], self.since = what, time.monotonic()
 
+    def _grown(self, seconds: float) -> float:
+        said = self.lines[self.begun[-1]] if self.begun else 0
+        return seconds * GROWTH[min(said, len(GROWTH) - 1)]
+
     def _anew(self, after: float) -> None:
         """Short pieces of work, one after the other, are no reason to be silent for longer than GAP."""
         self.since = self.began = time.monotonic()
-        self.due = min(self.since + after, max(self.since, self.heard + GAP))
+        self.due = min(self.since + self._grown(after), max(self.since, self.heard + self._grown(GAP)))
         self.changed.notify_all()
 
     def _watch(self) -> None:
@@ -127,12 +151,13 @@ class _Work:
                     self.thread = None
                     return
                 now = time.monotonic()
-                rest = max(self.due, self.heard + GAP if self.heard > self.began else 0.0) - now
+                rest = max(self.due, self.heard + self._grown(GAP) if self.heard > self.began else 0.0) - now
                 if rest > 0:
                     self.changed.wait(rest)
                     continue
                 passed = f" ({now - self.since:.0f} s)" if now - self.since >= GAP else ""
-                self.due, self.heard = now + GAP, now
+                self.lines[self.begun[-1]] += 1
+                self.due, self.heard = now + self._grown(GAP), now
                 with contextlib.suppress(ValueError, OSError):  # nobody listens any more
                     console.print(f"{self.names[-1]} …{passed}")
                 self.changed.wait(0.01)  # lets the work that waits for the lock end

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 import types
 import typing
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ Node = yaml.Node
 LARGEST = 256 * 2**10  # bytes of YAML; a run.yaml has about 3,000
 DEEPEST = 32  # lists and dicts inside one another
 MOST_ALIASES = 64
+PIPES = ("dev", "proc")  # top folders in which a shell has the pipe of `--config <(…)`
 MOST_NODES = 20_000  # values, those that aliases repeat counted as often as they are repeated
 NULL, BOOL = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
 
@@ -55,13 +57,20 @@ def dump(content: dict[str, Any]) -> str:
 def read_file(path: Path) -> Node | None:
     """The tree of a YAML file, None for an empty one. Raises SettingsError, SecurityError (a tag that builds)."""
     try:
+        # a named pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir() and path.absolute().parts[1] not in PIPES:
+            raise SettingsError(f"{path}: no plain file.", "Put the file itself there.")
         with path.open("rb") as file:
             return _compose(file.read(LARGEST + 1).decode("utf-8"), str(path))
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         fix = f"{near_path(str(path))}Write one, or give settings as key=value."
         raise SettingsError(f"{path}: no such file.", fix) from None
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: not UTF-8 (byte {error.start}).") from None
+    except OSError as error:
+        raise SettingsError(
+            f"{path} cannot be read: {error.strerror or error}.", "Look at it, or take another."
+        ) from None
 
 
 def load_text(text: str, where: str) -> dict[str, Any]:

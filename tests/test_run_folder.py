@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune_kit import system
+from finetune_kit import run_folder, system, values
 from finetune_kit.config import RecipeConfig, resolve
 from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.parsing import read_object
 from finetune_kit.run_folder import begin, claim, versions
 
 LEDGER = SimpleNamespace(to_json=lambda: {"rows": 3})
@@ -27,6 +28,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def config(*words: str, file: Path | None = None) -> RecipeConfig:
     return resolve(RecipeConfig, "lora_sft", file, words)
+
+
+def release() -> None:
+    """As when the process that trains ends."""
+    for held in (run_folder._held, list(run_folder._reserved.values())):
+        for number in held:
+            os.close(number)
+    run_folder._held.clear()
+    run_folder._reserved.clear()
 
 
 def finish(folder: Path) -> None:
@@ -301,6 +311,38 @@ try:
 except FinetuneKitError as error:
     print(error.message, flush=True)
 """
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "notes", "checkpoint-2/trainer_state.json", "checkpoint-2/x/deep"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_could_hang_in_a_run_that_would_go_on_is_a_message_and_a_run_beside_is_passed_over(
+    name: str, kind: str, folder: Path
+) -> None:
+    for words in ((), ("output_dir=mine",)):
+        settings = config(*words)
+        claim(settings)
+        run = begin(settings, LEDGER, {"data": "abc"})
+        release()
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        if kind == "pipe":
+            os.mkfifo(run / name)
+        else:
+            (run / name).symlink_to("/dev/zero")
+    with pytest.raises(SettingsError, match=rf"mine/{name} is no plain file: .*hang"):
+        claim(config("output_dir=mine"))
+    assert str(claim(config())) == "runs/lora_sft-2"
+
+
+@pytest.mark.parametrize("name", ["identity.json", "run.yaml"])
+def test_a_pipe_in_place_of_a_file_of_settings_is_not_waited_for(name: str, folder: Path) -> None:
+    os.mkfifo(folder / name)
+    read = values.read_file if name == "run.yaml" else read_object
+    with pytest.raises(SettingsError, match=rf"{name}.*no plain file"):
+        read(folder / name)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(SettingsError, match=rf"{name}.*no plain file"):
+        read(folder / name)
 
 
 def test_of_two_commands_on_one_folder_at_the_same_moment_one_begins_and_the_other_is_told(folder: Path) -> None:

@@ -121,6 +121,26 @@ def test_a_stranger_s_report_without_metrics_is_a_message(tmp_path: Path) -> Non
     (tmp_path / "report.json").write_text('{"metrics": [1], "verdict": 3}')
     with pytest.raises(SettingsError, match=r"report\.json is no run's report"):
         difference(tmp_path, tmp_path)
+    (tmp_path / "report.json").write_text('{"metrics": [{"name": "a", "before": "x", "after": 1}]}')
+    with pytest.raises(SettingsError, match=r"report\.json is no run's report"):
+        difference(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("ledger.json", '{"train": 3}', "train is no object"),
+        ("ledger.json", '{"held_out": {"dropped": [1]}}', "held_out.dropped is no object"),
+        ("ledger.json", "[1]", "expected a JSON object"),
+        ("run.yaml", "recipe: kto\nversions: 3\n", "versions is no object"),
+        ("run.yaml", "recipe: kto\norigins: [1]\n", "origins is no object"),
+    ],
+)
+def test_a_stranger_s_record_of_another_shape_is_a_message(name: str, content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("recipe: kto\n")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SettingsError, match=rf"{name}.*{said}"):
+        difference(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(

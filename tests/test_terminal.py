@@ -133,3 +133,29 @@ def test_short_work_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with doing("loading"):
         pass
     assert said == []
+
+
+def test_lines_about_one_piece_of_work_grow_rarer_and_another_one_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = terminal._Work()
+    monkeypatch.setattr(terminal, "FIRST", 1.0)
+    monkeypatch.setattr(terminal, "GAP", 3.0)
+    work.begun = ["running"]
+    gaps = []
+    for _ in range(6):
+        gaps.append(round(work._grown(terminal.GAP)))
+        work.lines["running"] += 1
+    assert gaps == [3, 10, 30, 60, 60, 60]
+    work.begun.append("saving")
+    assert work._grown(terminal.FIRST) == 1.0
+
+
+def test_a_table_in_a_log_has_120_columns_unless_columns_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal.os, "isatty", lambda number: False)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert Console(file=io.StringIO()).width == Console(file=io.StringIO()).options.max_width == 120
+    assert Console(file=io.StringIO(), width=60).width == 60
+    monkeypatch.setenv("COLUMNS", "77")
+    assert Console(file=io.StringIO()).width == 77
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setattr(terminal.os, "isatty", lambda number: number == 0)  # `| less` has a terminal to fit into
+    assert Console(file=io.StringIO()).width == 80

@@ -30,6 +30,7 @@ UNUSED = "unused"  # in data.columns: a column that is known and left out
 # columns that are a thought; the first ones are keys of turns as well
 THOUGHT_COLUMNS = (*THOUGHTS, "cot", "complex_cot", "chain_of_thought", "rationale", "think")
 NAMES = (*SYSTEMS, *GIVEN, *CHOICES, HISTORY, *THOUGHT_COLUMNS, UNUSED)
+ANSWER_KEY = "answer_key"  # the label of the right choice
 _ANSWER_KEYS = ("input", "output", "response", "completion", "answer", "text", "content")
 _SCORE_KEYS = ("scores", "score", "ratings", "rating", "overall_score", "ranks", "rank", "ranking")
 
@@ -69,6 +70,8 @@ def unused_in(row: Row) -> Iterator[str]:
             continue
         if name not in row.used:
             yield name
+        elif isinstance(value, dict) and isinstance(one_of(value), str) and len(set(value["text"])) > 1:
+            yield f"{name}.text[1:]"  # other ways to say the answer
         elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
             keys: dict[str, None] = {}
             for item in value:
@@ -198,13 +201,35 @@ def choices_of(row: Row) -> tuple[str, list[tuple[str, str]]] | None:
 
 def answer_of(row: Row, name: str, where: str) -> str:
     """The text of an answer's column; a number is the place of a choice, from 0."""
-    value = row.take(name)
+    value = one_of(row.take(name))
+    choices = choices_of(row)
     if isinstance(value, int) and not isinstance(value, bool):
-        choices = choices_of(row)
         if choices and choices[1][0][0] and 0 <= value < len(choices[1]):
             label, text = choices[1][value]
             return f"{label}. {text}"
+    elif name == ANSWER_KEY and choices and isinstance(value, str) and value.strip():
+        found = next((choice for choice in choices[1] if choice[0] == value.strip()), None)
+        if found is None:
+            labels = ", ".join(label for label, _ in choices[1])
+            raise DataError(f"{where}: {name} is {value!r}; the choices are {labels}.", "Write the label of one.")
+        return f"{found[0]}. {found[1]}"
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        raise DataError(
+            f"{where}: {name} is a list of {len(value)} texts, which does not say whether one answer is all of them or "
+            "any of them.",
+            "Write one text a row.",
+        )
     return text_of(value, f"{where}: {name}")
+
+
+def one_of(answer: Any) -> Any:
+    """The text of an answer that is written in more ways than one: SQuAD's {text: [...], answer_start}, of which each
+    text is right, and a list of equal texts; "" where SQuAD has none. Any other answer as it is."""
+    if isinstance(answer, dict) and isinstance(answer.get("text"), list) and "answer_start" in answer:
+        return next((text for text in answer["text"] if isinstance(text, str)), "")
+    if isinstance(answer, list) and answer and all(isinstance(text, str) for text in answer):
+        return answer[0] if len({text.strip() for text in answer}) == 1 else answer
+    return answer
 
 
 def with_thought(messages: list[Message], row: Row) -> list[Message]:

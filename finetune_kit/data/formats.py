@@ -15,12 +15,14 @@ from typing import Any
 
 from finetune_kit.data import preferences
 from finetune_kit.data.columns import (
+    ANSWER_KEY,
     NAMES,
     UNUSED,
     Row,
     answer_of,
     asked,
     choices_of,
+    one_of,
     question_of,
     with_history,
     with_system,
@@ -53,7 +55,7 @@ from finetune_kit.errors import DataError, SettingsError
 
 TOOLS = ("tools", "functions")
 TURN_COLUMNS = ("messages", "conversations", "conversation", "chat")
-QUESTIONS = ("prompt", "instruction", "question", "query", "problem")
+QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "question_stem")
 # the first that a row has: what answers in words stands before what may be its last word alone
 PAIRS = (
     ("prompt", "completion"),
@@ -64,8 +66,10 @@ PAIRS = (
     *(("question", name) for name in ("solution", "answer", "response", "output", "completion")),
     *(("query", name) for name in ("response", "answer", "output", "completion")),
     *(("problem", name) for name in ("solution", "answer", "response", "output", "completion")),
-    *(("prompt", name) for name in ("solution", "answer", "output", "generation")),
-    ("instruction", "answer"),
+    *(("prompt", name) for name in ("solution", "answer", "output", "generation", "demonstration")),
+    *(("instruction", name) for name in ("answer", "demonstration")),
+    *(("question", name) for name in ("correct_answer", "answers")),
+    *((name, "answer_key") for name in ("question", "question_stem")),  # ARC's, CommonsenseQA's and OpenBookQA's
     ("user", "assistant"),
     ("human", "assistant"),
     ("inputs", "targets"),
@@ -83,6 +87,10 @@ ANSWERS = (
     "reference",
     "reference_answer",
     "target",
+    "correct_answer",
+    "answers",
+    "answer_key",
+    "demonstration",
     "solution",
     "output",
 )
@@ -131,6 +139,13 @@ def recognise(
         if item.kind in ACCEPTED.get(kind, (kind,)):
             return item
     found = f"columns {', '.join(sorted(theirs.get(name, name) for name in names))}"
+    score = next((name for name in preferences.SCORED_ALONE if preferences.is_number(first.get(name))), "")
+    if score and kind == "labelled_completion" and _pair_of(columns):
+        name = theirs.get(score, score)
+        raise DataError(
+            f"{where}: {name} is a number on a scale, such as {first[score]}, and no word of liking.",
+            f"Of 0 and 1 alone: data.columns='{{{name}: label}}'. Else write a label: true where it is high enough.",
+        )
     if fitting and fitting[0].kind == "labelled_completion" and kind == "prompt_completion":
         label = theirs.get("label", "label")
         raise DataError(
@@ -172,7 +187,9 @@ def as_lists(rows: list[tuple[int, Row]], kind: str) -> list[tuple[int, Row]]:
     if "preference" not in taken or kind == "prompt" or any(item and item.kind in taken for item in layouts):
         return rows
     names = _pair_of({name for _, row in rows for name, value in row.items() if value is not None})
-    return preferences.gathered(rows, *names) if names else rows
+    gathered = preferences.gathered(rows, *names) if names else rows
+    # for KTO a score is no word of liking; where it orders several answers to a prompt, the order says it
+    return rows if kind == "labelled_completion" and len(gathered) == len(rows) else gathered
 
 
 def check_layout(row: Row, own: Format | None, found: Format, where: str, other: tuple[str, Row]) -> None:
@@ -238,7 +255,7 @@ def check_columns(columns: dict[str, str], found: set[str], where: str) -> None:
                 f"data.columns: {where} has no column {theirs!r}; found {', '.join(sorted(found))}.",
                 f"Did you mean {near[0]}?" if near else "Name a column of the data on the left of each colon.",
             )
-        if ours not in NAMES_WE_KNOW:
+        if ours not in UNDERSTOOD:
             near = difflib.get_close_matches(ours, NAMES_WE_KNOW, n=1)
             raise SettingsError(
                 f"data.columns: {theirs} cannot be {ours!r}." + (f" Did you mean {near[0]}?" if near else ""),
@@ -320,7 +337,7 @@ def _pair(row: Row, where: str) -> list[Record]:
     question, answer = row.get(names[0]), row.get(names[1])
     if row.waits and not any(isinstance(side, list) and side and is_turn(side[0]) for side in (question, answer)):
         return _prompt(row, where)  # any value can be what a reward compares with
-    if names[0] != "instruction" and (isinstance(question, list) or isinstance(answer, list)):
+    if names[0] != "instruction" and (isinstance(question, list) or _has_turns(answer)):
         row.used.update(names)
         turns = [*side_of(question, "user", where), *side_of(answer, "assistant", where)]
         return _conversation(with_history(turns, row, where), row, where)
@@ -330,6 +347,11 @@ def _pair(row: Row, where: str) -> list[Record]:
     if names[0] == "prompt" and said == set(names):
         records[0].as_strings = True  # type: ignore[union-attr]  # a conversation
     return records
+
+
+def _has_turns(answer: Any) -> bool:
+    """Whether an answer is a list of turns, or is to be refused as one; lists of texts are no turns."""
+    return isinstance(answer, list) and not (answer and all(isinstance(item, str) for item in answer))
 
 
 def _labelled(row: Row, where: str) -> list[Record]:
@@ -397,7 +419,7 @@ def _answer_of(value: Any) -> str:
     """The text of an answer column: text, a number, or turns of which the last one answers; "" for anything else."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
-    value = _number_as_text(value)
+    value = _number_as_text(one_of(value))
     return value if isinstance(value, str) else ""
 
 
@@ -413,7 +435,7 @@ def answers_as_text(row: dict[str, Any]) -> dict[str, Any]:
 
 def _answer_as_text(row: dict[str, Any], name: str) -> Any:
     said = Row(row)
-    if isinstance(row[name], int) and choices_of(said):
+    if (isinstance(row[name], int) or name == ANSWER_KEY) and choices_of(said):
         try:
             return answer_of(said, name, name)
         except DataError:  # no place of a choice
@@ -442,6 +464,12 @@ FORMATS = (
         "preference",
         lambda c, r: {"chosen", "rejected"} <= c,
         preferences.preference,
+    ),
+    Format(
+        "an answer and a worse one in a list (instruction, output: [good, bad])",
+        "preference",
+        lambda c, r: preferences.two_in_a_list(c, r),
+        preferences.first_of_two,
     ),
     Format(
         "scored or ranked answers (prompt, responses, scores)",

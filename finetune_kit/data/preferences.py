@@ -24,6 +24,7 @@ SCORES = ("scores", "score", "ratings", "rating", "overall_score")  # higher is 
 RANKS = ("ranks", "rank", "ranking")  # 1 is best
 TEXTS = ("response", "completion", "answer", "text", "content", "output")
 ENDINGS = (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("0", "1"), ("1", "2"))
+BARE = (("A", "B"), ("a", "b"))  # columns that are an answer each
 SHP = "human_ref"  # of Stanford's: there label 1 is the first answer, and 0 the second
 STEMS = (*TEXTS, "conversation", SHP, "model_response")
 VOTES = ("votes", "preferences", "annotations", "winner", "preference", "label", "labels", "choice")
@@ -35,6 +36,7 @@ NAMES = {
     *(*LISTS, *SCORED_ALONE, *RANKS, *VOTES, *VOTES_BY_ID, *SIGNED),
     *(stem + ending for stem in STEMS for pair in ENDINGS for ending in pair),
     *(f"score{ending}" for pair in ENDINGS for ending in pair),
+    *(name for pair in BARE for name in pair),
 }
 TIES = ("tie", "both", "neither", "equal", "same", "none")
 
@@ -45,6 +47,24 @@ def preference(row: Row, where: str) -> list[Record]:
     if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
         raise DataError(f"{where}: margin is {describe(margin)}; expected a number.")
     return [_pair(row, row.take("chosen"), row.take("rejected"), where, margin)]
+
+
+def two_in_a_list(columns: set[str], row: dict[str, Any]) -> bool:
+    """Whether an instruction's output is a list of texts, as LLaMA-Factory's files of pairs once had it."""
+    value = row.get("output")
+    several = isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
+    return several and {"instruction", "output"} <= columns
+
+
+def first_of_two(row: Row, where: str) -> list[Record]:
+    """The pair of such a row: the first text is the better one."""
+    texts = row.take("output")
+    if len(texts) != 2:
+        raise DataError(
+            f"{where}: output is a list of {len(texts)} texts; a pair is two, the better one first.",
+            "Write chosen and rejected, or all answers with their scores: responses and scores.",
+        )
+    return [_pair(row, texts[0], texts[1], where, None)]
 
 
 def ranked(row: Row, where: str) -> list[Record]:
@@ -67,7 +87,8 @@ def ranked(row: Row, where: str) -> list[Record]:
 def voted(row: Row, where: str) -> list[Record]:
     """The pair that the majority of votes makes of two answers; without a majority it is a tie."""
     first, second = answers_of(set(row)) or ("", "")
-    endings = next(pair for pair in ENDINGS if first.endswith(pair[0]) and second.endswith(pair[1]))
+    endings = next(pair for pair in (*ENDINGS, *BARE) if first.endswith(pair[0]) and second.endswith(pair[1]))
+    _refuse_digits(row, (first, second), endings, where)
     votes = _shp_vote(row, where) if first.startswith(SHP) else _votes(row, endings, where)
     balance = sum(votes)
     chosen, rejected = (first, second) if balance <= 0 else (second, first)
@@ -79,7 +100,7 @@ def voted(row: Row, where: str) -> list[Record]:
 def gathered(rows: list[tuple[int, Row]], question: str, answer: str) -> list[tuple[int, Row]]:
     """Rows of one scored answer each (HelpSteer2's) as rows of one prompt with all its answers, where each of a score
     is a number; the rows as they are elsewhere. A row keeps the number of its prompt's first one."""
-    score = next((name for name in SCORED_ALONE if any(_is_number(row.get(name)) for _, row in rows)), "")
+    score = next((name for name in SCORED_ALONE if any(is_number(row.get(name)) for _, row in rows)), "")
     if not score:
         return rows
     together: dict[str, tuple[int, Row]] = {}
@@ -91,7 +112,7 @@ def gathered(rows: list[tuple[int, Row]], question: str, answer: str) -> list[tu
     return list(together.values())
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -114,7 +135,24 @@ def answers_of(columns: set[str]) -> tuple[str, str] | None:
             verdicts = {*VOTES, *VOTES_BY_ID, *SIGNED, f"score{one}"}
             if {stem + one, stem + other} <= columns and verdicts & columns:
                 return stem + one, stem + other
-    return None
+    asked_ = columns & {*PROMPTS, *CONVERSATIONS}
+    return next((pair for pair in BARE if {*pair} <= columns and asked_ and columns & {*VOTES, *SIGNED}), None)
+
+
+def _refuse_digits(row: Row, answers: tuple[str, str], endings: tuple[str, str], where: str) -> None:
+    """Raises DataError for a vote of 0 or 1 over answers that are named by letters: which of them it means differs from
+    data set to data set."""
+    named = next((name for name in VOTES if row.get(name) is not None), None)
+    if named is None or answers[0].startswith(SHP) or endings[0].strip("_").isdigit():
+        return
+    if str(row[named]).strip().lower() in ("0", "1", "0.0", "1.0", "true", "false"):
+        one, other = answers
+        raise DataError(
+            f"{where}: {named} is {row[named]}, which does not say whether {one} or {other} is the better one: in some "
+            "data sets 0 is the first, in others 1.",
+            f"Where 0 is {one}: data.columns='{{{one}: response_0, {other}: response_1}}'. Where 1 is {one}: "
+            f"data.columns='{{{one}: human_ref_A, {other}: human_ref_B, {named}: labels}}'",
+        )
 
 
 def _score_difference(row: Row) -> float | None:

@@ -22,20 +22,51 @@ PAIRED = (
     ("preferred", "rejected"),
     ("accepted", "rejected"),
     ("better", "worse"),
+    ("better_response", "worse_response"),
+    ("preferred_response", "rejected_response"),
+    ("preferred_response", "dispreferred_response"),
+    ("preferred_response", "non_preferred_response"),
+    ("accepted_response", "rejected_response"),
+    ("response_chosen", "response_rejected"),
+    ("win", "lose"),
+    ("winner", "loser"),
+    ("winning", "losing"),
+    ("good", "bad"),
+    ("accept", "reject"),
+    ("edited_response", "original_response"),  # what a person made of an answer, as in HelpSteer3
+    ("response_j", "response_k"),  # stack-exchange-paired: j has more votes
+    ("y_w", "y_l"),
 )
+LETTERS = "ABCDEFGHIJ"  # columns that are the choices of a question, as in C-Eval
 LIKED = ("kto_tag", "thumbs_up", "liked", "is_liked", "desirable", "is_desirable")  # LLaMA-Factory's, and others'
 TURNS = ("dialog", "dialogue", "turns")  # only where they are lists of turns: elsewhere they are texts
 
 
 def opened(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of OpenAI's preference files, whose `input` is an object with the messages and the tools, with these as
-    columns; any other row as it is."""
+    """A row whose columns have their meaning by one another, or inside an object, with each as a column of ours; any
+    other row as it is."""
     given = row.get("input")
-    if not isinstance(given, dict) or not isinstance(given.get("messages"), list) or "prompt" in row:
-        return row
-    known = {"messages": "prompt", "tools": "tools"}
-    inside = {known.get(name, f"input.{name}"): value for name, value in given.items()}
-    return {**{name: value for name, value in row.items() if name != "input"}, **inside}
+    if isinstance(given, dict) and isinstance(given.get("messages"), list) and "prompt" not in row:
+        return _inside(row, "input", {"messages": "prompt", "tools": "tools"})  # OpenAI's preference files
+    asked = row.get("question")
+    if isinstance(asked, dict) and isinstance(asked.get("full_text"), str):  # WebGPT's comparisons
+        return _inside(row, "question", {"full_text": "question"})
+    if isinstance(row.get("ctx"), str) and isinstance(row.get("endings"), list) and "prompt" not in row:  # HellaSwag
+        label = str(row.get("label") if row.get("label") is not None else "").strip()
+        answer = int(label) if label.isdecimal() and int(label) < len(row["endings"]) else label
+        rest = {name: value for name, value in row.items() if name not in ("ctx", "endings", "label")}
+        return {**rest, "prompt": row["ctx"], "choices": row["endings"], "answer": answer}
+    letters = [letter for letter in LETTERS if isinstance(row.get(letter), str)]
+    if len(letters) > 2 and letters == list(LETTERS[: len(letters)]) and not row.keys() & {"choices", "options"}:
+        rest = {name: value for name, value in row.items() if name not in letters}
+        return {**rest, "choices": {letter: row[letter] for letter in letters}}
+    return row
+
+
+def _inside(row: dict[str, Any], column: str, known: dict[str, str]) -> dict[str, Any]:
+    """The row with what the object in a column holds as columns; those not `known` are named column.key."""
+    inside = {known.get(name, f"{column}.{name}"): value for name, value in row[column].items()}
+    return {**{name: value for name, value in row.items() if name != column}, **inside}
 
 
 def spelling(rows: list[tuple[int, dict[str, Any]]], known: set[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ its config may name code (CVE-2026-4372), or shapes that no machine can hold.
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,12 @@ from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.parsing import read_object
 
 INDEX = "model.safetensors.index.json"
+# what transformers and PEFT read beside config.json, and of which they make an error of their own, or nothing at all
+SETTINGS = (
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json"),
+)
+AGAIN = "Get the file again."
 # endings of what transformers and PEFT read, and of what a run's folder has beside that, which a push sends
 READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".yaml", ".md", ".jsonl", ".html")
 MOST_PARAMETERS = 10**13
@@ -38,6 +45,7 @@ def check_model(folder: Path, whole: bool = True) -> None:
         check_weights(path)
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if whole else 0
     check_config(folder / "config.json", weights)
+    check_settings(folder)
 
 
 def check_files(folder: Path) -> None:
@@ -58,6 +66,61 @@ def check_files(folder: Path) -> None:
             )
         if not target.exists() or not stat.S_ISREG(target.stat().st_mode):
             raise SecurityError(f"{path} is no plain file: reading it could hang or reach a device.", "Take it out.")
+
+
+def check_settings(folder: Path) -> None:
+    """Raises SettingsError for a file of settings beside config.json that is no JSON object, or in which a value is of
+    a kind that nothing could be made of: transformers passes over the one, and fails late or strangely at the other."""
+    found = {name: read_object(folder / name, SettingsError, AGAIN) for name in SETTINGS if _is_there(folder / name)}
+    generation = found.get("generation_config.json", {})
+    for name, value in generation.items():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and not all(_is_id(number) for number in ids):
+            path = folder / "generation_config.json"
+            raise SettingsError(f"{path}: {name} is {_short(value)}; expected token numbers.", AGAIN)
+    path, tokenizer = folder / "tokenizer_config.json", found.get("tokenizer_config.json", {})
+    template = tokenizer.get("chat_template")
+    if not (template is None or isinstance(template, str) or _are_named(template)):
+        expected = "a text, or a list of {name, template}"
+        raise SettingsError(f"{path}: chat_template is {_short(template)}; expected {expected}.", AGAIN)
+    for name, value in [*tokenizer.items(), *found.get("special_tokens_map.json", {}).items()]:
+        if re.fullmatch(r"(bos|eos|unk|sep|pad|cls|mask)_token", name) and not _is_token(value):
+            file = path if name in tokenizer else folder / "special_tokens_map.json"
+            expected = "a text, or an object with content"
+            raise SettingsError(f"{file}: {name} is {_short(value)}; expected {expected}.", AGAIN)
+    longest = tokenizer.get("model_max_length")
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float)):
+        raise SettingsError(f"{path}: model_max_length is {_short(longest)}; expected a number.", AGAIN)
+    side = tokenizer.get("padding_side")
+    if side not in (None, "left", "right"):
+        raise SettingsError(f"{path}: padding_side is {_short(side)}; expected left or right.", AGAIN)
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _is_id(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _is_token(value: Any) -> bool:
+    content = value.get("content") if isinstance(value, dict) else value
+    return value is None or isinstance(content, str)
+
+
+def _are_named(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(text, str) for text in value.values())
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+        for one in value
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def check_weights(path: Path) -> None:
@@ -97,6 +160,11 @@ def check_config(path: Path, weights: int = 0) -> None:
         raise SettingsError(
             f"{path}: model_type is {kind!r}; expected the name of an architecture.", "Get the model again."
         )
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+        raise SettingsError(
+            f"{path}: architectures is {_short(names)}; expected a list of names.", "Get the model again."
+        )
     for key, value in _settings(config):
         if "attn_implementation" in key and isinstance(value, str) and not value.isidentifier():
             raise SecurityError(
@@ -114,6 +182,9 @@ def _check_shapes(config: dict[str, Any], path: Path, weights: int) -> None:
         found = next((shape[name] for name in names if name in shape), 0)
         return found if isinstance(found, int) and not isinstance(found, bool) else 0
 
+    for name in ("num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size"):
+        if name in shape and isinstance(shape[name], int) and shape[name] < 1:
+            raise SettingsError(f"{path}: {name} is {shape[name]}; expected 1 or more.", "Get the model again.")
     layers, width = number("num_hidden_layers", "n_layer"), number("hidden_size", "n_embd")
     positions = number("n_positions", "max_position_embeddings")
     parameters = (number("vocab_size") + (positions if "n_positions" in shape else 0)) * width
@@ -126,6 +197,15 @@ def _check_shapes(config: dict[str, Any], path: Path, weights: int) -> None:
             f"{path}: {layers:,} layers of width {width:,} and {number('vocab_size'):,} words are {size}{beside}.",
             "Nothing was allocated. Get the model again: this config.json is not that of its weights.",
         )
+
+
+def settings_with(folder: Path, value: str) -> list[str]:
+    """The settings of a model's config.json that are a text, to say which of them transformers does not know."""
+    try:
+        config = read_object(folder / "config.json")
+    except SettingsError:
+        return []
+    return list(dict.fromkeys(key for key, found in _settings(config) if found == value))
 
 
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

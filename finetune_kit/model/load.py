@@ -21,7 +21,7 @@ from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.embedded import HUB_ID, embedded_folder
 from finetune_kit.model.embedded import LICENSE as EMBEDDED_LICENSE
 from finetune_kit.model.embedded import NAME as EMBEDDED
-from finetune_kit.model.folder import check_files, check_model, check_weights
+from finetune_kit.model.folder import check_files, check_model, check_settings, check_weights, settings_with
 from finetune_kit.names import near_path
 from finetune_kit.network import hub_reachable
 from finetune_kit.parsing import read_object
@@ -95,6 +95,7 @@ def load_tokenizer(model: ModelConfig, saved: Path | None = None, weights: bool 
 
     if saved:
         check_files(saved)
+        check_settings(saved)
     with _said_plainly(model), doing(f"loading the tokenizer of {public_name(model.name_or_path)}"):
         source = {"pretrained_model_name_or_path": saved, **ITS_OWN} if saved else _from(model, weights)
         if lacks_tokenizer(folder := Path(str(source["pretrained_model_name_or_path"]))):
@@ -738,6 +739,12 @@ def _said_plainly(model: ModelConfig) -> Iterator[None]:
                 f"model.name_or_path={name}: the shapes in config.json are not those of its weights.", "Get it again."
             ) from None
         said = " ".join(str(error).split())[:200]
+        value = error.args[0] if isinstance(error, KeyError) and error.args else None
+        if isinstance(value, str) and (keys := settings_with(Path(name).expanduser(), value)):
+            raise SettingsError(
+                f"{Path(name) / 'config.json'}: {' and '.join(keys)} is {value!r}, which transformers does not know.",
+                "Get the file again, or take another model.",
+            ) from error
         if isinstance(error, ImportError):
             raise ResourceError(
                 f"model.name_or_path={name} needs a package that is not here: {said}", "Install it, and run this again."

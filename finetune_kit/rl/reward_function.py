@@ -9,8 +9,10 @@ error.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import decimal
+import functools
 import gc
 import importlib.util
 import inspect
@@ -25,6 +27,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Real
 from pathlib import Path
@@ -32,6 +35,9 @@ from typing import Any, TypeVar
 
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, SettingsError
+from finetune_kit.system import resource
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 OURS = "def score(prompts, completions, records)"
@@ -39,6 +45,10 @@ TRLS = "def score(prompts, completions, completion_ids, **columns)"
 # what TRL gives beside the columns; "prompt" and "completion" are no columns to it
 FROM_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")
+# what tells the main thread that the time is up: no library uses it, and SIGALRM is for the function's own limits
+CLOCK: Any = getattr(signal, "SIGRTMAX", getattr(signal, "SIGVTALRM", None))
+TIMERS = [getattr(signal, name) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF") if hasattr(signal, name)]
+OURS_ALONE = (signal.SIGINT, signal.SIGTERM)  # end a command whatever a reward makes of them
 
 
 class Ended(Exception):  # what happened, not a kind of error
@@ -49,8 +59,17 @@ class TimeIsUp(BaseException):
     """Passes every `except Exception` of the function."""
 
 
-def import_function(path: str, name: str, limit: float) -> tuple[Any, dict[str, str | None]]:
-    """(`name` of the Python file `path`, an instance where it is a class; what the file changed of the environment).
+@dataclass
+class Own:
+    """What a reward's file changed of the process and finds again at every call: variables of the environment (None:
+    taken out), and handlers of signals other than those that end a command."""
+
+    environment: dict[str, str | None] = field(default_factory=dict)
+    handlers: dict[int, Any] = field(default_factory=dict)
+
+
+def import_function(path: str, name: str, limit: float) -> tuple[Any, Own]:
+    """(`name` of the Python file `path`, an instance where it is a class; what the file changed of the process).
 
     Modules beside the file can be imported by it. Raises SettingsError where there is no such file or function, or the
     import fails, exits, or takes more than `limit` seconds.
@@ -61,7 +80,7 @@ def import_function(path: str, name: str, limit: float) -> tuple[Any, dict[str, 
     assert spec.loader is not None
     loader, module = spec.loader, importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses look their module up by name
-    own: dict[str, str | None] = {}
+    own = Own()
 
     def load() -> Any:
         loader.exec_module(module)
@@ -90,7 +109,7 @@ def bind(
     conversational: bool,
     tokenize: Callable[[str], list[int]],
     limit: float,
-    own: dict[str, str | None],
+    own: Own,
     folder: Path,
 ) -> Callable[..., Any]:
     """`function` as score(prompts, completions, records, completion_ids=, trainer_state=, log_extra=, log_metric=).
@@ -221,24 +240,21 @@ def _shown(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} ({str(value)[:40]!r})"
 
 
-def contained(
-    act: Callable[[], Result], limit: float, own: dict[str, str | None], folder: Path, seed: int | None = None
-) -> Result:
+def contained(act: Callable[[], Result], limit: float, own: Own, folder: Path, seed: int | None = None) -> Result:
     """What `act` gives, the process left as it was: working folder, environment, random states, PyTorch's and NumPy's
-    defaults, sys.path, output, logging, warnings, locale and signal handlers.
+    defaults, sys.path, output, logging, warnings, locale, resource limits, signal handlers and timers.
 
-    `own`: what its file changed of the environment (None: took out); it finds that again at every call. `folder`:
-    where it may import from. `seed`: what the random states begin with in here. An exit becomes Ended: sys.exit,
-    os._exit, KeyboardInterrupt and their like, and more than `limit` seconds; a signal from outside does not. Code that
-    never comes back to Python cannot be interrupted.
+    `own`: what its file changed, which it finds again at every call. `folder`: where it may import from. `seed`: what
+    the random states begin with in here. An exit becomes Ended: sys.exit, os._exit, KeyboardInterrupt and their like,
+    and more than `limit` seconds; a signal from outside does not. Alarms and timers of its own neither replace that
+    limit nor outlive the call. Code that never comes back to Python cannot be interrupted.
     """
     main = threading.current_thread() is threading.main_thread()
     came: list[int] = []  # signals from outside
-    put_back, talk = _state(seed), _talk(main)
+    put_back, talk = _state(seed), _talk()
     environment = dict(os.environ)
-    handlers: dict[int, Any] = {}
-    running = [True]
-    _set_environment({**environment, **own})
+    signals, running = _signals() if main else _no_signals, [True]
+    _set_environment({**environment, **own.environment})
     sys.path.append(str(folder.resolve()))  # last: nothing in it hides a library
     leave, process = os._exit, os.getpid()
 
@@ -249,22 +265,31 @@ def contained(
 
     def heed(number: int, frame: Any) -> None:
         came.append(number)
-        handlers[number](number, frame)
+        heeded[number](number, frame)
+
+    def alarmed(number: int, frame: Any) -> None:
+        raise Ended("set an alarm (SIGALRM) that went off, and no handler for it")
 
     def time_is_up(number: int, frame: Any) -> None:
         if running:
             raise TimeIsUp
 
+    clock = _Clock(limit, running) if main and CLOCK is not None else None
+    heeded: dict[int, Any] = {int(number): signal.getsignal(number) for number in OURS_ALONE}
+    set_here: dict[int, Any] = {}
     try:
         os._exit = no_exit  # type: ignore[assignment]
         if main:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if (before := signal.getsignal(number)) is not None:
-                    handlers[int(number)] = before
-                if callable(before):
-                    signal.signal(number, heed)
-            alarm = signal.signal(signal.SIGALRM, time_is_up)
-            signal.setitimer(signal.ITIMER_REAL, limit, 1.0)  # again every second, should it be caught
+            set_here |= {number: heed for number, before in heeded.items() if callable(before)}
+            if hasattr(signal, "SIGALRM") and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
+                set_here[signal.SIGALRM] = alarmed  # by itself it would end the process
+            set_here |= own.handlers
+        if clock:
+            set_here[CLOCK] = time_is_up
+        for number, handler in set_here.items():
+            signal.signal(number, handler)
+        if clock:
+            clock.start()
         return act()
     except Exception:
         raise
@@ -278,19 +303,48 @@ def contained(
         raise Ended(what) from error
     finally:
         running.clear()
-        if main:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, alarm)
-            for taken, before in handlers.items():
-                signal.signal(taken, before)
+        if clock:
+            clock.stop()
+        left = signals(set_here, own)
         os._exit = leave
         after = dict(os.environ)
         changed = [name for name in {*environment, *after} if environment.get(name) != after.get(name)]
-        own.clear()
-        own.update({name: after.get(name) for name in changed})
+        own.environment.clear()
+        own.environment.update({name: after.get(name) for name in changed})
         _set_environment(dict(environment))
         talk()
         put_back()
+        if left:
+            _say_left(", ".join(left))
+
+
+class _Clock(threading.Thread):
+    """Sends CLOCK to the main thread after `limit` seconds, and again every second should what it raises be caught."""
+
+    def __init__(self, limit: float, running: list[bool]) -> None:
+        super().__init__(daemon=True, name="reward.timeout")
+        self.limit, self.running, self.over = limit, running, threading.Event()
+
+    def run(self) -> None:
+        wait = min(self.limit, threading.TIMEOUT_MAX)
+        while not self.over.wait(wait):
+            if self.running:
+                signal.pthread_kill(threading.main_thread().ident or 0, CLOCK)
+            wait = 1.0
+
+    def stop(self) -> None:
+        """Nothing is sent any more."""
+        self.over.set()
+        if self.ident is not None:
+            self.join()
+
+
+@functools.cache
+def _say_left(what: str) -> None:
+    log.warning(
+        "note: a reward function left %s of its own; put back after every call, and reward.timeout holds all the same",
+        what,
+    )
 
 
 def _set_environment(wanted: dict[str, Any]) -> None:
@@ -351,8 +405,49 @@ def _state(seed: int | None) -> Callable[[], None]:
     return put_back
 
 
-def _talk(main: bool) -> Callable[[], None]:
-    """A function that puts back how the process says things and hears signals; in the `main` thread alone can it."""
+def _signals() -> Callable[[dict[int, Any], Own], list[str]]:
+    """A function that puts back signals' handlers, which are blocked, and the timers; for the main thread.
+
+    It is given what was set for the call, keeps what the function set besides as its `own`, and names what it left.
+    """
+    before = {int(number): signal.getsignal(number) for number in signal.valid_signals()}
+    timers = {which: signal.getitimer(which) for which in TIMERS}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, []) if hasattr(signal, "pthread_sigmask") else None
+    began = time.monotonic()
+
+    def put_back(set_here: dict[int, Any], own: Own) -> list[str]:
+        left, passed = [], time.monotonic() - began
+        for which, (rest, again) in timers.items():  # first: one that goes off now finds the function's own handler
+            now = signal.getitimer(which)
+            if now[1] != again or abs(now[0] - max(rest - passed, 0.0)) > 0.5 or bool(now[0]) != bool(rest):
+                signal.setitimer(which, max(rest - passed, 1e-3) if rest else 0.0, again)
+                left.append("a timer")
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in before.items():
+            now_ = signal.getsignal(number)
+            if number != CLOCK and now_ is not set_here.get(number, handler):
+                left.append(f"a handler of {_name(number)}")
+                if number not in OURS_ALONE and now_ is not None:
+                    own.handlers[number] = now_
+            if handler is not None and now_ is not handler:
+                signal.signal(number, handler)
+        return list(dict.fromkeys(left))
+
+    return put_back
+
+
+def _no_signals(set_here: dict[int, Any], own: Own) -> list[str]:
+    return []
+
+
+def _name(number: int) -> str:
+    known = {int(one): one.name for one in signal.Signals}
+    return known.get(number, f"signal {number}")
+
+
+def _talk() -> Callable[[], None]:
+    """A function that puts back how the process says things, and what bounds it."""
     root = logging.getLogger()
     named = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     # what logging.config.dictConfig disables, and basicConfig adds to
@@ -361,7 +456,8 @@ def _talk(main: bool) -> Callable[[], None]:
     words, recursion, mask = locale.setlocale(locale.LC_ALL), sys.getrecursionlimit(), os.umask(0o077)
     os.umask(mask)
     collects, hook, patience = gc.isenabled(), sys.excepthook, socket.getdefaulttimeout()
-    signals = {number: signal.getsignal(number) for number in signal.valid_signals()} if main else {}
+    kinds = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")] if resource else []
+    bounds = {kind: resource.getrlimit(kind) for kind in kinds} if resource else {}
 
     def put_back() -> None:
         for one, level, off, propagate, handlers in loggers:
@@ -380,11 +476,18 @@ def _talk(main: bool) -> Callable[[], None]:
         (gc.enable if collects else gc.disable)()
         sys.excepthook = hook
         socket.setdefaulttimeout(patience)
-        for number, handler in signals.items():
-            if handler is not None and signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
+        for kind, (soft, hard) in bounds.items():
+            now = resource.getrlimit(kind)  # type: ignore[union-attr]  # there are none without it
+            if now != (soft, hard):  # the hard one cannot be raised again
+                with contextlib.suppress(ValueError, OSError):
+                    resource.setrlimit(kind, (_least(soft, now[1]), now[1]))  # type: ignore[union-attr]
 
     return put_back
+
+
+def _least(soft: int, hard: int) -> int:
+    """A soft limit within a hard one; -1 is no limit."""
+    return soft if hard == -1 or (soft != -1 and soft <= hard) else hard
 
 
 def read_from_turns(record: Any) -> bool:

@@ -82,7 +82,7 @@ def file_of(text: str) -> Path | None:
     path, colon, _ = text.rpartition(":")
     for named in (text, path if colon and path.endswith(".py") else ""):
         try:
-            if named and (found := Path(named).expanduser()).exists():
+            if named and ((found := Path(named).expanduser()).is_file() or found.is_dir()):
                 return found
         except (OSError, ValueError, RuntimeError):  # a text that can be no path: too long, with a NUL, ~nobody
             continue
@@ -93,7 +93,7 @@ def _content(path: Path) -> str:
     """SHA-256 of a file, of a Python file with the modules beside it that it imports, or of the weights and settings
     in a folder."""
     if path.is_dir():
-        names = sorted([*path.glob("*.safetensors"), *path.glob("*config.json")])
+        names = sorted(file for end in ("*.safetensors", "*config.json") for file in path.glob(end) if file.is_file())
     else:
         names = sorted(_with_imports(path)) if path.suffix == ".py" else [path]
     return hashlib.sha256("".join(f"{file.name} {_sha256(file)} " for file in names).encode()).hexdigest()
@@ -172,7 +172,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def _folders(run: Path) -> list[Path]:
-    found = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    found = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit() and path.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -217,7 +217,8 @@ def newest_whole(run: Path, strict: bool = False) -> Path | None:
     ResourceError instead. What a killed process left half written is removed.
     """
     for leftover in [*run.glob(f"{TRASH}*"), *(path for path in _folders(run) if not (path / MANIFEST).is_file())]:
-        shutil.rmtree(leftover)
+        if not leftover.is_symlink():
+            shutil.rmtree(leftover)
     for checkpoint in reversed(checkpoints(run)):
         reason = broken(checkpoint)
         if not reason:

@@ -172,6 +172,7 @@ CHOICES = {
     "objects": {"options": [{"label": "A", "text": "red"}, {"label": "B", "text": "blue"}], "answer": "B. blue"},
     "by letter": {"options": {"A": "red", "B": "blue"}, "answer": "B. blue"},
     "one text": {"options": "\nA. red\nB. blue", "answer": "B. blue"},
+    "ARC's and CommonsenseQA's": {"choices": {"label": ["A", "B"], "text": ["red", "blue"]}, "answerKey": "B"},
 }
 
 
@@ -179,6 +180,73 @@ CHOICES = {
 def test_choices_in_every_form_are_listed_below_the_question(name, tmp_path):
     record = read(tmp_path, {"question": "The sky?", **CHOICES[name]})
     assert record.messages == [user("The sky?\nA. red\nB. blue"), assistant("B. blue")]
+
+
+KNOWN = {
+    "HellaSwag": (
+        {"ctx": "He", "ctx_a": "He", "endings": ["runs.", "is a pie."], "label": "0", "activity_label": "Run"},
+        ("He\nA. runs.\nB. is a pie.", "A. runs."),
+        {"ctx_a", "activity_label"},
+    ),
+    "OpenBookQA": (
+        {"question_stem": "Why?", "choices": {"text": ["so", "no"], "label": ["1", "2"]}, "answerKey": "2"},
+        ("Why?\n1. so\n2. no", "2. no"),
+        set(),
+    ),
+    "C-Eval": (
+        {"question": "Why?", "A": "so", "B": "no", "C": "yes", "answer": "B"},
+        ("Why?\nA. so\nB. no\nC. yes", "B"),
+        set(),
+    ),
+    "SciQ": ({"question": "Why?", "correct_answer": "so", "distractor1": "no"}, ("Why?", "so"), {"distractor1"}),
+    "SQuAD": (
+        {"title": "T", "context": "Ann ran.", "question": "Who?", "answers": {"text": ["Ann"], "answer_start": [0]}},
+        ("Ann ran.\n\nWho?", "Ann"),
+        {"title"},
+    ),
+    "SQuAD, read by three": (
+        {"context": "Ann ran.", "question": "Who?", "answers": {"text": ["Ann", "Ann", "An"], "answer_start": [0] * 3}},
+        ("Ann ran.\n\nWho?", "Ann"),
+        {"answers.text[1:]"},
+    ),
+    "WebGPT's question": (
+        {"question": {"id": 1, "full_text": "Why?"}, "answer": "So."},
+        ("Why?", "So."),
+        {"question.id"},
+    ),
+    "a list of one answer": ({"question": "Why?", "answers": ["So."]}, ("Why?", "So."), set()),
+    "a demonstration": ({"instruction": "Why?", "demonstration": "So."}, ("Why?", "So."), set()),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_data_sets_of_questions_are_read_as_what_they_say_and_the_rest_of_them_is_named(name, tmp_path):
+    row, (question, answer), unused = KNOWN[name]
+    data = load(tmp_path, [row])
+    assert data.train_records[0].messages == [user(question), assistant(answer)]
+    assert set(data.ledger.unused_columns) == unused
+    prompt = read(tmp_path, row, "prompt")
+    assert (prompt.messages, prompt.completion) == ([user(question)], answer)
+    assert prompt.metadata == row
+
+
+def test_a_question_without_an_answer_is_dropped_and_an_answer_that_is_many_texts_or_no_choice_is_refused(tmp_path):
+    rows = [{"question": f"{n}?", "context": "C.", "answers": {"text": ["a"], "answer_start": [0]}} for n in range(3)]
+    rows.append({"question": "Who?", "context": "C.", "answers": {"text": [], "answer_start": []}})
+    assert load(tmp_path, rows, max_lost=0.5).ledger.train.dropped == {"empty answer": 1}
+    with pytest.raises(DataError, match=r"rows.jsonl:1: answers is a list of 2 texts, which does not say whether one"):
+        read(tmp_path, {"question": "Which?", "answers": ["red", "blue"]})
+    with pytest.raises(DataError, match=r"rows.jsonl:1: answer_key is 'C'; the choices are A, B\."):
+        read(tmp_path, {"question": "Which?", "choices": ["red", "blue"], "answerKey": "C"})
+
+
+def test_a_score_on_a_scale_is_no_word_of_liking_and_0_and_1_are_by_a_setting(tmp_path):
+    rows = [{"prompt": f"{n}?", "completion": "a", "score": n % 2} for n in range(4)]
+    with pytest.raises(DataError, match=r"score is a number on a scale, such as 0, and no word of liking") as caught:
+        load(tmp_path, rows, "labelled_completion")
+    assert "data.columns='{score: label}'" in caught.value.fix
+    data = load(tmp_path, rows, "labelled_completion", columns={"score": "label"})
+    assert data.train["label"] == [False, True, False, True]
 
 
 def test_choices_that_the_question_lists_already_are_not_listed_again(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import yaml
 
 from finetune_kit.config import DataConfig
 from finetune_kit.data.load import Data, load_data
@@ -92,6 +93,19 @@ LAYOUTS = {
         "chosen": json.dumps([*TURNS, {"role": "assistant", "content": "good"}]),
         "rejected": json.dumps([*TURNS, {"role": "assistant", "content": "bad"}]),
     },
+    "WebGPT's question in an object": {
+        "question": {"dataset": "eli5", "id": "x", "full_text": "q"},
+        "answer_0": "bad",
+        "answer_1": "good",
+        "score_0": -0.5,
+        "score_1": 0.5,
+    },
+    "LLaMA-Factory's list of the good and the bad": {"instruction": "q", "input": "", "output": ["good", "bad"]},
+    "win and lose": {"prompt": "q", "win": "good", "lose": "bad"},
+    "an edited answer": {"prompt": "q", "original_response": "bad", "edited_response": "good"},
+    "stack-exchange-paired": {"question": "q", "response_j": "good", "response_k": "bad"},
+    "columns A and B": {"prompt": "q", "A": "bad", "B": "good", "winner": "B"},
+    "columns A and B, numbered by hand": {"prompt": "q", "response_0": "bad", "response_1": "good", "label": 1},
     "two conversations and annotators": {
         "conversation_a": [*TURNS, {"role": "assistant", "content": "good"}],
         "conversation_b": [*TURNS, {"role": "assistant", "content": "bad"}],
@@ -103,6 +117,23 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_gives_the_same_pair(tmp_path, name):
     assert said(one(tmp_path, LAYOUTS[name])) == ("q", "good", "bad")
+
+
+@pytest.mark.parametrize("names", [("A", "B"), ("response_a", "response_b"), ("a", "b")])
+def test_a_0_or_1_over_answers_with_letters_is_refused_with_the_two_ways_to_say_which_it_is(tmp_path, names):
+    row = {"prompt": "q", names[0]: "one", names[1]: "other", "label": 0}
+    with pytest.raises(
+        DataError, match=rf"label is 0, which does not say whether {names[0]} or {names[1]} is"
+    ) as caught:
+        one(tmp_path, row)
+    for fix, chosen in zip(caught.value.fix.split("data.columns=")[1:], ("one", "other"), strict=True):
+        said_columns = yaml.safe_load(fix.split("'")[1])
+        assert said(one(tmp_path, row, columns=said_columns))[1] == chosen
+
+
+def test_a_list_of_three_outputs_is_no_pair(tmp_path):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: output is a list of 3 texts; a pair is two"):
+        one(tmp_path, {"instruction": "q", "output": ["a", "b", "c"]})
 
 
 def test_rows_of_one_scored_answer_each_are_paired_by_their_prompt_the_best_against_the_worst(tmp_path):

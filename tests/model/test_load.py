@@ -33,6 +33,22 @@ def copied(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "copied"))
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"hidden_act": "zzz"}, r"config\.json: hidden_act is 'zzz', which transformers does not know"),
+        ({"rope_parameters": {"rope_type": "zzz"}}, r"config\.json: .*rope_type is 'zzz', which transformers does not"),
+        ({"num_attention_heads": 0}, r"copied cannot be loaded"),
+        ({"hidden_size": "x"}, r"copied cannot be loaded: .*hidden_size"),
+    ],
+)
+def test_a_setting_that_transformers_cannot_take_is_named(changed: dict[str, object], said: str, copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(SettingsError, match=said):
+        empty_policy(ModelConfig(name_or_path=str(copied)), None, trained_in_full=True)
+
+
 class TestName:
     def test_a_local_folder_and_a_hub_id_are_taken_as_they_are(self, tiny_model: Path) -> None:
         assert resolve_name(str(tiny_model)) == str(tiny_model)

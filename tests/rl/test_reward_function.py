@@ -6,10 +6,12 @@ import locale
 import logging
 import os
 import random
+import resource
 import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from finetune_kit.config import ModelConfig
 from finetune_kit.data.records import Prompt
 from finetune_kit.errors import DataError, SettingsError
+from finetune_kit.rl import reward_function
 from finetune_kit.rl.rewards import RewardConfig, Rewards, load_rewards
 
 QUESTIONS, ANSWERS = ["1+1", "2+2", "3+3"], ["2", "5", "six"]
@@ -169,20 +172,66 @@ def test_no_way_to_end_the_import_does_either(load: Load, line: str, said: str) 
         "time.sleep(60)",
         "\n    while True: pass",
         "\n    while True:\n        try: time.sleep(9)\n        except Exception: pass",
+        "signal.alarm(0); signal.setitimer(signal.ITIMER_REAL, 0); time.sleep(60)",
+        "\n    signal.signal(signal.SIGALRM, signal.SIG_IGN); signal.alarm(50)\n    while True: pass",
+        "\n    signal.signal(signal.SIGALRM, lambda *_: None)\n"
+        "    while True: signal.setitimer(signal.ITIMER_REAL, 0.01); time.sleep(9)",
     ],
 )
 def test_a_call_that_hangs_ends_with_the_setting_that_allows_it_more(load: Load, wait: str) -> None:
-    rewards = load(f"import time\ndef score(completions, **kwargs): {wait}", timeout=0.2)
+    rewards = load(f"import signal, time\ndef score(completions, **kwargs): {wait}", timeout=0.2)
     with pytest.raises(DataError, match=r"took more than reward\.timeout=0\.2 seconds") as caught:
         scores(rewards)
     assert "reward.timeout" in caught.value.fix
     with pytest.raises(SettingsError, match=r"took more than reward\.timeout=0\.2 seconds"):
         load("import time; time.sleep(60)", timeout=0.2)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
+OWN_LIMIT = """
+import signal, time
+class TooSlow(Exception): pass
+def too_slow(*_): raise TooSlow
+{at_import}
+def score(completions, **_):
+    {before}
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        time.sleep(30)
+    except TooSlow:
+        return [0.5] * len(completions)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+@pytest.mark.parametrize("where", ["at_import", "before"])
+def test_a_time_limit_of_the_reward_s_own_works_in_every_call(
+    load: Load, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    reward_function._say_left.cache_clear()
+    places = {"at_import": "", "before": "", where: "signal.signal(signal.SIGALRM, too_slow)"}
+    rewards = load(OWN_LIMIT.format(**places))
+    assert scores(rewards) == [0.5, 0.5, 0.5]
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    assert scores(rewards) == [0.5, 0.5, 0.5]
+    assert [record.message.split(";")[0] for record in caplog.records] == [
+        "note: a reward function left a handler of SIGALRM of its own"
+    ]
+
+
+def test_an_alarm_without_a_handler_is_an_error_and_not_the_end_of_the_process(load: Load) -> None:
+    text = "import signal, time\ndef score(completions, **_):\n    signal.setitimer(signal.ITIMER_REAL, 0.02)\n"
+    with pytest.raises(DataError, match=r"reward score set an alarm \(SIGALRM\) that went off"):
+        scores(load(text + "    time.sleep(30)"))
+    scores(load(text.replace("0.02", "0.3") + "    return [0] * len(completions)"))
+    time.sleep(0.4)  # it was stopped
 
 
 BENDS = """
-import decimal, gc, locale, logging, logging.config, os, random, signal, socket, sys, warnings, numpy, torch
+import decimal, gc, locale, logging, logging.config, os, random, resource, signal, socket, sys, warnings, numpy, torch
+HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 def bend():
     logging.disable(logging.CRITICAL); logging.getLogger().setLevel(logging.ERROR); logging.getLogger().handlers.clear()
     logging.config.dictConfig({"version": 1, "disable_existing_loggers": True})
@@ -195,7 +244,8 @@ def bend():
     os.chdir("/"); random.seed(1); random.random(); numpy.random.seed(2); torch.manual_seed(3)
     torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.set_num_threads(3)
     os.environ["BENT"] = "yes"; os.environ.pop("HOME", None); sys.path.append("/nowhere"); sys.stdout = None
-    signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.alarm(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.alarm(1); signal.setitimer(signal.ITIMER_VIRTUAL, 9)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); resource.setrlimit(resource.RLIMIT_NOFILE, (99, HARD))
 bend()
 def score(prompts, completions, records):
     assert os.environ["BENT"] == "yes"  # its own, still
@@ -217,7 +267,8 @@ def state() -> list[Any]:
         logging.getLogger("finetune_kit").disabled, list(warnings.filters), warnings.showwarning, sys.excepthook,
         sys.getrecursionlimit(), gc.isenabled(), socket.getdefaulttimeout(), np.geterr(), decimal.getcontext().prec,
         torch.get_float32_matmul_precision(), torch.is_anomaly_enabled(), torch.is_autocast_enabled("cpu"),
-        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.benchmark, signal.getitimer(signal.ITIMER_VIRTUAL), signal.getsignal(signal.SIGALRM),
+        signal.pthread_sigmask(signal.SIG_BLOCK, []), resource.getrlimit(resource.RLIMIT_NOFILE),
     ]  # fmt: skip
 
 
