@@ -58,7 +58,7 @@ def test_the_page_has_a_row_for_each_with_what_came_of_it_and_why_not(benchmark:
     refused = {**cells, "reward": {"is": "no", "why": "/home/me/models/b is none.", "seconds": 0.5}}
     unmade = {"make": {"is": "no", "why": "ValueError: too large", "seconds": 0.1}}
     results = {
-        name: {"example": "org/" + name, "cells": found}
+        name: {"example": "org/" + name, "cells": found, "day": f"2026-11-0{len(name)}"}
         for name, found in (("a", cells), ("b", refused), ("c", unmade))
     }
     said = benchmark.page(results, ["a", "b", "c"])
@@ -67,7 +67,10 @@ def test_the_page_has_a_row_for_each_with_what_came_of_it_and_why_not(benchmark:
     assert "- `b`, reward: …/b is none." in said
     assert "- a router: `gate` (2)" in said
     assert "- `c`: ValueError: too large" in said
-    assert "Of 3 architectures 2 could be made small; of those 1 do everything below." in said
+    assert (
+        f"from 2026-11-01 to 2026-11-01: 3 of {len(benchmark.every())} architectures. Of those 2 could be made small"
+        in said
+    )
 
 
 def test_every_causal_architecture_of_transformers_is_on_the_list_and_those_that_read_images(benchmark: Any) -> None:
@@ -78,17 +81,16 @@ def test_every_causal_architecture_of_transformers_is_on_the_list_and_those_that
 
 
 @pytest.mark.long
-def test_what_any_architecture_cannot_do_is_refused_with_a_reason(tmp_path: Path) -> None:
+def test_what_any_architecture_cannot_do_is_refused_with_a_reason(benchmark: Any, tmp_path: Path) -> None:
     """Hours on one core."""
-    page = tmp_path / "models.md"
-    words = ("--to", str(tmp_path), "--page", str(page), "--limit", "300")
+    page, kept = tmp_path / "models.md", tmp_path / "results.jsonl"
+    words = ("--to", str(tmp_path), "--page", str(page), "--results", str(kept), "--limit", "300")
     done = python(str(ROOT / "benchmarks" / "architectures.py"), *words, cwd=tmp_path)
     assert done.code == 0, done.err
-    results = {path.stem: json.loads(path.read_text())["cells"] for path in (tmp_path / "results").glob("*.json")}
     failed = {
         f"{name} {cell}": found["why"]
-        for name, cells in results.items()
-        for cell, found in cells.items()
+        for name, result in benchmark.read(kept).items()
+        for cell, found in result["cells"].items()
         if found["is"] == "fails"
     }
     assert not failed

@@ -385,6 +385,7 @@ def load_policy(
     if lora is not None and lora.init_from:
         check_base(model, adapters.adopt(lora))
     base = load_base(model, trained_in_full)
+    language.check_order(base, model.name_or_path)
     if beside := language.said(language.left_alone(base)):
         _say_once(f"note: {public_name(model.name_or_path)}: only its language model is trained; left alone: {beside}")
     if lora is None:
@@ -450,9 +451,12 @@ def _empty(model: ModelConfig, **given: Any) -> PreTrainedModel:
 
 
 def check_text(model: ModelConfig) -> None:
-    """Raises SettingsError for a model that reads more than text, and cannot be trained on text alone."""
-    if language_class(model) in language.MULTIMODAL and (reason := language.refuses_text(_empty(model))):
+    """Raises SettingsError for a model that reads more than text, and cannot be trained on text alone, and for one
+    whose tokens see those behind them, as far as it can be told without weights."""
+    base = _empty(model)
+    if language_class(model) in language.MULTIMODAL and (reason := language.refuses_text(base)):
         raise SettingsError(f"model.name_or_path={model.name_or_path} {reason}", language.TAKE_ANOTHER)
+    language.check_order(base, model.name_or_path)
 
 
 def learned_positions(model: ModelConfig) -> int | None:
