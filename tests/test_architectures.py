@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune_kit import verify
+from finetune_kit.model.language import sees_ahead
 from tests.fixtures_cli import ROOT, python
+from tests.model.architectures import auto_class, empty_model, tiny_config
 
 # dense layers apart: Conv1D, fused products, experts of four makes, and among them such as PEFT renames; linear
 # attention and state spaces between layers of attention, and alone; sliding windows; a router that is a linear layer
@@ -78,6 +81,31 @@ def test_every_causal_architecture_of_transformers_is_on_the_list_and_those_that
     assert {"llama", "gpt2", "qwen3_moe", "mistral3", "llava"} <= set(names)
     assert len(names) == len(set(names)) > 200
     assert benchmark.example("gpt2") == "openai-community/gpt2"
+
+
+@pytest.mark.long
+def test_every_architecture_writes_from_left_to_right_or_is_seen_not_to(benchmark: Any) -> None:
+    """Minutes on one core. An independent look: the logits before the last of nine tokens, with another last one."""
+    wrong = {}
+    for name in benchmark.every():
+        try:
+            empty = empty_model(name)
+            assert sum(weight.numel() for weight in empty.parameters()) < benchmark.MOST_PARAMETERS
+            torch.manual_seed(0)
+            model = auto_class(name).from_config(tiny_config(name)).float().eval()
+            with torch.no_grad():
+                for weight in model.parameters():
+                    if weight.dim() > 1:
+                        weight.normal_(std=0.2)
+                ids = torch.arange(5, 14).repeat(2, 1)
+                ids[1, -1] = 99
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        except Exception:  # what cannot be made small, or takes no text alone, is on the page with its reason
+            continue
+        ahead = bool((logits[0, :-1] - logits[1, :-1]).abs().max() > 1e-4)
+        if sees_ahead(model) != ahead or (sees_ahead(empty) and not ahead):
+            wrong[name] = (ahead, sees_ahead(model), sees_ahead(empty))
+    assert not wrong
 
 
 @pytest.mark.long

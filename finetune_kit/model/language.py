@@ -133,8 +133,8 @@ def sees_ahead(model: Any) -> bool:
     """Whether a token of a model sees those behind it: its loss would then be that of a word that it reads.
 
     Of a loaded one, two rows tell that differ in their last token alone. Of one without weights (on torch's meta
-    device), the masks tell that it asks transformers for; one that makes its own is not judged. Nor is what cannot run
-    on a few tokens.
+    device), the masks tell that it asks transformers for, or the settings of one that makes its own, if there are such.
+    What cannot run on a few tokens is not judged.
     """
     import torch
 
@@ -173,7 +173,10 @@ def _asks_to_see_ahead(model: Any) -> bool:
     finally:
         for name, make in before.items():
             MASKS[name] = make
-    return any(seen)
+    text = model.config.get_text_config()
+    # XLM's word, XLNet's, and that of the many like BERT
+    words = [getattr(text, name, None) for name in ("causal", "attn_type", "is_decoder")]
+    return any(seen) if seen else words[0] is False or words[1] == "bi" or words[2] is False
 
 
 def _run(model: Any, ids: Any) -> Any:

@@ -139,6 +139,8 @@ def _small(values: dict[str, Any], fill: bool) -> dict[str, Any]:
             found[name] = [1]  # a hybrid whose default has no attention
         elif fill and value is None and name in OPEN:
             found[name] = OPEN[name]
+        elif fill and name == "vocabulary_map" and value is None:  # ids of what stands for pictures
+            found[name] = {"<image>": 260, "<|extra_200|>": 259, "IMGIMGA": 258, "<|visual token 000000|>": 258}
         elif fill and name == "is_decoder":
             found[name] = True
         elif fill and name == "layer_types" and value is None:
