@@ -138,7 +138,7 @@ def sees_ahead(model: Any) -> bool:
     """
     import torch
 
-    if model.device.type == "meta":
+    if model.get_input_embeddings().weight.device.type == "meta":  # XLNet makes its first weight on the CPU
         return _asks_to_see_ahead(model)
     words = min(model.config.get_text_config().vocab_size, 256)
     row = torch.randint(words, (LOOK,), generator=torch.Generator().manual_seed(0))
@@ -183,7 +183,7 @@ def _run(model: Any, ids: Any) -> Any:
     """What a model says of rows of token ids; None where it does not take them."""
     import torch
 
-    was_training, ids = model.training, ids.to(model.device)
+    was_training, ids = model.training, ids.to(model.get_input_embeddings().weight.device)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some draw what they hash by
             return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
