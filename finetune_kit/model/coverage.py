@@ -158,7 +158,8 @@ def _unreachable(modules: dict[str, Any], config: Any, name: str, module: Any) -
     if _is_router(modules, config, name, module):
         return ROUTER
     home, _, leaf = name.rpartition(".")
-    return READ_PAST if home in modules and leaf in _read_past(type(modules[home])) else ""
+    around: Any = type(modules.get(home))
+    return READ_PAST if leaf in _read_past(around) else ""
 
 
 @cache

@@ -138,7 +138,7 @@ def sees_ahead(model: Any) -> bool:
     """
     import torch
 
-    if model.get_input_embeddings().weight.device.type == "meta":  # XLNet makes its first weight on the CPU
+    if _device(model).type == "meta":
         return _asks_to_see_ahead(model)
     words = min(model.config.get_text_config().vocab_size, 256)
     row = torch.randint(words, (LOOK,), generator=torch.Generator().manual_seed(0))
@@ -149,6 +149,12 @@ def sees_ahead(model: Any) -> bool:
     moved = (found.logits[0] - found.logits[1]).float().norm(dim=-1)
     rounding = AHEAD if found.logits.dtype == torch.float32 else 100 * AHEAD
     return bool(moved[:-1].max() > rounding * moved[-1])
+
+
+def _device(model: Any) -> Any:
+    """Where a model's words are: XLNet makes its first weight on the CPU, whatever is asked for."""
+    words = getattr(model.get_input_embeddings(), "weight", None)
+    return model.device if words is None else words.device
 
 
 def _asks_to_see_ahead(model: Any) -> bool:
@@ -183,7 +189,7 @@ def _run(model: Any, ids: Any) -> Any:
     """What a model says of rows of token ids; None where it does not take them."""
     import torch
 
-    was_training, ids = model.training, ids.to(model.get_input_embeddings().weight.device)
+    was_training, ids = model.training, ids.to(_device(model))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some draw what they hash by
             return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
