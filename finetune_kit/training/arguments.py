@@ -107,8 +107,8 @@ def build(
         text.output_router_logits = routers
     if not processes.sharding():  # whose layers are not whole yet
         models = filter(None, (getattr(trainer, "ref_model", None), policy))
-        said = [settle_head(one, getattr(trainer, "temperature", 1.0), packed.HEAD_OUTPUTS) for one in models]
-        if wrong := said[-1]:
+        found = [settle_head(one, getattr(trainer, "temperature", 1.0), packed.HEAD_OUTPUTS) for one in models]
+        if wrong := found[-1]:
             console.print(f"note: losses are computed from all logits: {wrong}")
     if getattr(trainer, "aux_loss_enabled", False) and not _gives_router_loss(policy):
         trainer.aux_loss_enabled = False  # TRL goes by the config alone, and would multiply what is not there
