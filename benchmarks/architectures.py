@@ -1,7 +1,7 @@
 """Every architecture that transformers knows, tiny and random, through the commands that people type.
 
     python benchmarks/architectures.py [--only mixtral gpt2 …] [--again] [--limit 120] [--to build/architectures]
-                                       [--page docs/models.md] [--no-page]
+                                       [--results benchmarks/architectures.jsonl] [--page docs/models.md]
 
 Each one that AutoModelForCausalLM makes, and each that reads images besides and has a language model in it, is made
 small by general rules (tests/model/architectures.py: hidden size 64, each layer kind once), so that an architecture of
@@ -12,8 +12,9 @@ anything else that is raised is called a failure.
 
 Each architecture has a process of its own, forked from one that has imported the libraries; one that takes more than
 `--limit` seconds for a cell is ended, and the next cell begins in another. The proof's fresh process is such a fork,
-too. Results are kept in a JSON file for each architecture, and what is there from this release of transformers is not
-run again, unless `--again`.
+too. Results are kept in a line of JSON for each architecture, with the day, and what is there from this release of
+transformers is not run again, unless `--again`. The page is made of those lines after each architecture, so that it can
+be ended and taken up at any time.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +220,13 @@ def examine_here(
 
     torch.set_num_threads(1)
     verify.in_a_fresh_process = in_a_fork
+    found: dict[str, dict[str, Any]] = {}
     for cell in cells:
-        say(cell, one(cell, home, model_type, log))
+        if cell == "merge" and found.get("lora", {"is": "yes"})["is"] != "yes":  # there is nothing to merge
+            found[cell] = {"is": "no", "why": found["lora"]["why"], "seconds": 0.0}
+        else:
+            found[cell] = one(cell, home, model_type, log)
+        say(cell, found[cell])
 
 
 def examine(model_type: str, home: Path, limit: float) -> dict[str, Any]:
@@ -257,34 +264,47 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these alone, of transformers' model types")
     parser.add_argument("--again", action="store_true", help="what is there is run again")
     parser.add_argument("--limit", type=float, default=120, help="seconds for a cell")
-    parser.add_argument("--to", type=Path, default=ROOT / "build" / "architectures", help="models, runs, results")
+    parser.add_argument("--to", type=Path, default=ROOT / "build" / "architectures", help="models, runs, logs")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "architectures.jsonl")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "models.md")
-    parser.add_argument("--no-page", action="store_true", help="leave the page as it is")
     asked = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     import_heavy()
     home = asked.to.resolve()
     furnish(home)
-    (home / "results").mkdir(exist_ok=True)
     for kind in ("models", "runs"):
         remove(home / kind)
     warm_up(home)
     for kind in ("models", "runs"):
         remove(home / kind)
     for model_type in asked.only or every():
-        path = home / "results" / f"{model_type}.json"
-        if not asked.again and path.is_file() and json.loads(path.read_text())["transformers"] == version():
+        known = read(asked.results).get(model_type)
+        if not asked.again and known and known["transformers"] == version():
             continue
         cells = examine(model_type, home, asked.limit)
-        result = {"transformers": version(), "example": example(model_type), "cells": cells}
-        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        day = datetime.now(UTC).date().isoformat()
+        result = {"transformers": version(), "day": day, "example": example(model_type), "cells": cells}
+        results = read(asked.results) | {model_type: result}  # another process may have added some
+        write(results, asked.results)
+        asked.page.write_text(page(results, [name for name in every() if name in results]), encoding="utf-8")
         for kind in ("models", "runs"):
             remove(home / kind / model_type)
         print(line_of(model_type, result), flush=True)
-    if not asked.no_page:
-        results = {path.stem: json.loads(path.read_text()) for path in (home / "results").glob("*.json")}
-        asked.page.write_text(page(results, [name for name in every() if name in results]), encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """{architecture: its result} of a file of results."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {result.pop("architecture"): result for result in map(json.loads, lines)}
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    """The file anew, a line for each; one that is half written is never there."""
+    lines = [json.dumps({"architecture": name, **results[name]}) for name in sorted(results)]
+    beside = path.with_suffix(".part")
+    beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    beside.replace(path)
 
 
 def import_heavy() -> None:
@@ -348,8 +368,9 @@ of it with hidden size 64 and each kind of layer once; and runs the commands on 
 a CPU. What was saved is loaded by plain libraries and must give the same outputs; what was merged must give the
 adapter's. So the page says that a way works, not how good a model gets by it. With TRL {trl} and PEFT {peft}.
 
-Of {count} architectures {made} could be made small; of those {all_of} do everything below. Read a cell so: **yes**:
-done and proven; **no**: refused with a message that says why; **fails**: an error that the project has no message for.
+Run from {first} to {last}: {count} of {every} architectures. Of those {made} could be made small, and of
+those {all_of} do everything below. Read a cell so: **yes**: done and proven; **no**: refused with a message that says
+why; **fails**: an error that the project has no message for.
 *rows*: whether samples go through the layers packed or padded; *coverage*: what share of the weights of the language
 model's layers `lora.target_modules=all-linear` adapts. What is left out, and why, is listed below the table, as are the
 reasons of each **no** and **fails**. *seconds*: of CPU, all the cells together.
@@ -374,7 +395,7 @@ reasons of each **no** and **fails**. *seconds*: of CPU, all the cells together.
 """
 
 
-def page(results: dict[str, Any], names: Iterable[str]) -> str:
+def page(results: dict[str, Any], names: Sequence[str]) -> str:
     """docs/models.md."""
     columns = [*RECIPES, "merge"]
     rows = [f"| architecture | example | {' | '.join(columns)} | rows | coverage | seconds |"]
@@ -404,6 +425,7 @@ def page(results: dict[str, Any], names: Iterable[str]) -> str:
             for why in sorted(packed - {"packed"}):
                 said.setdefault(plain(why), []).append("rows")
         reasons += [f"- `{name}`, {', '.join(which)}: {why}" for why, which in said.items()]
+    days = [results[name]["day"] for name in names]
     listed = []
     for reason, kinds in sorted(left_out.items()):
         named = ", ".join(f"`{kind}` ({len(of)})" for kind, of in sorted(kinds.items(), key=lambda one: -len(one[1])))
@@ -412,6 +434,9 @@ def page(results: dict[str, Any], names: Iterable[str]) -> str:
     return HEAD.format(
         **installed,
         count=made + len(unmade),
+        every=len(every()),
+        first=min(days, default="–"),
+        last=max(days, default="–"),
         made=made,
         all_of=whole,
         table="\n".join(rows),

@@ -226,6 +226,11 @@ class RecipeConfig:
     hub: HubConfig = section(HubConfig)
 
     @property
+    def scores(self) -> bool:
+        """Whether what is trained scores texts and writes none."""
+        return self.trainer_config.endswith(".RewardConfig")
+
+    @property
     def cut_matters(self) -> str:
         """Why the loss of a step depends on how its rows are cut into forward passes; "" where it does not."""
         return ""

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune_kit import verify
+from finetune_kit.model.language import sees_ahead
 from tests.fixtures_cli import ROOT, python
+from tests.model.architectures import auto_class, empty_model, tiny_config
 
 # dense layers apart: Conv1D, fused products, experts of four makes, and among them such as PEFT renames; linear
 # attention and state spaces between layers of attention, and alone; sliding windows; a router that is a linear layer
@@ -58,7 +61,7 @@ def test_the_page_has_a_row_for_each_with_what_came_of_it_and_why_not(benchmark:
     refused = {**cells, "reward": {"is": "no", "why": "/home/me/models/b is none.", "seconds": 0.5}}
     unmade = {"make": {"is": "no", "why": "ValueError: too large", "seconds": 0.1}}
     results = {
-        name: {"example": "org/" + name, "cells": found}
+        name: {"example": "org/" + name, "cells": found, "day": f"2026-11-0{len(name)}"}
         for name, found in (("a", cells), ("b", refused), ("c", unmade))
     }
     said = benchmark.page(results, ["a", "b", "c"])
@@ -67,7 +70,10 @@ def test_the_page_has_a_row_for_each_with_what_came_of_it_and_why_not(benchmark:
     assert "- `b`, reward: …/b is none." in said
     assert "- a router: `gate` (2)" in said
     assert "- `c`: ValueError: too large" in said
-    assert "Of 3 architectures 2 could be made small; of those 1 do everything below." in said
+    assert (
+        f"from 2026-11-01 to 2026-11-01: 3 of {len(benchmark.every())} architectures. Of those 2 could be made small"
+        in said
+    )
 
 
 def test_every_causal_architecture_of_transformers_is_on_the_list_and_those_that_read_images(benchmark: Any) -> None:
@@ -78,17 +84,41 @@ def test_every_causal_architecture_of_transformers_is_on_the_list_and_those_that
 
 
 @pytest.mark.long
-def test_what_any_architecture_cannot_do_is_refused_with_a_reason(tmp_path: Path) -> None:
+def test_every_architecture_writes_from_left_to_right_or_is_seen_not_to(benchmark: Any) -> None:
+    """Minutes on one core. An independent look: the logits before the last of nine tokens, with another last one."""
+    wrong = {}
+    for name in benchmark.every():
+        try:
+            empty = empty_model(name)
+            assert sum(weight.numel() for weight in empty.parameters()) < benchmark.MOST_PARAMETERS
+            torch.manual_seed(0)
+            model = auto_class(name).from_config(tiny_config(name)).float().eval()
+            with torch.no_grad():
+                for weight in model.parameters():
+                    if weight.dim() > 1:
+                        weight.normal_(std=0.2)
+                ids = torch.arange(5, 14).repeat(2, 1)
+                ids[1, -1] = 99
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        except Exception:  # what cannot be made small, or takes no text alone, is on the page with its reason
+            continue
+        ahead = bool((logits[0, :-1] - logits[1, :-1]).abs().max() > 1e-4)
+        if sees_ahead(model) != ahead or (sees_ahead(empty) and not ahead):
+            wrong[name] = (ahead, sees_ahead(model), sees_ahead(empty))
+    assert not wrong
+
+
+@pytest.mark.long
+def test_what_any_architecture_cannot_do_is_refused_with_a_reason(benchmark: Any, tmp_path: Path) -> None:
     """Hours on one core."""
-    page = tmp_path / "models.md"
-    words = ("--to", str(tmp_path), "--page", str(page), "--limit", "300")
+    page, kept = tmp_path / "models.md", tmp_path / "results.jsonl"
+    words = ("--to", str(tmp_path), "--page", str(page), "--results", str(kept), "--limit", "300")
     done = python(str(ROOT / "benchmarks" / "architectures.py"), *words, cwd=tmp_path)
     assert done.code == 0, done.err
-    results = {path.stem: json.loads(path.read_text())["cells"] for path in (tmp_path / "results").glob("*.json")}
     failed = {
         f"{name} {cell}": found["why"]
-        for name, cells in results.items()
-        for cell, found in cells.items()
+        for name, result in benchmark.read(kept).items()
+        for cell, found in result["cells"].items()
         if found["is"] == "fails"
     }
     assert not failed

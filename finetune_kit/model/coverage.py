@@ -6,19 +6,22 @@ parameters, experts. It never means a router, a vision tower or projector, or a 
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 HEADS = ("lm_head", "score")
 ROUTER = "a router, which decides and does not compute"
 OUTSIDE = "outside the language model's layers"
-STATE_SPACE = "its kernel reads the weight past an adapter (PEFT refuses it on this architecture)"
+READ_PAST = "the code around it reads its weight past an adapter, for a kernel or a product of its own"
+# a layer's weight as an operand in the code of the module around it, not its type, its shape or a slice of it
+READS = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?! =|\.(?:dtype|device|shape|ndim|data)\b|\[)")
 EXPERTS_IN_4_BIT = "4-bit experts take no adapter"
-# What PEFT refuses as a target on state-space models (peft.tuners.tuners_utils._check_lora_target_modules_mamba).
-STATE_SPACE_MODELS, STATE_SPACE_LAYERS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}, {"out_proj"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def matrices(model: Any) -> Iterator[Matrix]:
             if leaf.isdigit():  # a layer of a Sequential has no name of its own
                 leaf = ".".join(name.rsplit(".", 2)[-2:])
             reason = _unreachable(modules, config, name, module) if inside else OUTSIDE
-            as_parameter = leaf in renamed and not reason
+            as_parameter = not reason and (leaf in renamed or not _gives_its_product(module))
             full = f"{name}.weight" if as_parameter else name
             yield Matrix(full, leaf, _size(module), as_parameter, reason)
             continue
@@ -130,6 +133,22 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def _gives_its_product(module: Any) -> bool:
+    """Whether a linear layer's output is its input by its matrix, to which an adapter can add; one of a class of its
+    own, such as DeepSeek-V4's, whose groups of inputs have a block each, can be adapted as a parameter alone."""
+    import torch
+
+    own = type(module)
+    if not own.__module__.startswith("transformers.models.") or own.forward is torch.nn.Linear.forward:
+        return True
+    try:
+        with torch.no_grad():
+            output = module(module.weight.new_zeros(1, 3, module.in_features))
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return bool(output.shape == (1, 3, module.out_features))
+
+
 def _size(module: Any) -> int:
     """Weights of a linear layer; two of 4 bits share a byte, so they are not counted in the tensor."""
     return int(module.in_features * module.out_features) if hasattr(module, "in_features") else module.weight.numel()
@@ -138,9 +157,18 @@ def _size(module: Any) -> int:
 def _unreachable(modules: dict[str, Any], config: Any, name: str, module: Any) -> str:
     if _is_router(modules, config, name, module):
         return ROUTER
-    if config.model_type in STATE_SPACE_MODELS and name.rsplit(".", 1)[-1] in STATE_SPACE_LAYERS:
-        return STATE_SPACE
-    return ""
+    home, _, leaf = name.rpartition(".")
+    around: Any = type(modules.get(home))
+    return READ_PAST if leaf in _read_past(around) else ""
+
+
+@cache
+def _read_past(kind: type) -> frozenset[str]:
+    """Names of the layers whose weights the code of a module's class reads itself."""
+    try:
+        return frozenset(READS.findall(inspect.getsource(kind)))
+    except (OSError, TypeError):  # a class without source, such as one made in a running program
+        return frozenset()
 
 
 def _is_router(modules: dict[str, Any], config: Any, name: str, module: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import ModelConfig
 from finetune_kit.errors import ResourceError, SettingsError
-from finetune_kit.model.coverage import matrices, plain_modules
+from finetune_kit.model.coverage import READ_PAST, matrices, plain_modules
 
 if TYPE_CHECKING:
     import torch
@@ -120,5 +120,7 @@ def layers(model: Any) -> dict[str, Any]:
 
 def stacked(model: Any) -> list[str]:
     """Names of the parameters that are kept in 4 bits though no layer of bitsandbytes holds them: the stacks of
-    experts, and layers that an adapter can only reach by their parameter."""
-    return [matrix.name for matrix in matrices(model) if matrix.parameter]
+    experts, layers that an adapter can only reach by their parameter, and those whose weight is read past them."""
+    every = list(matrices(model))
+    past = [f"{matrix.name}.weight" for matrix in every if matrix.reason == READ_PAST]
+    return [*past, *(matrix.name for matrix in every if matrix.parameter)]

@@ -8,6 +8,8 @@ trained does its own gradient need them again.
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -137,3 +139,51 @@ def is_plain(head: Any) -> bool:
         return False
     weight, sharded = head.weight, hasattr(head.weight, "device_mesh")
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and not sharded
+
+
+def through_own_logits(causal: Any, temperature: float, measured: Collection[str]) -> None:
+    """Have a model that TRL has given its fused head say the same from the logits of its own forward.
+
+    TRL's multiplies hidden states by the head's weight, with the scales and caps that it knows by name. What else a
+    model does between its backbone and its logits, such as a layer before the head, acts here. It takes the memory of
+    all logits of a pass. `temperature`: what logits are divided by; `measured`: of MEASURES, what is to be said besides
+    log-probabilities.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    plain = causal.forward  # TRL's, which without its word is the model's own
+
+    @functools.wraps(type(causal).forward)
+    def forward(
+        self: Any,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head or labels is None:
+            given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            return plain(*args, **kwargs, **{name: value for name, value in given.items() if value is not None})
+        output = plain(*args, **{**kwargs, "use_cache": False})
+        labels = labels[:, 1:]
+        mask = labels != -100
+        logits = output.logits[:, :-1][mask].float() / temperature
+        log_probs = logits.log_softmax(-1)
+        found = {"log_probs": log_probs.gather(1, labels[mask][:, None])[:, 0]}
+        if "entropy" in measured:
+            found["entropy"] = -(log_probs.exp() * log_probs).sum(-1)
+        if "log_sum_sq_probs" in measured:
+            found["log_sum_sq_probs"] = (2 * log_probs.detach()).logsumexp(-1)
+        if "mean_logits" in measured:
+            found["mean_logits"] = logits.detach().mean(-1)
+        if "is_top1" in measured:
+            found["is_top1"] = logits.argmax(-1) == labels[mask]
+        laid_out = {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in found.items()}
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss, routers = -found["log_probs"].sum() / count, getattr(output, "aux_loss", None)
+        if routers is not None:
+            loss = loss + getattr(self.config.get_text_config(), "router_aux_loss_coef", 0.0) * routers
+        return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=routers, **laid_out)
+
+    causal.forward = types.MethodType(forward, causal)

@@ -6,6 +6,7 @@ trained on text; the towers and projectors beside it stay frozen, and are saved 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,8 @@ PROCESSOR = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("image_processor_config.json", "audio_processor_config.json", "feature_extractor_config.json"),
 )
+LOOK = 8  # tokens of a row that tells whether a model sees ahead
+AHEAD = 1e-3  # the share of the last token's own change, from which on a change before it is none of rounding
 TAKE_ANOTHER = "Take a model that writes from left to right, such as a Llama, Qwen, Gemma or Mistral."
 
 
@@ -110,6 +113,90 @@ def refuses_text(model: Any) -> str:
     finally:
         model.eval()
     return ""
+
+
+def check_order(model: Any, name: str) -> None:
+    """Raises SettingsError for a model whose tokens see those behind them; `name`: the model's, for people."""
+    if not sees_ahead(model):
+        return
+    text = model.config.get_text_config()
+    switch = next((key for key in ("is_decoder", "causal", "is_causal") if getattr(text, key, None) is False), "")
+    said = f" {switch}=true in its config.json is for weights that were trained so." if switch else ""
+    raise SettingsError(
+        f"model.name_or_path={name} reads from both sides: in a {type(model).__name__} each token sees those behind "
+        f"it{f' ({switch}=false)' if switch else ''}, so that it would learn to copy the next one, not to write it.",
+        TAKE_ANOTHER + said,
+    )
+
+
+def sees_ahead(model: Any) -> bool:
+    """Whether a token of a model sees those behind it: its loss would then be that of a word that it reads.
+
+    Of a loaded one, two rows tell that differ in their last token alone. Of one without weights (on torch's meta
+    device), the masks tell that it asks transformers for, or the settings of one that makes its own, if there are such.
+    What cannot run on a few tokens is not judged.
+    """
+    import torch
+
+    if _device(model).type == "meta":
+        return _asks_to_see_ahead(model)
+    words = min(model.config.get_text_config().vocab_size, 256)
+    row = torch.randint(words, (LOOK,), generator=torch.Generator().manual_seed(0))
+    other = torch.cat([row[:-1], (row[-1:] + words // 2) % words])
+    found = _run(model, torch.stack([row, other]))
+    if found is None:
+        return False
+    moved = (found.logits[0] - found.logits[1]).float().norm(dim=-1)
+    rounding = AHEAD if found.logits.dtype == torch.float32 else 100 * AHEAD
+    return bool(moved[:-1].max() > rounding * moved[-1])
+
+
+def _device(model: Any) -> Any:
+    """Where a model's words are: XLNet makes its first weight on the CPU, whatever is asked for."""
+    words = getattr(model.get_input_embeddings(), "weight", None)
+    return model.device if words is None else words.device
+
+
+def _asks_to_see_ahead(model: Any) -> bool:
+    import torch
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+
+    seen: list[bool] = []
+
+    def watched(make: Any) -> Any:
+        def mask(*args: Any, mask_function: Any = None, **given: Any) -> Any:
+            with contextlib.suppress(Exception), torch.device("cpu"):  # one that asks the tokens cannot be told
+                seen.append(bool(mask_function(0, 0, torch.tensor(0), torch.tensor(LOOK - 1))))
+            return make(*args, mask_function=mask_function, **given)
+
+        return mask
+
+    before = dict(MASKS)
+    try:
+        for name, make in before.items():
+            MASKS[name] = watched(make)
+        _run(model, torch.zeros((1, LOOK), dtype=torch.long))
+    finally:
+        for name, make in before.items():
+            MASKS[name] = make
+    text = model.config.get_text_config()
+    # XLM's word, XLNet's, and that of the many like BERT
+    words = [getattr(text, name, None) for name in ("causal", "attn_type", "is_decoder")]
+    return any(seen) if seen else words[0] is False or words[1] == "bi" or words[2] is False
+
+
+def _run(model: Any, ids: Any) -> Any:
+    """What a model says of rows of token ids; None where it does not take them."""
+    import torch
+
+    was_training, ids = model.training, ids.to(_device(model))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some draw what they hash by
+            return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception:  # of what a model refuses, or cannot do without weights, there is no one class
+        return None
+    finally:
+        model.train(was_training)
 
 
 def settle_text(model: Any) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import FinetuneKitError, ResourceError, SecurityError, SettingsError
-from finetune_kit.model import adapters, fourbit, language
+from finetune_kit.model import adapters, classifier, fourbit, language
 from finetune_kit.model.adapter_config import read_adapter_config
 from finetune_kit.model.embedded import HUB_ID, embedded_folder
 from finetune_kit.model.embedded import LICENSE as EMBEDDED_LICENSE
@@ -385,6 +385,7 @@ def load_policy(
     if lora is not None and lora.init_from:
         check_base(model, adapters.adopt(lora))
     base = load_base(model, trained_in_full)
+    language.check_order(base, model.name_or_path)
     if beside := language.said(language.left_alone(base)):
         _say_once(f"note: {public_name(model.name_or_path)}: only its language model is trained; left alone: {beside}")
     if lora is None:
@@ -415,18 +416,21 @@ def check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
     language.auto_class(config, model.name_or_path)
 
 
-def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: bool) -> Any:
-    """The policy's shapes and types without weights (torch's meta device), to count before anything is loaded."""
+def empty_policy(model: ModelConfig, lora: LoraConfig | None, trained_in_full: bool, scores: bool = False) -> Any:
+    """The policy's shapes and types without weights (torch's meta device), to count before anything is loaded.
+
+    `scores`: under a head that gives one number, as a reward model is trained, not under that of a language model.
+    """
     import torch
 
     if lora is not None and lora.r == 0:
         lora, trained_in_full = None, True
     dtype = weight_dtype(model, trained_in_full)
-    base = _empty(model, dtype=dtype, attn_implementation=model.attn_implementation)
+    base = _empty(model, scores, dtype=dtype, attn_implementation=model.attn_implementation)
     with torch.device("meta"):
         if lora is not None and lora.init_from:
             adapters.adopt(lora)
-        return base if lora is None else adapters.attach(base, lora)
+        return base if lora is None else adapters.attach(base, lora, "SEQ_CLS" if scores else "CAUSAL_LM")
 
 
 def coverage_of(model: ModelConfig, lora: LoraConfig) -> list[str]:
@@ -435,13 +439,17 @@ def coverage_of(model: ModelConfig, lora: LoraConfig) -> list[str]:
     return adapters.covered(policy).in_words() if adapters.is_adapter(policy) else []
 
 
-def _empty(model: ModelConfig, **given: Any) -> PreTrainedModel:
-    """The language model's shapes on torch's meta device, what is no part of it frozen as in training."""
+def _empty(model: ModelConfig, scores: bool = False, **given: Any) -> PreTrainedModel:
+    """The language model's shapes on torch's meta device, what is no part of it frozen as in training; `scores`: as in
+    empty_policy."""
     import torch
     import transformers
 
     shapes = load_model_config(model)
-    kind = getattr(transformers, language.auto_class(shapes, model.name_or_path))
+    if scores:
+        classifier.make_known(shapes)
+        shapes.num_labels = 1
+    kind = getattr(transformers, classifier.AUTO_CLASS if scores else language.auto_class(shapes, model.name_or_path))
     with _said_plainly(model), torch.device("meta"):
         base: PreTrainedModel = kind.from_config(shapes, trust_remote_code=model.trust_remote_code, **given)
     language.freeze_beside(base)
@@ -450,9 +458,12 @@ def _empty(model: ModelConfig, **given: Any) -> PreTrainedModel:
 
 
 def check_text(model: ModelConfig) -> None:
-    """Raises SettingsError for a model that reads more than text, and cannot be trained on text alone."""
-    if language_class(model) in language.MULTIMODAL and (reason := language.refuses_text(_empty(model))):
+    """Raises SettingsError for a model that reads more than text, and cannot be trained on text alone, and for one
+    whose tokens see those behind them, as far as it can be told without weights."""
+    base = _empty(model)
+    if language_class(model) in language.MULTIMODAL and (reason := language.refuses_text(base)):
         raise SettingsError(f"model.name_or_path={model.name_or_path} {reason}", language.TAKE_ANOTHER)
+    language.check_order(base, model.name_or_path)
 
 
 def learned_positions(model: ModelConfig) -> int | None:
@@ -746,10 +757,13 @@ def _said_plainly(model: ModelConfig) -> Iterator[None]:
                 "Get the file again, or take another model.",
             ) from error
         if isinstance(error, ImportError):
+            named = re.search(r"pip install ([\w.-]+)", said)
+            command = f"pip install {named[1]}" if named else "Install it"
             raise ResourceError(
-                f"model.name_or_path={name} needs a package that is not here: {said}", "Install it, and run this again."
+                f"model.name_or_path={name} needs a package that is not here: {said}", f"{command}, and run this again."
             ) from None
+        encoder = isinstance(error, AssertionError) and "is_decoder" in said  # Reformer's
         raise SettingsError(
             f"model.name_or_path={name} cannot be loaded: {type(error).__name__}: {said}",
-            "Get all of its files again, or take another model.",
+            language.TAKE_ANOTHER if encoder else "Get all of its files again, or take another model.",
         ) from error

@@ -100,6 +100,41 @@ def proves_own_head(model: Any, use: Callable[[bool, Sequence[str]], None], outp
     return list(trls) if difference <= (TOLERANCE if exact else ROUGH_TOLERANCE / 10) else []
 
 
+def settle_head(model: Any, temperature: float, outputs: Sequence[str]) -> str:
+    """Put the model's own logits in the place of TRL's fused head where that does not give their log-probabilities.
+
+    Returns "" where it does, or where there is none, else by how much they differed, for people. `temperature`: what
+    the trainer divides logits by; `outputs`: what the head may have been asked for.
+    """
+    import torch
+
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(causal, "score"):
+        return ""
+    was_training = model.training
+    model.eval()
+    ids, mask = _padded(_probe(causal.config.get_text_config().vocab_size), 0, causal.device)
+    labels = ids.masked_fill(mask == 0, -100)
+    try:
+        with torch.no_grad():
+            own = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            fused = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, use_cache=False)
+            measured = [name for name in outputs if getattr(fused, name, None) is not None]
+            expected = (own.float() / temperature).log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+            difference = _difference([fused.log_probs.float() * mask[:, 1:]], [expected * mask[:, 1:]], exact=False)
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):  # without TRL's head the word means none
+        return ""
+    finally:
+        model.train(was_training)
+    exact = kernel.attention_dtype(causal) == torch.float32
+    if difference <= (ROUGH_TOLERANCE / 100 if exact else ROUGH_TOLERANCE):
+        return ""
+    from finetune_kit.model.head import through_own_logits  # which needs torch when it is imported
+
+    through_own_logits(causal, temperature, measured)
+    return f"TRL's fused head is off by {difference:.1e} of this model's own log-probabilities"
+
+
 def _padded(rows: list[list[int]], padding: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask of rows padded on the right."""
     import torch

@@ -90,7 +90,7 @@ def load_scorer(
             f"{model.name_or_path}: {type(base).__name__} has no single linear layer `score` as its head.",
             ANOTHER,
         )
-    width = base.config.get_text_config().hidden_size
+    width = found.weight.shape[1]  # of OPT's smaller models another than hidden_size
     start = torch.empty(1, width).normal_(std=1 / (width + 1), generator=torch.Generator().manual_seed(seed))
     base.score = _head_class()(width, 1, bias=getattr(found, "bias", None) is not None, device=base.device)
     with torch.no_grad():

@@ -52,7 +52,7 @@ def build_value(kind: str, policy: Any, model: ModelConfig, init_from: str | Non
 
     With "adapter" the policy gets a second adapter. Raises SettingsError where kind, policy and folder do not fit.
     """
-    size = policy.config.get_text_config().hidden_size
+    size = policy.get_output_embeddings().weight.shape[1]  # of OPT's smaller models another than hidden_size
     folder = Path(init_from).expanduser() if init_from else None
     if kind == "shared":
         if folder is not None:
@@ -141,7 +141,7 @@ def _separate(model: ModelConfig, folder: Path | None) -> Value:
     source = model if folder is None else replace(model, name_or_path=str(folder), revision=None)
     tokenizer = load_tokenizer(source)
     whole = load_scorer(source, tokenizer, [tokenizer.eos_token_id], trained_in_full=True)
-    value = Value("separate", whole.config.get_text_config().hidden_size, whole.base_model)
+    value = Value("separate", whole.score.weight.shape[1], whole.base_model)
     if folder is not None:
         _put_head(value, {"score.weight": whole.score.weight.detach()}, folder)
     return value

@@ -19,11 +19,12 @@ from finetune_kit.data.load import Data, placeholder
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.evaluation.metrics import choose_metrics
+from finetune_kit.generation import evaluation_mode
 from finetune_kit.hub import push_checkpoint
 from finetune_kit.model import packed
 from finetune_kit.model.adapters import covered, is_adapter, parameter_counts
 from finetune_kit.model.load import computes_in_bfloat16, device
-from finetune_kit.model.proof import PROOF_ROWS
+from finetune_kit.model.proof import PROOF_ROWS, settle_head
 from finetune_kit.terminal import doing
 from finetune_kit.training.batches import check_batches, check_loader, micro_batch
 from finetune_kit.training.checkpoint import begin
@@ -104,6 +105,11 @@ def build(
         # TRL turns it on in the config, where generation and the saved model would have it, too; the trainers ask for
         # it in each training pass besides
         text.output_router_logits = routers
+    if not processes.sharding():  # whose layers are not whole yet
+        models = filter(None, (getattr(trainer, "ref_model", None), policy))
+        found = [settle_head(one, getattr(trainer, "temperature", 1.0), packed.HEAD_OUTPUTS) for one in models]
+        if wrong := found[-1]:
+            console.print(f"note: losses are computed from all logits: {wrong}")
     if getattr(trainer, "aux_loss_enabled", False) and not _gives_router_loss(policy):
         trainer.aux_loss_enabled = False  # TRL goes by the config alone, and would multiply what is not there
         console.print("note: trained without a router's loss: TRL cannot compute it for this architecture")
@@ -138,11 +144,22 @@ def build(
 
 
 def _gives_router_loss(policy: Any) -> bool:
-    """Whether TRL can ask a model for its router's loss: the configs of Llama 4 and others only look like it, and it
-    reads the number of experts by one name, which Granite's hybrids do not have."""
+    """Whether TRL can ask a model for its router's loss, which it is asked for once: the configs of Llama 4 and others
+    only look like it, TRL reads the number of experts by one name, and Flint's routers say nothing."""
+    import torch
+
     causal, text = policy.get_base_model() if is_adapter(policy) else policy, policy.config.get_text_config()
     counted = hasattr(text, "num_experts") and hasattr(text, "num_experts_per_tok")
-    return counted and "output_router_logits" in inspect.signature(type(causal).forward).parameters
+    if processes.sharding():  # whose layers are not whole yet
+        return counted and "output_router_logits" in inspect.signature(type(causal).forward).parameters
+    ids = torch.ones((1, 4), dtype=torch.long, device=causal.device)
+    asked = {"labels": ids, "fused_lm_head": True, "output_router_logits": True}
+    try:
+        with evaluation_mode(policy):
+            found = policy(input_ids=ids, attention_mask=torch.ones_like(ids), **asked)
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
+        return False
+    return getattr(found, "aux_loss", None) is not None
 
 
 def _pushes_checkpoints(config: RecipeConfig) -> Any:

@@ -96,7 +96,7 @@ def ways_on_devices(
     found = []
     for name, each in [(recipe.name, config), *_smaller(recipe, given)]:
         lora = getattr(each, "lora", None)
-        policy = empty_policy(each.model, lora, trained_in_full=lora is None)
+        policy = empty_policy(each.model, lora, trained_in_full=lora is None, scores=each.scores)
         for checkpointing in (False, True)[each.train.gradient_checkpointing :]:
             changed = copy.deepcopy(each)
             changed.train.gradient_checkpointing = checkpointing
@@ -125,7 +125,7 @@ def _of_recipe(
 ) -> Iterator[Way]:
     """Without and with gradient checkpointing: the way with most rows that fits, or the smallest."""
     lora = getattr(config, "lora", None)
-    policy = empty_policy(config.model, lora, trained_in_full=lora is None)
+    policy = empty_policy(config.model, lora, trained_in_full=lora is None, scores=config.scores)
 
     def way(cut: dict[str, int], checkpointing: bool) -> Way:
         changed = copy.deepcopy(config)

@@ -333,6 +333,8 @@ def evaluation(config: RecipeConfig, data: Data, policy: Any) -> int:
     Scoring holds at most LOGITS logits at a time, and a copy of one row of them. Answering keeps keys and values of all
     rows for all layers, one layer's twice while it grows, and three copies of each row's next logits.
     """
+    if config.scores:  # its hidden states are those of a step, or fewer
+        return 0
     shape = policy.config.get_text_config()
     size = policy.get_input_embeddings().weight.element_size()
     rows = [ids for row in data.held_out for ids, _ in sequences(row).values()]
@@ -342,7 +344,18 @@ def evaluation(config: RecipeConfig, data: Data, policy: Any) -> int:
         return int(scoring)
     together = min(config.evaluate.batch_size, config.evaluate.size, len(rows))
     length = max(map(len, rows)) + (config.evaluate.max_new_tokens or MARGIN)
-    heads = shape.num_attention_heads
-    wide = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    kept = 2 * (getattr(shape, "num_key_value_heads", None) or heads) * wide * (shape.num_hidden_layers + 1)
+    kept = 2 * _kept(shape) * (shape.num_hidden_layers + 1)
     return int(max(scoring, together * (length * kept * size + 12 * shape.vocab_size)))
+
+
+def _kept(shape: Any) -> int:
+    """Numbers of a token's key in a layer. A state space keeps none; it counts as if it had full attention."""
+
+    def of(name: str) -> int:
+        try:
+            return int(getattr(shape, name, None) or 0)
+        except (AttributeError, ValueError, TypeError):  # of some configs it is another number for each layer
+            return 0
+
+    heads = of("num_attention_heads") or 1
+    return (of("num_key_value_heads") or heads) * (of("head_dim") or of("hidden_size") // heads)

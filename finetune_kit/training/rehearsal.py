@@ -231,6 +231,8 @@ def _shape_in_4_bits(weight: torch.Tensor) -> torch.nn.Parameter:
 def _loss(causal: Any, batch: Batch, setting: Setting) -> torch.Tensor:
     """A forward pass as TRL makes it. Nothing but the loss holds on to its tensors."""
     hidden = causal.base_model(**_inputs(batch), use_cache=False).last_hidden_state
+    if hasattr(causal, "score"):  # of each row the score at its end
+        return causal.score(hidden[:, : batch.rows]).sum()  # type: ignore[no-any-return]
     head = causal.get_output_embeddings()
     if batch.plan is not None and is_plain(head):
         hidden = hidden[0][torch.zeros(batch.scored, dtype=torch.long)]

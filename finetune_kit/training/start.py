@@ -84,7 +84,7 @@ def _check_weights(config: RecipeConfig, elsewhere: bool) -> None:
     """That the weights can be trained, or kept frozen as the reference, in the form that is asked for."""
     lora, model = getattr(config, "lora", None), config.model
     in_full = lora is None or lora.r == 0
-    if not config.trainer_config.endswith(".RewardConfig"):
+    if not config.scores:
         check_writes(model, lora)
         check_text(model)
     if model.load_in_4bit:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
 
+from finetune_kit.model.language import has_parts
 from finetune_kit.model.tiny import write_tiny_model
 
 # what configs call their sizes: a name that a config has gets this value
@@ -41,6 +43,7 @@ SMALL = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 261),
     **dict.fromkeys(("ngram_vocab_size_base", "encoder_hash_byte_group_vocab"), 64),
     "q_lora_rank": 24,
+    "dim_model_base": 64,
     "qk_rope_head_dim": 16,
     "hidden_size_per_layer_input": 16,
     "mamba_expand": 2,
@@ -136,6 +139,8 @@ def _small(values: dict[str, Any], fill: bool) -> dict[str, Any]:
             found[name] = [1]  # a hybrid whose default has no attention
         elif fill and value is None and name in OPEN:
             found[name] = OPEN[name]
+        elif fill and name == "vocabulary_map" and value is None:  # ids of what stands for pictures
+            found[name] = {"<image>": 260, "<|extra_200|>": 259, "IMGIMGA": 258, "<|visual token 000000|>": 258}
         elif fill and name == "is_decoder":
             found[name] = True
         elif fill and name == "layer_types" and value is None:
@@ -180,8 +185,9 @@ def empty_model(model_type: str) -> Any:
 
 def auto_class(model_type: str) -> Any:
     """What makes it: a causal language model's class, or, of one that reads images, too, that of those."""
-    causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    causal, images = (names.get(model_type) for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, IMAGES))
+    both = causal and images and has_parts(CONFIG_MAPPING[model_type]())  # its checkpoints read images
+    return AutoModelForCausalLM if causal and not both else AutoModelForImageTextToText
 
 
 def write_small(model_type: str, folder: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from finetune_kit.config import LoraConfig
 from finetune_kit.errors import SettingsError
 from finetune_kit.model.adapters import attach, covered, find_targets
-from finetune_kit.model.coverage import OUTSIDE, ROUTER, STATE_SPACE, matrices
+from finetune_kit.model.coverage import OUTSIDE, READ_PAST, ROUTER, matrices
 from tests.model.architectures import empty_model, tiny_config
 
 # each kind of layer once: dense, fused, Conv1D, hybrid, state space, experts with and without shared ones, vision tower
@@ -86,10 +86,33 @@ def test_a_vision_tower_is_left_alone_whatever_its_layers_are_called() -> None:
     assert OUTSIDE in covered(adapted).reasons.values()
 
 
+@pytest.mark.parametrize(
+    ("model_type", "past"),
+    [
+        ("mamba", {"x_proj", "dt_proj", "out_proj"}),
+        ("granitemoehybrid", {"out_proj"}),  # which PEFT would take
+        ("bloom", set()),  # a slice, of a way to compute that is off
+        ("llama", set()),
+    ],
+)
+def test_layers_whose_weight_is_read_past_an_adapter_are_left_out(model_type: str, past: set[str]) -> None:
+    found = {matrix.kind for matrix in matrices(empty_model(model_type)) if matrix.reason == READ_PAST}
+    assert found == past
+
+
+def test_a_linear_layer_with_a_product_of_its_own_is_adapted_as_a_parameter() -> None:
+    with torch.device("meta"):
+        adapted = attach(empty_model("deepseek_v4"), LoraConfig())
+    grouped = [name for name in adapted.targeted_parameter_names if "o_a_proj" in name]
+    assert grouped
+    assert all(name.endswith("o_a_proj.weight") for name in grouped)
+    assert not any("o_a_proj" in name for name in adapted.targeted_module_names)
+
+
 def test_what_peft_refuses_on_state_space_models_is_left_out_and_said() -> None:
     with torch.device("meta"):
         found = covered(attach(empty_model("nemotron_h"), LoraConfig()))
-    assert found.reasons["out_proj"] == STATE_SPACE
+    assert found.reasons["out_proj"] == READ_PAST
     with pytest.raises(SettingsError, match="'out_proj' cannot be adapted"):
         find_targets(empty_model("nemotron_h"), LoraConfig(target_modules=["out_proj"]))
 

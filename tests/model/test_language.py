@@ -1,5 +1,6 @@
 """Checkpoints that read pictures or sound, too: what loads them, what is trained of them, and what is left alone."""
 
+import copy
 import json
 import logging
 import shutil
@@ -13,13 +14,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.data.template import dialect_of
-from finetune_kit.errors import FinetuneKitError
+from finetune_kit.errors import FinetuneKitError, SettingsError
 from finetune_kit.merge import merge
 from finetune_kit.model import language
 from finetune_kit.model.adapters import attach, covered
-from finetune_kit.model.load import load_base, load_tokenizer
+from finetune_kit.model.load import load_base, load_policy, load_tokenizer
 from finetune_kit.training.start import check_start
 from tests.fixtures_training import settings, train
+from tests.model.architectures import auto_class, tiny_config, write_small
 from tests.model.multimodal import tiny_multimodal, write_multimodal
 
 IMAGE_TEXT, MULTIMODAL = language.MULTIMODAL
@@ -84,6 +86,11 @@ def test_a_short_name_means_the_language_models_layers_and_a_whole_one_what_it_n
         ("clip", None, "is a clip, which writes no text"),
         ("bert", "BertForMaskedLM", "fills in hidden words"),
         ("blip-2", "Blip2ForConditionalGeneration", "needs pixel_values in each call"),
+        ("bert", "BertLMHeadModel", "reads from both sides: in a BertLMHeadModel each token sees those behind it"),
+        ("xlm-roberta", "XLMRobertaForCausalLM", "(is_decoder=false)"),
+        ("roformer", "RoFormerForCausalLM", "(is_decoder=false)"),
+        ("xlm", "XLMWithLMHeadModel", "(causal=false)"),
+        ("xlnet", "XLNetLMHeadModel", "reads from both sides"),
         ("kosmos-2", "Kosmos2ForConditionalGeneration", "specify either `pixel_values` or `image_embeds`"),
     ],
 )
@@ -99,6 +106,25 @@ def test_what_is_no_language_model_is_refused_before_any_data_is_read(
         check_start(settings("lora_sft", tmp_path))
     assert said in error.value.message
     assert "Get all of its files" not in str(error.value)
+
+
+def test_a_loaded_model_is_seen_to_read_ahead_whatever_makes_its_mask(tmp_path: Path) -> None:
+    write_small("cpmant", tmp_path)  # it makes its own, of which no setting speaks
+    with pytest.raises(SettingsError, match="in a CpmAntForCausalLM each token sees those behind it"):
+        load_policy(ModelConfig(name_or_path=str(tmp_path)), LoraConfig(r=2))
+
+
+@pytest.mark.parametrize(("kind", "switch", "ahead"), [("bert", "is_decoder", False), ("gemma", "is_causal", False)])
+def test_one_that_can_read_either_way_is_taken_where_its_settings_say_left_to_right(
+    kind: str, switch: str, ahead: bool
+) -> None:
+    config = tiny_config(kind)
+    for value in (False, True):
+        setattr(config, switch, value)
+        loaded = auto_class(kind).from_config(copy.deepcopy(config))
+        with torch.device("meta"):
+            empty = auto_class(kind).from_config(copy.deepcopy(config))
+        assert language.sees_ahead(loaded) == language.sees_ahead(empty) == (value == ahead)
 
 
 def test_a_text_model_of_a_multimodal_architecture_stays_one() -> None:

@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -226,6 +227,27 @@ def test_a_row_of_30_tokens_under_a_sliding_window_of_26_is_packed_and_exact(win
         for layer in whole.model.layers:
             layer.self_attn.config.sliding_window = None
         assert float((log_probs(whole, inputs) - inside).abs().max()) > 1e-4
+
+
+NO_WINDOW: dict[str, Any] = {
+    "None": MistralConfig(**SHAPE, sliding_window=None),
+    "0": Qwen2MoeConfig(**SHAPE, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+    "a number that is not used": Qwen2Config(**SHAPE, use_sliding_window=False, sliding_window=26),
+}
+
+
+@both
+@pytest.mark.parametrize("window", NO_WINDOW)
+def test_rows_of_a_model_without_a_window_are_packed_however_its_config_says_so(window: str) -> None:
+    config = NO_WINDOW[window]
+    if window == "0":
+        config.sliding_window = 0  # as its checkpoints have it
+    model, inputs = make(config), batch()
+    expected = log_probs(model, inputs)
+    assert packed.enable(model) == ""
+    seen = layer_tokens(model)
+    assert float((log_probs(model, inputs) - expected).abs().max()) < 1e-4
+    assert seen[0] < 79
 
 
 def test_a_window_that_attention_is_not_told_keeps_longer_rows_padded_and_a_line_says_so_once(
@@ -447,6 +469,35 @@ def test_the_own_head_of_no_label_at_all_says_nothing() -> None:
         torch.zeros(0, 32), torch.zeros(97, 32), None, torch.zeros(0, dtype=torch.long), ALL[1:]
     )
     assert {name: numbers.shape for name, numbers in found.items()} == dict.fromkeys(ALL, (0,))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_where_trls_head_misses_what_a_model_does_before_its_logits_its_losses_are_of_the_logits(scale: float) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, inputs = make(FAMILIES["llama"]), batch()
+    # as a width's multiplier, of whose name TRL has not heard
+    model.lm_head.register_forward_pre_hook(lambda module, args: (scale * args[0],))
+    expected = make_log_probs(model, inputs)
+    add_fused_lm_head(model, temperature=0.7, outputs=ALL)
+    said = proof.settle_head(model, 0.7, ALL)
+    assert said.startswith("TRL's fused head is off by") if scale != 1 else said == ""
+    for packed_too in (False, True):
+        if packed_too:
+            assert packed.enable(model) == ""
+        with torch.no_grad():
+            found = model(**inputs, fused_lm_head=True, use_cache=False)
+        wanted = inputs["labels"][:, 1:] != -100
+        assert float((found.log_probs - expected)[wanted].abs().max()) < 1e-4
+        assert not found.log_probs[~wanted].any()
+        assert abs(float(found.loss + expected[wanted].mean())) < 1e-4
+
+
+def make_log_probs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(b, t - 1), of each next token, at the temperature 0.7."""
+    with torch.no_grad():
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    return (logits / 0.7).log_softmax(-1)[:, :-1].gather(2, inputs["input_ids"][:, 1:, None])[..., 0]
 
 
 def test_a_head_with_a_temperature_keeps_its_own_numbers() -> None:

@@ -27,6 +27,7 @@ from finetune_kit.merge_rewards import merged
 from finetune_kit.model.load import load_policy, load_tokenizer
 from finetune_kit.model.reward import load_saved, score_rows
 from finetune_kit.rl.rewards import RewardConfig, load_rewards, shares_base
+from finetune_kit.training.plan import plan
 from finetune_kit.verify import prove
 from tests import fixtures_training
 from tests.conftest import furnish
@@ -58,6 +59,15 @@ def paired(home: Path) -> Path:
     """A folder with the tiny model and 40 pairs in rows.jsonl."""
     write_rows(home / "rows.jsonl", pairs(40))
     return home
+
+
+@pytest.mark.parametrize("words", [[], ["lora.r=0"]])
+def test_check_counts_the_head_that_is_trained_and_no_other(paired: Path, words: list[str]) -> None:
+    config = settings("reward_model", paired, *words)
+    model = fixtures_training.prepare("reward_model", paired, *words).model
+    found = plan(config, load_data(config.data, config.kind, load_tokenizer(config.model)))
+    assert found["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert found["trainable_parameters"] == sum(w.numel() for w in model.parameters() if w.requires_grad)
 
 
 @pytest.fixture(scope="module")
