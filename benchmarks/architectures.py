@@ -4,7 +4,7 @@
                                        [--results benchmarks/architectures.jsonl] [--page docs/models.md]
 
 Each one that AutoModelForCausalLM makes, and each that reads images besides and has a language model in it, is made
-small by general rules (tests/model/architectures.py: hidden size 64, each layer kind once), so that an architecture of
+small by general rules (tests/models/architectures.py: hidden size 64, each layer kind once), so that an architecture of
 a new release is in the table without a line here. One that cannot be made small is in it with the reason. Each cell is
 one command: a recipe with one step of training, its artifact saved, loaded again by plain libraries and compared; or
 the merge of lora_sft's adapter, which must give the adapter's logits. What is refused must be so by a message of ours;
@@ -108,7 +108,7 @@ def furnish(home: Path) -> None:
 
 def make(model_type: str, folder: Path) -> dict[str, Any]:
     """Save the small model with its tokenizer; how many parameters it has."""
-    from tests.model.architectures import empty_model, write_small
+    from tests.models.architectures import empty_model, write_small
 
     count = sum(parameter.numel() for parameter in empty_model(model_type).parameters())
     if count > MOST_PARAMETERS:
@@ -134,7 +134,7 @@ def words_of(cell: str, home: Path, model_type: str) -> list[str]:
 
 def one(cell: str, home: Path, model_type: str, log: Path) -> dict[str, Any]:
     """What came of a cell: {"is": "yes" | "no" | "fails", "why": …, "seconds": …} and what its command found out."""
-    from finetune_kit.cli import app
+    from finetune_kit.cli.main import app
     from finetune_kit.errors import FinetuneKitError
 
     before, start = log.stat().st_size, cpu_seconds()
@@ -170,9 +170,9 @@ def cpu_seconds() -> float:
 
 def covered_share(folder: Path) -> dict[str, Any]:
     """What all-linear covers: the share of the layers' weights, and what it leaves out."""
-    from finetune_kit.config import LoraConfig, ModelConfig
-    from finetune_kit.model.adapters import covered
-    from finetune_kit.model.load import empty_policy
+    from finetune_kit.models.adapters import covered
+    from finetune_kit.models.shapes import empty_policy
+    from finetune_kit.settings.schema import LoraConfig, ModelConfig
 
     found = covered(empty_policy(ModelConfig(name_or_path=str(folder)), LoraConfig(), trained_in_full=False))
     return {"share": found.share, "left_out": found.reasons}
@@ -216,7 +216,7 @@ def examine_here(
     os.dup2(descriptor, 2)
     import torch
 
-    from finetune_kit import verify
+    from finetune_kit.runs import verify
 
     torch.set_num_threads(1)
     verify.in_a_fresh_process = in_a_fork

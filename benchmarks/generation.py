@@ -33,11 +33,12 @@ def main() -> None:
         return
     arguments.prompts, arguments.new = arguments.prompts or 32, arguments.new or 48
 
-    from finetune_kit.config import ModelConfig
     from finetune_kit.data.chat import end_token_ids, render_prompt
     from finetune_kit.data.tasks import task_rows
-    from finetune_kit.generation import generate
-    from finetune_kit.model.load import load_base, load_tokenizer
+    from finetune_kit.generation.generate import generate
+    from finetune_kit.models.load import load_base
+    from finetune_kit.models.tokenizer import load_tokenizer
+    from finetune_kit.settings.schema import ModelConfig
 
     tokenizer, model = load_tokenizer(ModelConfig()), load_base(ModelConfig())
     rows = task_rows("word_sequence_reversal", arguments.prompts, 7)
@@ -66,11 +67,12 @@ def beside_transformers(shape: str, count: int, width: int, new: int) -> None:
     from gpu_trl import SHAPES, card
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from finetune_kit.config import ModelConfig
-    from finetune_kit.generation import generate
-    from finetune_kit.model.load import device, load_tokenizer
-    from finetune_kit.model.tiny import write_tiny_model
+    from finetune_kit.generation.generate import generate
+    from finetune_kit.models.device import device
+    from finetune_kit.models.tiny import write_tiny_model
+    from finetune_kit.models.tokenizer import load_tokenizer
     from finetune_kit.rl.rollout import sample
+    from finetune_kit.settings.schema import ModelConfig
 
     where = device()
     with tempfile.TemporaryDirectory() as folder:

@@ -313,7 +313,7 @@ def kernel_jobs(home: Path, toy: bool, results: Results, data: Path | None) -> l
         Job(
             "kernels",
             "tests that need a GPU",
-            [*PYTEST, "tests/model/test_packed.py", "tests/training/test_collate.py"],
+            [*PYTEST, "tests/packing/test_forward.py", "tests/training/test_collate.py"],
             120,
             pytest_counts,
         )
@@ -510,7 +510,7 @@ def compare_memory(home: str, shape: str, recipe: str, *words: str) -> dict[str,
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from gpu_trl import write_model
 
-    from finetune_kit.model.load import device
+    from finetune_kit.models.device import device
 
     folder, kind = Path(home) / f"model-{shape}", device().type
     if not (folder / "config.json").is_file():
@@ -521,10 +521,10 @@ def compare_memory(home: str, shape: str, recipe: str, *words: str) -> dict[str,
     run += ["data.max_length=2048", "evaluate.general_text=false", "per_device_train_batch_size=4", "data.size=64"]
     run += ["data.max_lost=1"]
     from finetune_kit import recipe as recipes
-    from finetune_kit.config import resolve
     from finetune_kit.data.load import load_data
-    from finetune_kit.model.load import load_tokenizer
-    from finetune_kit.training.plan import plan
+    from finetune_kit.models.tokenizer import load_tokenizer
+    from finetune_kit.planning.plan import plan
+    from finetune_kit.settings.load import resolve
 
     found = recipes.load(recipe)
     config = resolve(found.config_class, found.name, None, run)
@@ -542,7 +542,7 @@ def compare_memory(home: str, shape: str, recipe: str, *words: str) -> dict[str,
 
 def most_of_training(recipe: Any, config: Any) -> float:
     """Most bytes of the GPU's tensors from the start of a run to the end of its steps; on a CPU, of the process."""
-    from finetune_kit.run_folder import claim
+    from finetune_kit.run_folder.claim import claim
     from finetune_kit.training.progress import peak_memory_gib
 
     class Enough(Exception):
@@ -570,10 +570,12 @@ def compare_sampling(home: str, shape: str, count: str, length: str, new: str) -
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from gpu_trl import write_model
 
-    from finetune_kit.config import ModelConfig
-    from finetune_kit.generation import generate
-    from finetune_kit.model.load import device, load_base, load_tokenizer
+    from finetune_kit.generation.generate import generate
+    from finetune_kit.models.device import device
+    from finetune_kit.models.load import load_base
+    from finetune_kit.models.tokenizer import load_tokenizer
     from finetune_kit.rl.rollout import sample
+    from finetune_kit.settings.schema import ModelConfig
 
     folder, at = Path(home) / f"model-{shape}", device()
     if not (folder / "config.json").is_file():

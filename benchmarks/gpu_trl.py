@@ -61,7 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "tie_word_embeddings": True},
         "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
     },
-    "tiny": {},  # that of finetune_kit/model/tiny.py
+    "tiny": {},  # that of finetune_kit/models/tiny.py
 }
 JOBS = ["sft_lora", "sft_qlora", "sft_full", "dpo", "reward"]
 
@@ -138,7 +138,7 @@ def matrix_peak(device: str) -> float:
 
 def write_model(folder: Path, shape: str, device: str) -> None:
     """A model of random weights in bfloat16, drawn on the device, with the embedded model's tokenizer."""
-    from finetune_kit.model.tiny import write_tiny_model
+    from finetune_kit.models.tiny import write_tiny_model
 
     if shape == "tiny":
         write_tiny_model(folder)
@@ -159,10 +159,10 @@ def some_tokenizer(folder: Path) -> Any:
     """The embedded model's; where its package is not installed, one of a token a byte."""
     from transformers import AutoTokenizer
 
-    from finetune_kit.config import ModelConfig
     from finetune_kit.errors import FinetuneKitError
-    from finetune_kit.model.load import load_tokenizer
-    from finetune_kit.model.tiny import write_tiny_model
+    from finetune_kit.models.tiny import write_tiny_model
+    from finetune_kit.models.tokenizer import load_tokenizer
+    from finetune_kit.settings.schema import ModelConfig
 
     try:
         return load_tokenizer(ModelConfig())

@@ -6,7 +6,7 @@
 Measured is the kernel's high-water mark of the process's resident memory (VmHWM; Linux) from its start to the end of
 the second step; on a GPU, torch.cuda.max_memory_allocated, with what `check` counts for CUDA's context added to it.
 Predicted is `finetune_kit check`'s, made in a process that loads no weights. Every row of data is cut
-at the length in the table. --holes measures on other models, of random weights, what HEAP_HOLES of training/memory.py
+at the length in the table. --holes measures on other models, of random weights, what HEAP_HOLES of planning/memory.py
 says; the embedded model has no part in that number.
 """
 
@@ -89,7 +89,7 @@ def both(variant: tuple[str, ...], rows: int, length: int) -> tuple[dict[str, in
 
 def holes() -> None:
     """What the peak has beyond the prediction's other parts, as HEAP_HOLES counts it, for each of OTHERS."""
-    from finetune_kit.training.memory import HEAP_HOLES
+    from finetune_kit.planning.memory import HEAP_HOLES
 
     shares = []
     for (hidden, blocks, words), variant, batch in OTHERS:
@@ -110,7 +110,7 @@ def write_model(folder: Path, hidden: int, blocks: int, words: int) -> None:
     """A Llama of random weights and its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from finetune_kit.model.tiny import write_tiny_model
+    from finetune_kit.models.tiny import write_tiny_model
 
     write_tiny_model(folder)
     shape = {"hidden_size": hidden, "num_hidden_layers": blocks, "vocab_size": words, "tie_word_embeddings": True}
@@ -153,9 +153,9 @@ def child(kind: str, words: list[str]) -> dict[str, int]:
 def prepared(recipe: str, words: tuple[str, ...]) -> tuple[Any, Any, Any]:
     """(settings, tokenizer, data)"""
     from finetune_kit import recipe as recipes
-    from finetune_kit.config import resolve
     from finetune_kit.data.load import load_data
-    from finetune_kit.model.load import load_tokenizer
+    from finetune_kit.models.tokenizer import load_tokenizer
+    from finetune_kit.settings.load import resolve
 
     found = recipes.load(recipe)
     config = resolve(found.config_class, found.name, None, words)
@@ -165,7 +165,7 @@ def prepared(recipe: str, words: tuple[str, ...]) -> tuple[Any, Any, Any]:
 
 def predict(recipe: str, *words: str) -> dict[str, int]:
     """Bytes by part."""
-    from finetune_kit.training.plan import plan
+    from finetune_kit.planning.plan import plan
 
     config, _, data = prepared(recipe, words)
     parts: dict[str, int] = plan(config, data)["memory_bytes"]
@@ -176,8 +176,8 @@ def measure(recipe: str, *words: str) -> dict[str, int]:
     """Bytes at the peak of two real steps, loading included."""
     from trl import SFTConfig, SFTTrainer
 
-    from finetune_kit.model.load import load_policy
-    from finetune_kit.training.arguments import build
+    from finetune_kit.models.load import load_policy
+    from finetune_kit.training.build import build
     from finetune_kit.training.fit import fit
 
     config, tokenizer, data = prepared(recipe, words)
@@ -187,7 +187,7 @@ def measure(recipe: str, *words: str) -> dict[str, int]:
     if policy.device.type == "cuda":
         import torch
 
-        from finetune_kit.training.memory import GPU_CONTEXT
+        from finetune_kit.planning.memory import GPU_CONTEXT
 
         return {"peak": torch.cuda.max_memory_allocated() + GPU_CONTEXT}
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

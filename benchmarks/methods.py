@@ -152,7 +152,7 @@ class Clock:
         from torch.profiler import profile as profiler
         from torch.utils.flop_counter import FlopCounterMode
 
-        from finetune_kit.model.load import device
+        from finetune_kit.models.device import device
 
         self.on_gpu = device().type == "cuda"
         # which does not know all that is called on a GPU
@@ -252,10 +252,10 @@ def spent(events: Sequence[Any], on_gpu: bool) -> str:
 def rows_of(job: str, arguments: argparse.Namespace, scratch: Path) -> tuple[Any, Any, Any]:
     """Settings, tokenizer and data of a job: as many rows as its steps take."""
     from finetune_kit import recipe as recipes
-    from finetune_kit.config import resolve
     from finetune_kit.data.load import load_data
-    from finetune_kit.model.embedded import embedded_folder
-    from finetune_kit.model.load import load_tokenizer
+    from finetune_kit.models.embedded import embedded_folder
+    from finetune_kit.models.tokenizer import load_tokenizer
+    from finetune_kit.settings.load import resolve
 
     model = arguments.model or str(embedded_folder())  # before the cache is another one
     os.environ["FINETUNE_KIT_CACHE"] = str(scratch)  # no reference of an earlier run
@@ -278,8 +278,8 @@ def rows_of(job: str, arguments: argparse.Namespace, scratch: Path) -> tuple[Any
 
 
 def policy_of(job: str, config: Any, tokenizer: Any, data: Any) -> Any:
-    from finetune_kit.model.load import load_policy
-    from finetune_kit.model.reward import load_reward_model
+    from finetune_kit.models.load import load_policy
+    from finetune_kit.models.reward import load_reward_model
 
     if job == "reward":
         return load_reward_model(config.model, config.lora, tokenizer, data.end_token_ids)
@@ -294,8 +294,8 @@ def classes(job: str) -> tuple[Any, Any]:
 
 
 def ours(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock) -> tuple[float, list[float]]:
-    from finetune_kit.training.arguments import build
-    from finetune_kit.training.pairs import whole_pairs
+    from finetune_kit.data.trl_columns import whole_pairs
+    from finetune_kit.training.build import build
     from finetune_kit.training.reference import set_reference
 
     trainer_class, config_class = classes(job)
@@ -318,9 +318,9 @@ def theirs(job: str, config: Any, tokenizer: Any, data: Any, clock: Clock, **bes
     from peft import LoraConfig
     from transformers import set_seed
 
-    from finetune_kit.data.load import placeholder
-    from finetune_kit.model.load import computes_in_bfloat16, device, load_base
-    from finetune_kit.training.pairs import whole_pairs
+    from finetune_kit.data.trl_columns import placeholder, whole_pairs
+    from finetune_kit.models.device import computes_in_bfloat16, device
+    from finetune_kit.models.load import load_base
 
     trainer_class, config_class = classes(job)
     rows, more = data.train, {}

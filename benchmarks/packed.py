@@ -25,10 +25,11 @@ def main() -> None:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
     from trl.trainer.utils import add_fused_lm_head
 
-    from finetune_kit.config import DataConfig, LoraConfig, ModelConfig
     from finetune_kit.data.load import load_data
-    from finetune_kit.model import packed
-    from finetune_kit.model.load import load_policy, load_tokenizer
+    from finetune_kit.models.load import load_policy
+    from finetune_kit.models.tokenizer import load_tokenizer
+    from finetune_kit.packing import forward
+    from finetune_kit.settings.schema import DataConfig, LoraConfig, ModelConfig
 
     tokenizer = load_tokenizer(ModelConfig())
     data = load_data(DataConfig(), "prompt_completion", tokenizer)
@@ -44,14 +45,14 @@ def main() -> None:
         for key, parameter in policy.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.02)
-        if name != "padded" and (reason := packed.enable(policy, own_head=True)):
+        if name != "padded" and (reason := forward.enable(policy, own_head=True)):
             raise SystemExit(reason)
         if name == "compiled":
             for layer in policy.get_base_model().model.layers:
                 layer.compile(dynamic=True)
     where = policies["padded"].device
     masks = [batch["attention_mask"] for batch in batches]
-    plans = [packed.make_plan(batch["input_ids"], batch["attention_mask"], share=True) for batch in batches]
+    plans = [forward.make_plan(batch["input_ids"], batch["attention_mask"], share=True) for batch in batches]
     slots, real, unique = (
         sum(mask.numel() for mask in masks),
         int(sum(map(torch.sum, masks))),

@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--no-harm", action="store_true")
     parser.add_argument("--no-signal", action="store_true")
     arguments = parser.parse_args()
-    from finetune_kit.model.tiny import write_tiny_model
+    from finetune_kit.models.tiny import write_tiny_model
 
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)

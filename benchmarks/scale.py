@@ -15,16 +15,18 @@ from pathlib import Path
 
 import torch
 
-from finetune_kit.model import load
+from finetune_kit.models import device
 
-load.device = lambda: torch.device("cuda")  # before anything else imports it: the plan is one for GPUs
-load.computes_in_bfloat16 = lambda: True
+device.device = lambda: torch.device("cuda")  # before anything else imports it: the plan is one for GPUs
+device.computes_in_bfloat16 = lambda: True
 
 from finetune_kit import recipe as recipes  # noqa: E402 - takes the device from above
-from finetune_kit.config import resolve  # noqa: E402 - takes the device from above
 from finetune_kit.data.load import load_data  # noqa: E402 - takes the device from above
-from finetune_kit.model.tiny import write_tiny_model  # noqa: E402 - takes the device from above
-from finetune_kit.training.devices import shares  # noqa: E402 - takes the device from above
+from finetune_kit.models import shapes  # noqa: E402 - takes the device from above
+from finetune_kit.models import tokenizer as tokenizers  # noqa: E402 - takes the device from above
+from finetune_kit.models.tiny import write_tiny_model  # noqa: E402 - takes the device from above
+from finetune_kit.planning.devices import shares  # noqa: E402 - takes the device from above
+from finetune_kit.settings.load import resolve  # noqa: E402 - takes the device from above
 
 SHAPES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -77,10 +79,10 @@ def lines(name: str, folder: Path, method: tuple[str, ...], devices: int, tokens
     own = [f"data.max_length={tokens}", "per_device_train_batch_size=1", "gradient_checkpointing=true"]
     given = [f"model.name_or_path={folder}", f"data.path={rows}", "held_out_size=1", *own, *words]
     config = resolve(recipes.load(recipe).config_class, recipe, None, given)
-    tokenizer = load.load_tokenizer(config.model, weights=False)
+    tokenizer = tokenizers.load_tokenizer(config.model, weights=False)
     data = load_data(config.data, config.kind, tokenizer)
     lora = getattr(config, "lora", None)
-    policy = load.empty_policy(config.model, lora, trained_in_full=lora is None)
+    policy = shapes.empty_policy(config.model, lora, trained_in_full=lora is None)
     found = []
     for way in shares(config, data, policy, devices):
         sizes = [f"{size / 2**30:.1f}" for size in (way.bytes, way.training)]

@@ -49,10 +49,10 @@ def main() -> None:
 
 def write_inputs(folder: Path) -> str:
     """rows.jsonl for finetune_kit, tokens/train.jsonl with the same tokens and labels for TRL. Returns the model."""
-    from finetune_kit.config import DataConfig, ModelConfig
     from finetune_kit.data.load import load_data
-    from finetune_kit.model.embedded import embedded_folder
-    from finetune_kit.model.load import load_tokenizer
+    from finetune_kit.models.embedded import embedded_folder
+    from finetune_kit.models.tokenizer import load_tokenizer
+    from finetune_kit.settings.schema import DataConfig, ModelConfig
 
     questions = [(f"What is {n} plus {n * 7 % 23}?", str(n + n * 7 % 23)) for n in range(ROWS + 1)]
     lines = [json.dumps({"question": question, "answer": answer}) for question, answer in questions]

@@ -17,12 +17,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from finetune_kit import processes
-from finetune_kit.ancestry import start_from_run
-from finetune_kit.config import RecipeConfig, check, check_code, recipe_of_yaml
+from finetune_kit import distributed
 from finetune_kit.errors import ResourceError, SecurityError, SettingsError
-from finetune_kit.names import RECIPES, near_path
-from finetune_kit.run_folder import claim, is_claimed
+from finetune_kit.run_folder.claim import claim
+from finetune_kit.run_folder.lineage import start_from_run
+from finetune_kit.run_folder.lock import is_claimed
+from finetune_kit.settings.aliases import RECIPES, near_path
+from finetune_kit.settings.checks import check, check_code
+from finetune_kit.settings.load import recipe_of_yaml
+from finetune_kit.settings.schema import RecipeConfig
 
 LIST = "python -m finetune_kit list"
 BUILTIN = (
@@ -64,7 +67,7 @@ class Recipe:
         check_code(config)
         config.check_itself()
         start_from_run(config)
-        if not processes.from_main(lambda: is_claimed(config)):  # which alone holds the folder
+        if not distributed.from_main(lambda: is_claimed(config)):  # which alone holds the folder
             claim(config)
         try:
             return self.module.run(config)
@@ -130,7 +133,7 @@ def load(word: str) -> Recipe:
         raise _exited(path, error) from error
     needed = {
         "a docstring": bool(module.__doc__),
-        "a Config derived from finetune_kit.config.RecipeConfig": _is_config(getattr(module, "Config", None)),
+        "a Config derived from finetune_kit.settings.schema.RecipeConfig": _is_config(getattr(module, "Config", None)),
         "a function run(config)": callable(getattr(module, "run", None)),
     }
     missing = [what for what, found in needed.items() if not found]

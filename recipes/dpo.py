@@ -31,14 +31,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from finetune_kit.artifact import Artifact, save
-from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section, setting
 from finetune_kit.data.load import load_data
-from finetune_kit.evaluation.compare import compare, held_out_scores, measure
-from finetune_kit.model.load import load_policy, load_tokenizer
-from finetune_kit.training.arguments import build
+from finetune_kit.evaluation.compare import compare, held_out_scores
+from finetune_kit.evaluation.measure import measure
+from finetune_kit.models.load import load_policy
+from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.runs.save import Artifact, save
+from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.system.progress_bar import progress_bar
+from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
-from finetune_kit.training.progress import telling
 from finetune_kit.training.reference import frozen_copy, set_reference
 
 
@@ -57,7 +59,7 @@ class Config(RecipeConfig):
     precompute_ref_log_probs: bool = setting(True, "compute the reference's log-probabilities once and keep them")
 
     @property
-    def cut_matters(self) -> str:
+    def micro_batch_dependence(self) -> str:
         if "sft" in self.loss_type:
             return "loss_type=sft is a mean over the labels of one forward pass"
         sorts = {"aot", "aot_unpaired"} & set(self.loss_type)
@@ -87,9 +89,9 @@ def run(config: Config) -> Artifact:
         precompute_ref_log_probs=config.precompute_ref_log_probs,
     )
     set_reference(trainer, config, pairs)
-    before = measure(policy, tokenizer, pairs, config.evaluate, telling("before"))
+    before = measure(policy, tokenizer, pairs, config.evaluate, progress_bar("before"))
     scores = partial(held_out_scores, start=before, beta=config.beta)
     history = fit(trainer, config.train, partial(scores, tokenizer=tokenizer, data=pairs, config=config.evaluate))
-    after = measure(trainer.model, tokenizer, pairs, config.evaluate, telling("after"))
+    after = measure(trainer.model, tokenizer, pairs, config.evaluate, progress_bar("after"))
     report = compare(before, after, config.evaluate, config.beta)
     return save(trainer.model, tokenizer, config, pairs, report, history)

@@ -26,23 +26,26 @@ Paper
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finetune_kit.artifact import Artifact, save
-from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section, setting
 from finetune_kit.data.load import load_data
-from finetune_kit.evaluation.compare import compare, held_out_scores, measure
-from finetune_kit.model.load import load_policy, load_tokenizer
+from finetune_kit.evaluation.compare import compare, held_out_scores
+from finetune_kit.evaluation.measure import measure
+from finetune_kit.models.load import load_policy
+from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.rewards.settings import RewardConfig
+from finetune_kit.rewards.sources import load_rewards
 from finetune_kit.rl.online import (
     check_groups,
     prompt_rows,
     rendering_rows,
     reward_functions,
+    reward_watchdog,
     sample_here,
-    watching_rewards,
 )
-from finetune_kit.rl.rewards import RewardConfig, load_rewards
-from finetune_kit.training.arguments import build
+from finetune_kit.runs.save import Artifact, save
+from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.system.progress_bar import progress_bar
+from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
-from finetune_kit.training.progress import telling
 
 
 @dataclass
@@ -82,7 +85,7 @@ def run(config: Config) -> Artifact:
         rows=prompt_rows(data),
         parts={
             "reward_funcs": reward_functions(rewards, data),
-            "callbacks": [watching_rewards()],
+            "callbacks": [reward_watchdog()],
             "processing_class": rendering_rows(tokenizer, data),
         },
         reward_weights=[part.weight for part in rewards.parts],
@@ -93,7 +96,7 @@ def run(config: Config) -> Artifact:
         epsilon=config.epsilon,
         num_iterations=config.num_iterations,
     )
-    before = measure(policy, tokenizer, data, config.evaluate, telling("before"), judge=rewards.judge)
+    before = measure(policy, tokenizer, data, config.evaluate, progress_bar("before"), judge=rewards.judge)
     history = fit(trainer, config.train, held_out_scores)
-    after = measure(trainer.model, tokenizer, data, config.evaluate, telling("after"), judge=rewards.judge)
+    after = measure(trainer.model, tokenizer, data, config.evaluate, progress_bar("after"), judge=rewards.judge)
     return save(trainer.model, tokenizer, config, data, compare(before, after, config.evaluate), history)

@@ -28,15 +28,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from finetune_kit.artifact import Artifact, save
-from finetune_kit.config import LoraConfig, RecipeConfig, TrainConfig, section, setting
 from finetune_kit.data.load import load_data
-from finetune_kit.evaluation.compare import compare, held_out_scores, measure
-from finetune_kit.model.load import load_policy, load_tokenizer
-from finetune_kit.training.arguments import build
+from finetune_kit.data.trl_columns import masked_pairs
+from finetune_kit.evaluation.compare import compare, held_out_scores
+from finetune_kit.evaluation.measure import measure
+from finetune_kit.models.load import load_policy
+from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.runs.save import Artifact, save
+from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.system.progress_bar import progress_bar
+from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
-from finetune_kit.training.pairs import masked_pairs
-from finetune_kit.training.progress import telling
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Config(RecipeConfig):
     beta: float = setting(0.1, "weight of the odds ratio (the paper's lambda)", within="(0, 10]")
 
     @property
-    def cut_matters(self) -> str:
+    def micro_batch_dependence(self) -> str:
         return "the likelihood term is a mean over the labels of one forward pass"
 
 
@@ -70,9 +72,9 @@ def run(config: Config) -> Artifact:
         beta=config.beta,
         disable_dropout=not config.lora.lora_dropout,
     )
-    before = measure(policy, tokenizer, pairs, config.evaluate, telling("before"))
+    before = measure(policy, tokenizer, pairs, config.evaluate, progress_bar("before"))
     scores = partial(held_out_scores, start=before, beta=config.beta)
     history = fit(trainer, config.train, partial(scores, tokenizer=tokenizer, data=pairs, config=config.evaluate))
-    after = measure(trainer.model, tokenizer, pairs, config.evaluate, telling("after"))
+    after = measure(trainer.model, tokenizer, pairs, config.evaluate, progress_bar("after"))
     report = compare(before, after, config.evaluate, config.beta)
     return save(trainer.model, tokenizer, config, pairs, report, history)

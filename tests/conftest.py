@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune_kit import terminal, verify
-from finetune_kit.artifact import Artifact
-from finetune_kit.model.tiny import write_tiny_model
+from finetune_kit.models.tiny import write_tiny_model
+from finetune_kit.runs import verify
+from finetune_kit.runs.save import Artifact
+from finetune_kit.system import terminal
 from tests.fixtures_training import train, write_rows
 from tests.warm import FRESH, Warm
 
@@ -23,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-class Kept:
+class CheckpointCallback:
     """How many modules were imported when the collector was last told to leave all objects alone."""
 
     modules = 0
@@ -33,10 +34,10 @@ class Kept:
 def imports_kept() -> None:
     """A run collects garbage four times, 0.4 s each, most of it a walk over what transformers and TRL have imported:
     objects that the collector need not look at again."""
-    if len(sys.modules) > Kept.modules + 500:
+    if len(sys.modules) > CheckpointCallback.modules + 500:
         gc.collect()
         gc.freeze()
-        Kept.modules = len(sys.modules)
+        CheckpointCallback.modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from finetune_kit.cli import main
+from finetune_kit.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,10 +10,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from finetune_kit.config import DataConfig
 from finetune_kit.data.chat import Sample, samples_of
 from finetune_kit.data.ledger import Ledger
 from finetune_kit.data.records import Message, PromptCompletion
+from finetune_kit.settings.schema import DataConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

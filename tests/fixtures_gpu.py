@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from finetune_kit import verify
-from finetune_kit.model import load
+from finetune_kit.models import device
+from finetune_kit.runs import verify
 
 
 @contextlib.contextmanager
 def bfloat16_gpu() -> Iterator[None]:
     """In here the device computes in bfloat16. One switch, which everything asks."""
-    with mock.patch.object(load, "_has_bfloat16_units", return_value=True):
+    with mock.patch.object(device, "_has_bfloat16_units", return_value=True):
         yield
 
 

@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-from finetune_kit.network import hub_reachable
+from finetune_kit.system.network import hub_reachable
 
 TOKEN = "hf_CanaryCanaryCanaryCanary12345678"
 USER = "ada"
@@ -329,7 +329,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     from huggingface_hub import constants, hf_api
     from huggingface_hub.utils import _http, close_session
 
-    from finetune_kit import hub as kit
+    from finetune_kit.run_folder import upload as kit
 
     with serving() as served:
         cache = tmp_path / "hf"

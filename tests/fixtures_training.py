@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from finetune_kit import recipe as recipes
-from finetune_kit.artifact import Artifact
-from finetune_kit.config import RecipeConfig, resolve
 from finetune_kit.data.load import Data, load_data
-from finetune_kit.run_folder import claim
+from finetune_kit.run_folder.claim import claim
+from finetune_kit.runs.save import Artifact
+from finetune_kit.settings.load import resolve
+from finetune_kit.settings.schema import RecipeConfig
 from finetune_kit.training.fit import fit
 
 torch.set_num_threads(1)

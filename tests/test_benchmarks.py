@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_kit import recipe as recipes
-from finetune_kit.config import LoraConfig, ModelConfig, resolve
-from finetune_kit.model.load import load_policy
-from finetune_kit.model.tiny import write_tiny_model
+from finetune_kit.models.load import load_policy
+from finetune_kit.models.tiny import write_tiny_model
+from finetune_kit.settings.load import resolve
+from finetune_kit.settings.schema import LoraConfig, ModelConfig
 from tests.fixtures_cli import ROOT, python
 
 NAMES = ("8B", "1.7B", "0.6B", "135M")

@@ -23,13 +23,16 @@ from typing import Any
 
 import pytest
 
-from finetune_kit import artifact, cli, config, finished, recipe
+from finetune_kit import recipe
+from finetune_kit.cli import main, options
 from finetune_kit.data.formats import FORMATS, recognise
 from finetune_kit.data.load import load_data, load_records
 from finetune_kit.data.records import LabelledCompletion, Message, Preference, Record, Text
 from finetune_kit.errors import DataError
-from finetune_kit.model.load import load_tokenizer
-from finetune_kit.verify import Proof
+from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.runs import save, saved
+from finetune_kit.runs.verify import Proof
+from finetune_kit.settings import schema
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -79,9 +82,9 @@ def followed(page: str, first: str, then: str) -> Iterator[tuple[Block, Block]]:
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to follow a page in, with a terminal of 100 columns and a text file of 60 lines."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.out, "width", WIDTH)
-    # the fresh process that loads what was saved takes most of a small run's time; test_artifact.py has it
-    for module in (artifact, finished):
+    monkeypatch.setattr(options.out, "width", WIDTH)
+    # the fresh process that loads what was saved takes most of a small run's time; runs/test_save.py has it
+    for module in (save, saved):
         monkeypatch.setattr(module, "prove", lambda *_: Proof(0.0, 1e-4, "float32", "cpu"))
     lines = [f"Chapter {n}. The ship sailed on, and day {n} was as calm as the one before.\n" for n in range(60)]
     (tmp_path / "my_book.txt").write_text("".join(lines))
@@ -96,7 +99,7 @@ def kit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("sys.argv", ["finetune_kit", *words])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         captured = capsys.readouterr()
         return int(stop.value.code or 0), captured.out + captured.err
 
@@ -229,7 +232,7 @@ def test_every_row_of_the_data_page_is_read_as_the_page_says(tmp_path: Path) -> 
         kind = next(item.kind for item in FORMATS if item.fits(columns, first))
         found = recognise(columns, first, kind, "the page")
         seen.add(found.name)
-        records = load_records(str(path), config.DataConfig(), kind)
+        records = load_records(str(path), schema.DataConfig(), kind)
         assert "\n".join(map(told, records)) == become.text.rstrip("\n"), rows.where
     assert seen == {item.name for item in FORMATS}, "every layout has a row on the page"
 
@@ -238,13 +241,13 @@ def test_every_refusal_of_the_data_page_has_the_message_that_the_page_shows(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tokenizer = load_tokenizer(config.ModelConfig(name_or_path=str(tiny_model)))
+    tokenizer = load_tokenizer(schema.ModelConfig(name_or_path=str(tiny_model)))
     good = json.dumps({"prompt": "1 + 1 =", "completion": "2"}) + "\n"
     shown = list(followed("docs/data.md", "refused", "refusal"))
     for row, refusal in shown:
         Path("rows.jsonl").write_text(row.text)
         Path("held.jsonl").write_text(good)
-        settings = config.DataConfig(path="rows.jsonl", held_out_path="held.jsonl")
+        settings = schema.DataConfig(path="rows.jsonl", held_out_path="held.jsonl")
         with pytest.raises(DataError) as error:
             load_data(settings, "prompt_completion", tokenizer)
         assert str(error.value) == refusal.text.rstrip("\n"), row.where
@@ -258,7 +261,7 @@ def test_the_readme_lists_the_recipes_that_exist_and_no_others() -> None:
 
 def test_settings_named_on_a_page_exist() -> None:
     lora = recipe.load("lora_sft").config_class
-    known = {leaf.key for leaf in config.leaves(lora())}
+    known = {leaf.key for leaf in schema.leaves(lora())}
     for page in PAGES:
         text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
         for named in re.findall(r"`((?:model|lora|data|train|evaluate)\.[a-z0-9_]+)", text):

@@ -13,16 +13,16 @@ import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from finetune_kit import finished
 from finetune_kit import recipe as recipes
-from finetune_kit.artifact import Artifact
-from finetune_kit.config import ModelConfig
 from finetune_kit.errors import Stopped
-from finetune_kit.finished import compare_run, open_run
-from finetune_kit.generation import evaluation_mode
-from finetune_kit.merge import merge
-from finetune_kit.model.load import load_base
-from finetune_kit.run_folder import claim
+from finetune_kit.models.inference import evaluation_mode
+from finetune_kit.models.load import load_base
+from finetune_kit.run_folder.claim import claim
+from finetune_kit.runs import saved as finished
+from finetune_kit.runs.merge import merge
+from finetune_kit.runs.save import Artifact
+from finetune_kit.runs.saved import compare_run, open_run
+from finetune_kit.settings.schema import ModelConfig
 from finetune_kit.training import stopping
 from tests.fixtures_cli import cli
 from tests.fixtures_gpu import bfloat16_gpu, reloading_here, report

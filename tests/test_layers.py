@@ -12,24 +12,32 @@ from tests.fixtures_cli import ROOT, python
 
 # lower may not import higher; modules of one level may import each other, but not in a circle
 LEVELS = (
-    {"errors", "signals"},
-    {"parsing", "streams", "system", "values", "names", "floors", "processes", "terminal"},
-    {"config", "ancestry", "recipe", "run_folder", "network"},
-    {"data", "model", "decoding", "generation", "rl.math"},
-    {"training", "rl", "evaluation", "verify", "artifact", "hub"},
+    {"errors"},
+    {"distributed", "system"},
+    {"settings"},
+    {"run_folder"},
+    {"recipe"},
+    {"data", "models"},
+    {"packing"},
+    {"generation"},
+    {"rewards"},
+    {"evaluation"},
+    {"training"},
+    {"rl"},
+    {"planning"},
+    {"runs"},
     {"recipes"},
-    {"prompt_file", "finished", "answering", "merge", "merge_rewards", "doctor", "difference"},
     {"cli", "__main__"},
 )
 # the library: where it may be imported
 OWNERS = {
-    "datasets": ("finetune_kit/data/load.py",),
-    "peft": ("finetune_kit/model/",),
-    "bitsandbytes": ("finetune_kit/model/",),
+    "datasets": ("finetune_kit/data/",),
+    "peft": ("finetune_kit/models/",),
+    "bitsandbytes": ("finetune_kit/models/",),
     "evaluate": ("finetune_kit/evaluation/metrics.py",),
-    "trl": ("recipes/", "finetune_kit/training/rehearsal.py", "finetune_kit/model/head.py"),  # of the last two its head
-    "accelerate": ("finetune_kit/training/", "finetune_kit/rl/ppo.py", "finetune_kit/processes.py"),
-    "huggingface_hub": ("finetune_kit/model/load.py", "finetune_kit/hub.py"),
+    "trl": ("recipes/", "finetune_kit/planning/fake_step.py", "finetune_kit/packing/head.py"),  # its head
+    "accelerate": ("finetune_kit/training/", "finetune_kit/rl/ppo.py", "finetune_kit/distributed.py"),
+    "huggingface_hub": ("finetune_kit/models/", "finetune_kit/run_folder/upload.py", "finetune_kit/runs/hub.py"),
 }
 HEAVY = (
     "torch",
@@ -123,9 +131,9 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_the_circle_test_sees_what_it_should() -> None:
     graph = {module_of(path): own_imports(path) for path in FILES}
-    assert {"finetune_kit.config", "finetune_kit.recipe"} <= graph["finetune_kit.cli"]
-    assert {"finetune_kit.values", "finetune_kit.errors"} <= graph["finetune_kit.config"]
-    assert "finetune_kit.artifact" in graph["finetune_kit.recipes.lora_sft"]
+    assert {"finetune_kit.cli.options", "finetune_kit.cli.results"} <= graph["finetune_kit.cli.main"]
+    assert {"finetune_kit.settings.values", "finetune_kit.errors"} <= graph["finetune_kit.settings.load"]
+    assert "finetune_kit.runs.save" in graph["finetune_kit.recipes.lora_sft"]
 
 
 @pytest.mark.parametrize("library", OWNERS)
@@ -212,7 +220,7 @@ def test_the_watch_over_strangers_code_is_awake(line: str) -> None:
 
 def test_help_and_list_load_no_heavy_library_and_show_no_torch(tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom finetune_kit.cli import main\n"
+        "import sys\nfrom finetune_kit.cli.main import main\n"
         "sys.argv = ['finetune_kit', *sys.argv[1:]]\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
         "print('LOADED', *sorted(sys.modules))"
@@ -221,7 +229,7 @@ def test_help_and_list_load_no_heavy_library_and_show_no_torch(tmp_path: Path) -
         said = python("-c", script, *words, cwd=tmp_path)
         assert said.code == 0, said.err
         loaded = said.out.split("LOADED", 1)[1].split()
-        assert "finetune_kit.cli" in loaded
+        assert "finetune_kit.cli.main" in loaded
         assert sorted(set(heavy) & set(loaded)) == [], words
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from finetune_kit import recipe as recipes
-from finetune_kit.config import RecipeConfig, resolve
 from finetune_kit.errors import ResourceError, SecurityError, SettingsError
+from finetune_kit.settings.load import resolve
+from finetune_kit.settings.schema import RecipeConfig
 from tests.fixtures_cli import ROOT
 
 OWN = '''"""Mine."""
 from dataclasses import dataclass
-from finetune_kit.config import RecipeConfig, setting
+from finetune_kit.settings.schema import RecipeConfig, setting
 
 
 @dataclass
@@ -124,12 +125,19 @@ def test_a_word_that_means_no_recipe_is_answered_with_what_does(
     [
         (
             "x = 1\n",
-            "a docstring and a Config derived from finetune_kit.config.RecipeConfig and a function run(config)",
+            "a docstring and a Config derived from finetune_kit.settings.schema.RecipeConfig "
+            "and a function run(config)",
         ),
         (OWN.replace('"""Mine."""', ""), "a docstring"),
         (OWN.replace("def run", "def start"), "a function run(config)"),
-        (OWN.replace("Config(RecipeConfig)", "Config"), "a Config derived from finetune_kit.config.RecipeConfig"),
-        ('"""Doc."""\nConfig = 5\ndef run(config): ...\n', "a Config derived from finetune_kit.config.RecipeConfig"),
+        (
+            OWN.replace("Config(RecipeConfig)", "Config"),
+            "a Config derived from finetune_kit.settings.schema.RecipeConfig",
+        ),
+        (
+            '"""Doc."""\nConfig = 5\ndef run(config): ...\n',
+            "a Config derived from finetune_kit.settings.schema.RecipeConfig",
+        ),
     ],
 )
 def test_a_file_that_is_no_recipe_says_what_it_lacks(source: str, missing: str, folder: Path) -> None:
@@ -182,7 +190,7 @@ def test_a_built_in_is_at_most_120_lines_and_its_docstring_has_the_six_headings_
 
 EXITING = """'''Nothing.'''
 import sys
-from finetune_kit.config import RecipeConfig as Config
+from finetune_kit.settings.schema import RecipeConfig as Config
 {0}
 def run(config):
     {1}

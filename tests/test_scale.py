@@ -8,11 +8,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from finetune_kit.data.load import load_data
-from finetune_kit.model.coverage import layers_of
-from finetune_kit.model.load import empty_policy, load_tokenizer
-from finetune_kit.training import devices
-from finetune_kit.training.devices import shares
-from finetune_kit.training.memory import memory
+from finetune_kit.models.coverage import layers_of
+from finetune_kit.models.shapes import empty_policy
+from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.planning import devices
+from finetune_kit.planning.devices import shares
+from finetune_kit.planning.memory import memory
 from tests.fixtures_cli import ROOT, cli
 from tests.fixtures_training import settings
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from finetune_kit import hub
-from finetune_kit.config import ModelConfig
-from finetune_kit.difference import difference
 from finetune_kit.errors import SecurityError, SettingsError
-from finetune_kit.finished import open_run
-from finetune_kit.floors import FLOORS
-from finetune_kit.model.load import check_base
+from finetune_kit.models.provenance import check_base
+from finetune_kit.runs import hub
+from finetune_kit.runs.diff import difference
+from finetune_kit.runs.saved import open_run
+from finetune_kit.settings.schema import ModelConfig
+from finetune_kit.system.versions import FLOORS
 from tests.fixtures_cli import ROOT, cli, python
 from tests.fixtures_training import FAST, write_rows
 
@@ -29,7 +29,7 @@ def refuse(self, address, *rest):
     raise OSError("blocked")
 socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = lambda *address, **named: refuse(None, address)
-from finetune_kit.cli import main
+from finetune_kit.cli.main import main
 sys.argv = ["finetune_kit", *sys.argv[1:]]
 try:
     main()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_kit.artifact import Artifact
+from finetune_kit.runs.save import Artifact
 from tests.fixtures_cli import ROOT
 
 # what an environment with torch and transformers alone does not have

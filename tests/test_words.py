@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from finetune_kit import values
-from finetune_kit.config import RecipeConfig, check_code, resolve
 from finetune_kit.data.files import read_csv, read_jsonl
 from finetune_kit.errors import DataError, SecurityError, SettingsError
-from finetune_kit.names import near_path
 from finetune_kit.recipe import load
-from finetune_kit.run_folder import same_finished
+from finetune_kit.run_folder.claim import same_finished
+from finetune_kit.settings import values
+from finetune_kit.settings.aliases import near_path
+from finetune_kit.settings.checks import check_code
+from finetune_kit.settings.load import resolve
+from finetune_kit.settings.schema import RecipeConfig
 from tests.fixtures_cli import cli
 
 
@@ -189,7 +191,7 @@ def test_a_finished_run_of_the_same_settings_is_found_and_one_of_others_is_not(
 ) -> None:
     import json
 
-    from finetune_kit.run_folder import settings_of
+    from finetune_kit.run_folder.identity import settings_of
 
     monkeypatch.chdir(tmp_path)
     config = settled()

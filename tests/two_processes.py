@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from finetune_kit import processes
-from finetune_kit.evaluation.compare import measure
-from finetune_kit.evaluation.rewards import measure_rewards
+from finetune_kit import distributed
+from finetune_kit.evaluation.measure import measure
+from finetune_kit.evaluation.reward_gate import measure_rewards
 from finetune_kit.training.fit import fit
 from tests.fixtures_training import Trained, fit_only, prepare, write_rows
 
@@ -51,7 +51,7 @@ def train(job: str, home: Path, name: str) -> Trained:
     recipe = job.partition(" ")[0]
     kinds = {"reward_model": "preference", "dpo": "preference", "orpo": "preference", "kto": "labelled_completion"}
     rows = home / f"{kinds.get(recipe, 'prompt_completion')}.jsonl"
-    words = [f"data.path={rows}", f"per_device_train_batch_size={TOGETHER // processes.count()}"]
+    words = [f"data.path={rows}", f"per_device_train_batch_size={TOGETHER // distributed.count()}"]
     return fit_only(recipe, home, *words, *STEPS, *ALIKE[job], f"output_dir={home / name / job}")
 
 
@@ -75,7 +75,7 @@ def kept(home: Path, folder: str) -> Trained:
     words = (*saved, "per_device_train_batch_size=4", "max_tokens_per_batch=200", *STEPS)
     places = (f"data.path={home / 'prompt_completion.jsonl'}", f"output_dir={home / folder}")
     run = prepare("lora_sft", home, *places, *words)
-    torch.manual_seed(12345 + processes.rank())
+    torch.manual_seed(12345 + distributed.rank())
     return run
 
 
@@ -83,11 +83,11 @@ def resumed(home: Path) -> dict[str, Any]:
     """Whether a run cut after step 4, in the second epoch, is the uninterrupted one to the bit when it goes on."""
     whole = kept(home, "whole")
     lines = fit(whole.trainer, whole.config.train, whole.score)
-    if processes.is_main():
+    if distributed.is_main():
         shutil.copytree(whole.folder, home / "cut")
         for step in (5, 6):
             shutil.rmtree(home / "cut" / f"checkpoint-{step}")
-    processes.barrier()
+    distributed.barrier()
     again = kept(home, "cut")
     losses = [line["loss"] for line in fit(again.trainer, again.config.train, again.score) if "loss" in line]
     same = all(torch.equal(weight, whole.weights[name]) for name, weight in again.weights.items())
@@ -96,9 +96,9 @@ def resumed(home: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     home, name = Path(sys.argv[1]), sys.argv[2]
-    if processes.count() > 1:
-        processes.start(on_cpu=True)
+    if distributed.count() > 1:
+        distributed.start(on_cpu=True)
     found = {recipe: figures(train(recipe, home, name)) for recipe in ALIKE}
     found["resumed"] = resumed(home)
-    (home / f"{name}-{processes.rank()}.json").write_text(json.dumps(found))
-    processes.finish()
+    (home / f"{name}-{distributed.rank()}.json").write_text(json.dumps(found))
+    distributed.finish()

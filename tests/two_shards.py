@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from finetune_kit import processes
-from finetune_kit.artifact import gathered, save_weights
-from finetune_kit.config import LoraConfig, ModelConfig, RecipeConfig
+from finetune_kit import distributed
 from finetune_kit.evaluation.loss import Row, row_losses
-from finetune_kit.model import packed
-from finetune_kit.model.coverage import layers_of
-from finetune_kit.model.load import load_policy, load_tokenizer
+from finetune_kit.models.coverage import layers_of
+from finetune_kit.models.load import load_policy
+from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.packing import forward
+from finetune_kit.runs.save import gathered, save_weights
+from finetune_kit.settings.schema import LoraConfig, ModelConfig, RecipeConfig
 from finetune_kit.training.guard import finite
 
 ROWS: list[Row] = [
@@ -27,7 +28,7 @@ ROWS: list[Row] = [
 
 def policy(home: Path, lora: bool) -> Any:
     model = load_policy(ModelConfig(str(home / "tiny")), LoraConfig() if lora else None, trained_in_full=not lora)
-    assert packed.enable(model) == ""
+    assert forward.enable(model) == ""
     return model
 
 
@@ -63,19 +64,19 @@ if __name__ == "__main__":
     from torch.distributed.fsdp import fully_shard
 
     home = Path(sys.argv[1])
-    processes.start(on_cpu=True)
+    distributed.start(on_cpu=True)
     found = {}
     for lora in (False, True):
         model = policy(home, lora)
         for block in layers_of(model):
             fully_shard(block)
         fully_shard(model)
-        found[str(lora)] = {**figures(model), "sharded": processes.is_sharded(model)}
+        found[str(lora)] = {**figures(model), "sharded": distributed.is_sharded(model)}
         weights = gathered(model)
         config = RecipeConfig()
         config.model.name_or_path = str(home / "tiny")
-        if processes.is_main():
+        if distributed.is_main():
             save_weights(model, load_tokenizer(config.model), config, [3], home / f"sharded-{lora}", weights)
-        processes.barrier()
-    (home / f"shards-{processes.rank()}.json").write_text(json.dumps(found))
-    processes.finish()
+        distributed.barrier()
+    (home / f"shards-{distributed.rank()}.json").write_text(json.dumps(found))
+    distributed.finish()

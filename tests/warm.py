@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from finetune_kit import verify
+from finetune_kit.runs import verify
 
 FRESH = verify.in_a_fresh_process
 

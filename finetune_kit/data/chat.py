@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from finetune_kit.config import DataConfig
 from finetune_kit.data.records import THOUGHTS, Message, PromptCompletion, Text
 from finetune_kit.data.special import found_in, hide, ids_of_hidden, ids_of_text, show, why_not
 from finetune_kit.data.template import (
@@ -34,6 +33,7 @@ from finetune_kit.data.template import (
     silent,
 )
 from finetune_kit.errors import DataError, SecurityError
+from finetune_kit.settings.schema import DataConfig
 
 IGNORED = -100  # a label that no loss counts
 

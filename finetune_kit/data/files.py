@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_kit.errors import DataError, SecurityError
-from finetune_kit.parsing import NotJSON, parse
+from finetune_kit.system.parsing import NotJSON, parse
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import json
 import re
 from typing import Any, TypeGuard
 
-from finetune_kit import parsing
 from finetune_kit.data.records import ROLES, THOUGHTS, Message
 from finetune_kit.errors import DataError
+from finetune_kit.system import parsing
 
 ROLE_NAMES = {
     "system": "system",

@@ -19,7 +19,7 @@ from typing import Any
 
 from finetune_kit.data.records import THOUGHTS, Message
 from finetune_kit.errors import DataError, SecurityError
-from finetune_kit.system import resource
+from finetune_kit.system.files import resource
 
 Note = Callable[[str], None]
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from finetune_kit.config import DataConfig
 from finetune_kit.data.chat import (
     IGNORED,
     Sample,
@@ -28,6 +27,7 @@ from finetune_kit.data.records import (
 )
 from finetune_kit.data.special import plain_marks
 from finetune_kit.errors import DataError
+from finetune_kit.settings.schema import DataConfig
 
 
 @dataclass

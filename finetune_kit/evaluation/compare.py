@@ -2,75 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from finetune_kit import processes
-from finetune_kit.config import EvaluateConfig, ModelConfig
-from finetune_kit.data.chat import render_prompt
-from finetune_kit.data.records import LabelledCompletion, prompt_of, reference_of
-from finetune_kit.data.split import source_rows
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.evaluation import preferences
-from finetune_kit.evaluation.divergence import Positions, choose_positions, log_probs
 from finetune_kit.evaluation.intervals import ALIKE, SHARE, entry
-from finetune_kit.evaluation.loss import general_losses, row_losses
-from finetune_kit.evaluation.metrics import BUILT_IN, choose_metrics, score_rows
-from finetune_kit.generation import Completion, generate
-from finetune_kit.model.load import positions_of
-from finetune_kit.terminal import console, doing, moved
+from finetune_kit.evaluation.measure import Measurement, measure
+from finetune_kit.evaluation.metrics import BUILT_IN
+from finetune_kit.settings.schema import EvaluateConfig
 
 if TYPE_CHECKING:
-    import torch
-
-Judge = Callable[[list[str], list[str], list[Any]], Sequence[float]]  # last turns, answers, records -> one score each
-Progress = Callable[[str, int, int], None]  # what is measured, rows done, rows in all
+    pass
 
 SAMPLES = 8  # answers kept in report.json: the first rows, whatever they show
-MARGIN = 8  # tokens beyond the longest held-out answer before a generation is cut off
 LARGEST_EXPONENT = 700.0  # exp(710) is no float: a model that far gone has a loss but no perplexity
-
-
-@dataclass
-class Measurement:
-    """What one model did on the held-out rows. Lists named alike have one entry a row, in the order of the data.
-
-    Of pairs and labelled answers `nll` and `tokens` are those of the chosen (liked) answers; `paired`: the rejected
-    ones' lists have the same rows, so that a row is a pair.
-    """
-
-    metrics: dict[str, list[float]] = field(default_factory=dict)  # scores of the answers, the main one first
-    nll: list[float] = field(default_factory=list)  # nats, of each held-out row
-    tokens: list[int] = field(default_factory=list)  # supervised tokens of each held-out row
-    rejected_nll: list[float] = field(default_factory=list)  # nats, of each rejected or disliked answer
-    rejected_tokens: list[int] = field(default_factory=list)
-    paired: bool = False
-    sources: int = 0  # rows of the data behind those of the losses; 0 where each is one
-    positions: Positions = field(default_factory=list)  # where distributions were taken, in chosen answers
-    log_probs: torch.Tensor | None = None  # (positions, vocabulary), those distributions
-    general_nll: list[float] = field(default_factory=list)  # nats, of each stretch of the general text
-    general_tokens: list[int] = field(default_factory=list)
-    where: list[str] = field(default_factory=list)  # of each answered row
-    conversations: list[str] = field(default_factory=list)  # before each answer, for people
-    prompts: list[str] = field(default_factory=list)  # text of the last turn before the answer
-    references: list[str] = field(default_factory=list)
-    completions: list[Completion] = field(default_factory=list)
-    decoding: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    @property
-    def loss(self) -> float:
-        """Held-out loss, nats a token."""
-        return sum(self.nll) / sum(self.tokens)
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss)
 
 
 @dataclass
@@ -94,211 +41,6 @@ class Report:
         """The content of report.json: numbers, texts, lists and dicts only."""
         content = dict(vars(self))
         return {**content.pop("details"), **content}
-
-
-def measure(
-    model: Any,
-    tokenizer: Any,
-    data: Any,
-    config: EvaluateConfig,
-    progress: Progress | None = None,
-    distributions: bool = True,
-    judge: Judge | None = None,
-) -> Measurement:
-    """Loss on all held-out rows, answers to the first `config.size` held-out prompts, loss on the general text.
-
-    `data` is a `data.load.Data`. Plain text has no prompts and gets the losses only; prompts alone have no losses. The
-    model's mode, its generation settings and the random state are left as they were. `distributions`: of preferences,
-    also keep the next-token distributions at some positions, for the KL divergence. `judge`: scores the answers, as
-    metric "reward"; in its place evaluate.reward_model where that is set.
-    Raises SettingsError (a metric that cannot act), DataError (nothing to measure), NumericsError (a loss or a score
-    that is no number, with its row), ResourceError (memory, or a metric's package).
-    """
-    started = time.perf_counter()
-    with doing("measuring") if progress else contextlib.nullcontext():
-        measurement = _measured(model, tokenizer, data, config, progress, distributions, judge)
-    measurement.seconds = time.perf_counter() - started
-    return measurement
-
-
-def _measured(
-    model: Any,
-    tokenizer: Any,
-    data: Any,
-    config: EvaluateConfig,
-    progress: Progress | None,
-    distributions: bool,
-    judge: Judge | None,
-) -> Measurement:
-    measurement = Measurement()
-    if data.kind != "text" and config.size > 0 and (_asked(data) or not data.held_out_records):
-        metrics = choose_metrics(config.metrics, data, config.hub_metrics)  # before the work: it may refuse
-        _answer(measurement, model, tokenizer, data, config, progress)
-        moved("scoring the answers")
-        measurement.metrics = processes.from_main(lambda: _scores(measurement, metrics, data, config, judge))
-    elif config.metrics or config.hub_metrics or config.reward_model:
-        reason = "plain text has no answers to score" if data.kind == "text" else "evaluate.size is 0"
-        named = ", ".join([*config.metrics, *config.hub_metrics, *filter(None, [config.reward_model])])
-        raise SettingsError(f"evaluate: scoring answers ({named}) has no effect: {reason}.", "Leave it out.")
-    _losses(measurement, model, tokenizer, data, config, progress)
-    if measurement.rejected_nll and distributions:
-        moved("measuring distributions of the next token")
-        _distributions(measurement, model, data)
-    return measurement
-
-
-def _answer(
-    measurement: Measurement,
-    model: Any,
-    tokenizer: Any,
-    data: Any,
-    config: EvaluateConfig,
-    progress: Progress | None,
-) -> None:
-    """Greedy answers to the first `config.size` held-out prompts."""
-    records = _asked(data)[: config.size]
-    turns = [prompt_of(record) for record in records]
-    measurement.where = [record.where for record in records]
-    measurement.prompts = [str(before[-1]["content"]) if before else "" for before in turns]
-    measurement.conversations = [_conversation(before) for before in turns]
-    measurement.references = [reference_of(record) for record in records]
-    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in measurement.references]
-    longest = config.max_new_tokens or max(lengths, default=0) + MARGIN
-    tools = [record.tools for record in records]
-    rendering = (data.chat_template_kwargs, data.special_tokens_in_text)
-    prompts = [render_prompt(tokenizer, *pair, *rendering) for pair in zip(turns, tools, strict=True)]
-
-    limits = _limits(model, [len(prompt) for prompt in prompts], longest, measurement.where)
-    told = _told(progress, "answers", len(prompts))
-
-    def answer(mine: list[int]) -> list[Completion]:
-        found: dict[int, Completion] = {}
-        for limit in sorted({limits[index] for index in mine}, reverse=True):  # one, where the positions have no end
-            chosen, done = [index for index in mine if limits[index] == limit], len(found)
-            answers = generate(
-                model,
-                tokenizer,
-                [prompts[index] for index in chosen],
-                max_new_tokens=limit,
-                end_token_ids=data.end_token_ids,
-                batch_size=config.batch_size,
-                progress=_beside(told, done),
-            )
-            found.update(zip(chosen, answers, strict=True))
-        return [found[index] for index in mine]
-
-    measurement.completions = processes.spread(len(prompts), answer, processes.is_sharded(model))
-    ends = tokenizer.convert_ids_to_tokens(data.end_token_ids)
-    measurement.decoding = {"do_sample": False, "max_new_tokens": longest, "end_tokens": ends}
-
-
-def _beside(told: Callable[[int], None] | None, done: int) -> Callable[[int], None] | None:
-    """Progress that counts on from what is done."""
-    return None if told is None else lambda count: told(done + count)
-
-
-def _limits(model: Any, lengths: list[int], longest: int, where: Sequence[str]) -> list[int]:
-    """The most new tokens for each prompt: `longest`, and fewer where the model's learned positions end before.
-
-    Raises DataError for a prompt that leaves no position for an answer.
-    """
-    room = positions_of(model)
-    if room is None:
-        return [longest] * len(lengths)
-    limits = [min(longest, room - length) for length in lengths]
-    if (least := min(limits, default=1)) < 1:
-        row = limits.index(least)
-        raise DataError(
-            f"{where[row]}: a prompt of {lengths[row]:,} tokens; the model has positions for {room:,}, and its answer "
-            "needs some.",
-            "Take the row out, or answer no held-out prompts: evaluate.size=0",
-        )
-    if cut := sum(limit < longest for limit in limits):
-        _say_once(
-            f"note: {cut} of {len(limits)} held-out prompts leave fewer than {longest} of the model's {room:,} "
-            "positions: their answers end there"
-        )
-    return limits
-
-
-@cache
-def _say_once(note: str) -> None:
-    """What is measured before is measured after, too."""
-    console.print(note, markup=False)
-
-
-def _conversation(turns: Any) -> str:
-    """The turns before an answer: of several each with its role, of one its text alone."""
-    if len(turns) == 1:
-        return str(turns[0]["content"])
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-
-
-def _asked(data: Any) -> list[Any]:
-    """The held-out records whose prompts are answered: of labelled answers the liked ones."""
-    return [item for item in data.held_out_records if not isinstance(item, LabelledCompletion) or item.label]
-
-
-def _scores(
-    measurement: Measurement, metrics: list[Any], data: Any, config: EvaluateConfig, judge: Judge | None
-) -> dict[str, list[float]]:
-    """Every metric's score of every answer, and the judge's."""
-    found = {}
-    predictions = [completion.text for completion in measurement.completions]
-    metadata = [record.metadata for record in _asked(data)[: len(predictions)]]
-    for metric in metrics:
-        found[metric.name] = score_rows(metric, predictions, measurement.references, metadata, measurement.where)
-    judge = _reward_model(config.reward_model, data) if config.reward_model else judge
-    if judge is not None:
-        scores = judge(measurement.prompts, predictions, _asked(data)[: len(predictions)])
-        found["reward"] = [float(score) for score in scores]
-    return found
-
-
-def _reward_model(source: str, data: Any) -> Judge:
-    """The reward model's score of an answer, of one that was cut off, too."""
-    from finetune_kit.rl.rewards import RewardConfig, model_score
-
-    return model_score(source, RewardConfig(ignore_gate=True), ModelConfig(), data.chat_template_kwargs)
-
-
-def _losses(
-    measurement: Measurement, model: Any, tokenizer: Any, data: Any, config: EvaluateConfig, progress: Progress | None
-) -> None:
-    """Loss of every held-out row, and of the general text."""
-    chosen, rejected = preferences.sides(data)
-    if data.kind != "prompt":
-        both = [*chosen, *rejected]  # in one call: where a process scores both answers to a prompt, they share it
-        rows, where = [row for row, _ in both], [_where(data, index) for _, index in both]
-        told = _told(progress, "held-out loss", len(rows))
-        nll, tokens = row_losses(model, rows, where, config.batch_size, told)
-        measurement.nll, measurement.rejected_nll = nll[: len(chosen)], nll[len(chosen) :]
-        measurement.tokens, measurement.rejected_tokens = tokens[: len(chosen)], tokens[len(chosen) :]
-        measurement.sources = source_rows(where) if rejected else 0
-        measurement.paired = bool(rejected) and data.kind == "preference"
-        if sum(measurement.tokens) == 0:
-            raise DataError("No held-out row has a supervised token, so there is no loss to measure.")
-    if config.general_text:
-        moved("measuring the loss of the general text")
-        measurement.general_nll, measurement.general_tokens = general_losses(model, tokenizer, config.batch_size)
-
-
-def _distributions(measurement: Measurement, model: Any, data: Any) -> None:
-    """The model's next-token distributions at some positions of the chosen answers."""
-    import torch
-
-    rows = [row for row, _ in preferences.sides(data)[0]]
-    measurement.positions = choose_positions(rows, model.config.get_text_config().vocab_size)
-    measurement.log_probs = torch.cat(list(log_probs(model, measurement.positions)))
-
-
-def _where(data: Any, row: int) -> str:
-    """The held-out row's name for people; plain text is cut into blocks of its own."""
-    return f"held-out block {row + 1}" if data.kind == "text" else str(data.held_out_records[row].where)
-
-
-def _told(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
-    return None if progress is None else lambda done: progress(what, min(done * processes.count(), total), total)
 
 
 def compare(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune_kit.errors import NumericsError
 from finetune_kit.evaluation.loss import IGNORED, Row
-from finetune_kit.generation import evaluation_mode
+from finetune_kit.models.inference import evaluation_mode
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetune_kit.config import EvaluateConfig
 from finetune_kit.data.split import FEWEST
+from finetune_kit.settings.schema import EvaluateConfig
 
 if TYPE_CHECKING:
     import numpy as np

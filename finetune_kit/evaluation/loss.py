@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune_kit import processes
+from finetune_kit import distributed
 from finetune_kit.errors import NumericsError
-from finetune_kit.generation import evaluation_mode, in_batches
-from finetune_kit.model.load import positions_of
-from finetune_kit.model.packed import acts_on
+from finetune_kit.models.inference import evaluation_mode, in_batches
+from finetune_kit.models.shapes import positions_of
+from finetune_kit.packing.forward import acts_on
 
 IGNORED = -100  # label of a token that is not trained
 LOGITS = 2**26  # most logits of one forward pass: 256 MiB in float32
@@ -94,7 +94,7 @@ def _losses(
     if progress is not None:
         progress(0)
     with evaluation_mode(model):
-        return processes.spread(len(rows), share, processes.is_sharded(model))
+        return distributed.spread(len(rows), share, distributed.is_sharded(model))
 
 
 def _plan(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from finetune_kit.config import EvaluateConfig
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.evaluation.intervals import ALIKE, SHARE, entry
 from finetune_kit.evaluation.loss import Row
+from finetune_kit.settings.schema import EvaluateConfig
 
 if TYPE_CHECKING:
-    from finetune_kit.evaluation.compare import Measurement
+    from finetune_kit.evaluation.measure import Measurement
 
 
 def sides(data: Any) -> tuple[list[tuple[Row, int]], list[tuple[Row, int]]]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune_kit.errors import SettingsError
-from finetune_kit.parsing import read_object
+from finetune_kit.system.parsing import read_object
 from finetune_kit.training import checkpoint
 
 TENSORS, NUMBERS = "state.safetensors", "state.json"

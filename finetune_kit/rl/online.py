@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from finetune_kit.config import RecipeConfig
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import NumericsError, SettingsError
-from finetune_kit.rl.rewards import Part, Rewards, checked
-from finetune_kit.terminal import doing
+from finetune_kit.rewards.sources import Part, Rewards, checked
+from finetune_kit.settings.schema import RecipeConfig
+from finetune_kit.system.terminal import doing
 from finetune_kit.training.progress import console, hooks
 
 TRAINED_ROW = "trained_row"  # a key of a prompt's turns
@@ -72,7 +72,7 @@ def _function(part: Part, data: Data) -> Callable[..., list[float | None]]:
     return score
 
 
-def watching_rewards() -> Any:
+def reward_watchdog() -> Any:
     """A callback of transformers that stops a run whose rewards tell no completions of a prompt apart, and says it
     where they once did: without a difference in a group there is no advantage, and no gradient but that of the KL.
 
@@ -106,7 +106,7 @@ def sample_here(policy: Any) -> None:
     cache_implementation=static TRL switches compiling off, so that nothing is recorded. Where train.extra sets one of
     them, that one acts. On a CPU nothing changes.
     """
-    from finetune_kit import decoding
+    from finetune_kit.generation import decoding
 
     plain = policy.generate
 

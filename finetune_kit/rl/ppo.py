@@ -19,23 +19,25 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from finetune_kit import processes
+from finetune_kit import distributed
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
-from finetune_kit.model import packed
-from finetune_kit.model.adapters import covered, is_adapter
-from finetune_kit.model.load import computes_in_bfloat16, device
+from finetune_kit.models.adapters import covered, is_adapter
+from finetune_kit.models.completion_rows import Rows, make_rows
+from finetune_kit.models.device import computes_in_bfloat16, device
+from finetune_kit.packing import forward
+from finetune_kit.rewards.sources import Rewards
 from finetune_kit.rl import math as ppo
 from finetune_kit.rl.checkpoint import Snapshot, load_optimizer, optimizer_tensors, read_checkpoint, write_checkpoint
-from finetune_kit.rl.rewards import Rewards
-from finetune_kit.rl.rollout import Reference, Rows, Sampled, lay_out, look, passes, sample, shuffled
+from finetune_kit.rl.rollout import Reference, Sampled, passes, sample, shuffled, token_stats
 from finetune_kit.rl.settings import PPOSettings, check_prompts, check_settings
 from finetune_kit.rl.value import NAME, build_value, value_parameters
 from finetune_kit.rl.watch import CAUSES, collapse
-from finetune_kit.run_folder import is_unfinished, read_identity
-from finetune_kit.terminal import doing
-from finetune_kit.training import checkpoint, room, stopping
+from finetune_kit.run_folder.identity import read_identity
+from finetune_kit.run_folder.naming import is_unfinished
+from finetune_kit.system.terminal import doing
+from finetune_kit.training import checkpoint, resources, stopping
 from finetune_kit.training.guard import CAUSES as NOT_FINITE
 from finetune_kit.training.guard import MOST_IN_A_ROW, said_rows
 from finetune_kit.training.progress import Record, peak_memory_gib
@@ -62,7 +64,7 @@ class Rollout:
     def rows(self, chosen: list[int]) -> Rows:
         """Some of its rows as the model takes them."""
         picked = [self.prompts[row] for row in chosen], [self.completions[row] for row in chosen]
-        return lay_out(*picked, self.mask.shape[1], self.mask.device)
+        return make_rows(*picked, self.mask.shape[1], self.mask.device)
 
 
 def copied(tensor: Tensor, beside: bool) -> Tensor:
@@ -110,7 +112,7 @@ class PPOTrainer:
         self.padded_because = "train.padding_free=false"
         if config.train.padding_free:
             with doing("proving that packed rows give what padded ones do"):
-                self.padded_because = packed.enable(policy, self.prompts)
+                self.padded_because = forward.enable(policy, self.prompts)
         train, every = config.train, self.trained.values()
         self.optimizer = torch.optim.AdamW(every, train.learning_rate, eps=1e-5, weight_decay=train.weight_decay)
         epochs = math.ceil(train.num_train_epochs * len(self.prompts) / config.batch_size)
@@ -126,7 +128,7 @@ class PPOTrainer:
         self.logged: dict[str, list[float]] = {}  # what reward functions gave to log_metric in this update
         self.states: list[Snapshot] = []  # the last good one, and the one that the update began with
         self.beside: bool | None = None  # whether they are kept on the GPU; None: no update has shown its peak yet
-        self.disk = room.Disk(Path(config.train.output_dir or ""))
+        self.disk = resources.Disk(Path(config.train.output_dir or ""))
 
     def _sampler(self) -> Any:
         """What draws the completions: rollout.sample, or vLLM in its place."""
@@ -155,10 +157,10 @@ class PPOTrainer:
         self._go_on()
         if self.is_main:
             self._announce()
-        room.check_start(self.model, train, folder)
+        resources.check_start(self.model, train, folder)
         if train.save_steps:
             with doing("trying to save"):
-                processes.from_main(lambda: room.rehearse_save(self.model, folder))
+                distributed.from_main(lambda: resources.rehearse_save(self.model, folder))
         if self.is_main:
             self.record.on_train_begin(None, SimpleNamespace(global_step=self.step, max_steps=self.updates), None)
         try:
@@ -199,7 +201,7 @@ class PPOTrainer:
         folder = self.record.path.parent
         if self.step or not is_unfinished(folder):
             return
-        found = processes.from_main(lambda: checkpoint.newest_whole(folder))
+        found = distributed.from_main(lambda: checkpoint.newest_whole(folder))
         if found is None:
             self.record.restore({})
             return
@@ -222,7 +224,7 @@ class PPOTrainer:
             try:
                 return act()
             except (RuntimeError, MemoryError) as error:
-                if not room.out_of_memory(error):
+                if not resources.out_of_memory(error):
                     raise
             # here, where no traceback holds its tensors any more
             self.optimizer.zero_grad()
@@ -231,14 +233,14 @@ class PPOTrainer:
                 self.beside = False
                 for state in self.states:
                     state.tensors.update({name: tensor.cpu() for name, tensor in state.tensors.items()})
-                room.empty_cache()
+                resources.empty_cache()
                 self.restore(before)
                 continue
             rows = train.per_device_train_batch_size
             if rows == 1 or self.accelerator.num_processes > 1:
-                raise room.too_large(rows, train.gradient_checkpointing, self.model)
-            train.per_device_train_batch_size = room.fewer(rows)
-            room.empty_cache()
+                raise resources.too_large(rows, train.gradient_checkpointing, self.model)
+            train.per_device_train_batch_size = resources.fewer(rows)
+            resources.empty_cache()
             if self.is_main:
                 taken = train.per_device_train_batch_size
                 self.record.say(f"note: {rows} rows at once do not fit into memory: going on with {taken}")
@@ -318,7 +320,7 @@ class PPOTrainer:
         scores, parts = self._score(chosen, sampled)
         completions = [completion.ids for completion in sampled]
         width = max(map(len, completions))
-        mask = lay_out(prompts, completions, width, self.model.device).mask
+        mask = make_rows(prompts, completions, width, self.model.device).mask
         blank = torch.zeros(mask.shape, device=mask.device)
         rollout = Rollout(chosen, prompts, completions, mask, *(blank.clone() for _ in range(4)))
         ref_logprobs, entropy = blank.clone(), blank.clone()
@@ -328,9 +330,9 @@ class PPOTrainer:
                 self._now("values and log-probabilities", at, len(micros))
                 laid = rollout.rows(rows)
                 with self.accelerator.autocast():
-                    seen = look(self.model, laid, config.temperature, self.value, entropy=True)
+                    seen = token_stats(self.model, laid, config.temperature, self.value, entropy=True)
                     with self.reference():
-                        ref_logprobs[rows] = look(self.model, laid, config.temperature).logprobs
+                        ref_logprobs[rows] = token_stats(self.model, laid, config.temperature).logprobs
                 assert seen.entropy is not None
                 assert seen.values is not None
                 rollout.logprobs[rows], rollout.values[rows], entropy[rows] = seen.logprobs, seen.values, seen.entropy
@@ -428,7 +430,7 @@ class PPOTrainer:
         config = self.config
         with self.accelerator.autocast():
             entropy_bonus = config.entropy_coef > 0
-            seen = look(self.model, rollout.rows(rows), config.temperature, self.value, entropy=entropy_bonus)
+            seen = token_stats(self.model, rollout.rows(rows), config.temperature, self.value, entropy=entropy_bonus)
         assert seen.values is not None
         mask, old, old_values = rollout.mask[rows], rollout.logprobs[rows], rollout.values[rows]
         policy = ppo.policy_loss(seen.logprobs, old, rollout.advantages[rows], mask, config.cliprange)
@@ -507,7 +509,7 @@ class PPOTrainer:
             scores, parts = self.rewards(prompts, texts, records, **more)
         except FinetuneKitError as error:
             failed = error
-        processes.stop_together(failed)
+        distributed.stop_together(failed)
         return torch.tensor(scores, device=where), {k: torch.tensor(v, device=where) for k, v in parts.items()}
 
     def _why_stop(self, line: dict[str, float]) -> str | None:
@@ -554,7 +556,7 @@ class PPOTrainer:
         count = sum(parameter.numel() for parameter in self.trained.values())
         self.record.say(
             f"{len(self.prompts):,} prompts; {self.updates} updates of {self.config.batch_size} completions; "
-            f"{count:,} parameters of policy and value trained, on {processes.where(self.model)}"
+            f"{count:,} parameters of policy and value trained, on {distributed.where(self.model)}"
         )
         if is_adapter(self.model):
             for line in covered(self.model).in_words():
@@ -597,10 +599,10 @@ class PPOTrainer:
         try:
             kept = write_checkpoint(folder, good, self._facts())
         except Exception as error:
-            if not room.is_full_disk(error):
+            if not resources.is_full_disk(error):
                 raise
-            room.remove_halves(folder)
-            return f"The last good state could not be kept: {room.first_line(error)}."
+            resources.remove_halves(folder)
+            return f"The last good state could not be kept: {resources.first_line(error)}."
         for newer in checkpoint.checkpoints(folder):
             if checkpoint.step_of(newer) > checkpoint.step_of(kept):
                 checkpoint.discard(newer)

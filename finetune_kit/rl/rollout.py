@@ -6,19 +6,20 @@ from token ids: the pad token may end turns inside a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from finetune_kit import decoding
 from finetune_kit.errors import NumericsError
-from finetune_kit.generation import evaluation_mode, in_batches
-from finetune_kit.model.adapters import is_adapter
-from finetune_kit.model.layout import WORTH_SHARING
+from finetune_kit.generation import decoding
+from finetune_kit.models.adapters import is_adapter
+from finetune_kit.models.completion_rows import Rows, states
+from finetune_kit.models.inference import evaluation_mode, in_batches
+from finetune_kit.models.second_adapter import adapter
+from finetune_kit.packing.plan import WORTH_SHARING
 from finetune_kit.rl.math import entropy_from_logits, token_logprobs
 
 
@@ -172,74 +173,7 @@ def common_beginning(policy: Any, prompts: list[list[int]]) -> int:
     return shared
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Prompts with their completions as the model takes them; s is the number of completion tokens.
-
-    input_ids, attention_mask: (b, w), padded on the right. before: (s,), the places among b * w whose next token is a
-    completion's. tokens: (s,), those next tokens. mask: (b, t), true where a completion, laid out alone, has a token;
-    places: (s,), of those among b * t. Places are counted on the CPU: a GPU that is asked for them is waited for.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    before: Tensor
-    tokens: Tensor
-    mask: Tensor
-    places: Tensor
-
-    def spread(self, flat: Tensor) -> Tensor:
-        """(s,) numbers of completion tokens -> (b, t), 0 where masked; keeps the gradient."""
-        return flat.new_zeros(self.mask.numel()).index_put((self.places,), flat).view(self.mask.shape)
-
-    def states(self, hidden: Tensor) -> Tensor:
-        """(b, w, h) hidden states -> (s, h), those in front of each completion token."""
-        return hidden.flatten(0, 1)[self.before]
-
-
-def lay_out(prompts: Sequence[list[int]], completions: Sequence[list[int]], width: int, device: Any) -> Rows:
-    """Rows of prompts with completions of at least one token each; `width`: t, at least that of the longest one."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, completions, strict=True))
-    ids = torch.zeros((len(prompts), longest), dtype=torch.long)
-    attention = torch.zeros_like(ids)
-    before: list[int] = []
-    places: list[int] = []
-    mask = torch.zeros((len(prompts), width), dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor([*prompt, *answer])
-        attention[row, :end] = 1
-        before += range(row * longest + len(prompt) - 1, row * longest + end - 1)
-        places += range(row * width, row * width + len(answer))
-        mask[row, : len(answer)] = True
-    tokens = [token for answer in completions for token in answer]
-    flat = [torch.tensor(part, dtype=torch.long) for part in (before, tokens, places)]
-    parts = [part.to(device, non_blocking=True) for part in (ids, attention, flat[0], flat[1], mask, flat[2])]
-    return Rows(*parts)
-
-
-def states(model: Any, rows: Rows, *, head: bool = True) -> tuple[Tensor, Tensor]:
-    """(logits (s, v), hidden states (s, h)) in front of each completion token, float32.
-
-    Without `head` no logits (0, v). The model's own forward; only what enters its language-model head is cut down to
-    those s positions.
-    """
-    found: list[Tensor] = []
-
-    def cut(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        found.append(rows.states(args[0]))
-        return ((found[0] if head else found[0][:0])[None], *args[1:])
-
-    causal = model.get_base_model() if is_adapter(model) else model
-    hook = causal.get_output_embeddings().register_forward_pre_hook(cut)
-    try:
-        output = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
-    finally:
-        hook.remove()
-    return output.logits[0].float(), found[0].float()
-
-
-class Seen(NamedTuple):
+class TokenStats(NamedTuple):
     """Of each completion token, (b, t) and 0 where masked: log-probability, entropy of its distribution, value."""
 
     logprobs: Tensor
@@ -247,35 +181,15 @@ class Seen(NamedTuple):
     values: Tensor | None
 
 
-def look(policy: Any, rows: Rows, temperature: float, value: Any = None, *, entropy: bool = False) -> Seen:
+def token_stats(policy: Any, rows: Rows, temperature: float, value: Any = None, *, entropy: bool = False) -> TokenStats:
     """Log-probabilities at the temperature of sampling; entropy and values (see rl/value.py) where they are wanted."""
     logits, hidden = states(policy, rows)
     logits = logits / temperature
-    return Seen(
+    return TokenStats(
         rows.spread(token_logprobs(logits, rows.tokens)),
         rows.spread(entropy_from_logits(logits)) if entropy else None,
         rows.spread(value(policy, rows, hidden)) if value is not None else None,
     )
-
-
-@contextmanager
-def adapter(policy: Any, name: str | None) -> Iterator[None]:
-    """The policy with its adapter `name` in the place of the active one, or with none; trained weights stay trained."""
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    active = policy.active_adapter
-    if name is None:
-        policy.base_model.disable_adapter_layers()
-    else:
-        policy.set_adapter(name)
-    try:
-        yield
-    finally:
-        if name is None:
-            policy.base_model.enable_adapter_layers()
-        else:
-            policy.set_adapter(active)
-        for parameter in trained:  # PEFT freezes whatever is not active
-            parameter.requires_grad_(True)
 
 
 class Reference:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune_kit import processes
-from finetune_kit.config import RecipeConfig, TrainConfig, section, setting
+from finetune_kit import distributed
 from finetune_kit.data.load import Data
 from finetune_kit.errors import DataError, SettingsError
-from finetune_kit.model.adapters import is_adapter
-from finetune_kit.names import near_path
-from finetune_kit.rl.rewards import RewardConfig
+from finetune_kit.models.adapters import is_adapter
+from finetune_kit.rewards.settings import RewardConfig
+from finetune_kit.settings.aliases import near_path
+from finetune_kit.settings.schema import RecipeConfig, TrainConfig, section, setting
 
 
 @dataclass
@@ -62,7 +62,7 @@ class PPOSettings(RecipeConfig):
     max_constant_updates: int = setting(5, "updates with all scores alike after which it stops", within="[1, inf)")
 
     def check_itself(self) -> None:
-        check_settings(self, processes.count())
+        check_settings(self, distributed.count())
 
 
 # train settings that PPO's own loop has no use for, and why
@@ -79,7 +79,7 @@ INERT = {
 
 def check_settings(config: PPOSettings, devices: int) -> None:
     """Raises SettingsError for batch sizes that do not divide, and for settings that cannot act."""
-    if sharding := processes.sharding():
+    if sharding := distributed.sharding():
         raise SettingsError(
             f"{sharding} was asked for, and PPO's loop shares gradients alone: each device holds the whole model.",
             "Take accelerate_config.yaml; docs/scale.md says what fits.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune_kit.config import ModelConfig
 from finetune_kit.errors import SettingsError
-from finetune_kit.model.adapter_config import read_adapter_config
-from finetune_kit.model.adapters import is_adapter
-from finetune_kit.model.load import check_base, device, load_tokenizer
-from finetune_kit.model.reward import load_scorer
-from finetune_kit.rl.rollout import Rows, adapter, states
+from finetune_kit.models.adapters import is_adapter
+from finetune_kit.models.completion_rows import Rows, states
+from finetune_kit.models.device import device
+from finetune_kit.models.provenance import check_base
+from finetune_kit.models.reward import load_scorer
+from finetune_kit.models.second_adapter import adapter, add_second_adapter, head_of
+from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.settings.schema import ModelConfig
 
 NAME = "value_adapter"  # the name of the second adapter in the policy
-RUN_AN_ADAPTER = "Name the folder of a reward_model run on the policy's base."
 
 
 class Value(torch.nn.Module):
@@ -89,39 +89,9 @@ def _add_adapter(policy: Any, model: ModelConfig, folder: Path | None, value: Va
     if folder is not None:
         _check_adapter(folder)
         check_base(model, folder)
-    tensors = put_beside(policy, NAME, folder, trained=True)
+    tensors = add_second_adapter(policy, NAME, folder, trained=True)
     if folder is not None:
         _put_head(value, tensors, folder)
-
-
-def put_beside(policy: Any, name: str, folder: Path | None, trained: bool) -> dict[str, Tensor]:
-    """Add a LoRA adapter `name` to a policy that has one, which stays the active one: fresh and of the policy's shape,
-    or the one in `folder`, whose tensors are returned. Raises SettingsError where its layers are not the policy's.
-    """
-    config = copy.deepcopy(policy.peft_config[policy.active_adapter])
-    config.modules_to_save = None
-    tensors: dict[str, Tensor] = {}
-    if folder is not None:
-        saved = read_adapter_config(folder)
-        shape = ("r", "lora_alpha", "target_modules", "target_parameters", "use_rslora", "use_dora", "lora_dropout")
-        for key in shape:
-            setattr(config, key, saved[key])
-        tensors = _tensors(folder / "adapter_model.safetensors")
-    policy.add_adapter(name, config)
-    own = {full: parameter for full, parameter in policy.named_parameters() if f".{name}." in full}
-    for parameter in own.values():
-        parameter.requires_grad_(trained)
-    if folder is None:
-        return tensors
-    # base_model.model.model.layers.0.….lora_A.weight there is ….lora_A.<name>.weight here
-    found = {full.removesuffix(".weight") + f".{name}.weight": tensor for full, tensor in tensors.items()}
-    lora = {full: tensor for full, tensor in found.items() if ".lora_" in full}
-    if lora.keys() != own.keys():
-        raise SettingsError(f"{folder} is an adapter with other layers than the policy's base.", RUN_AN_ADAPTER)
-    with torch.no_grad():
-        for full, tensor in lora.items():
-            own[full].copy_(tensor)
-    return tensors
 
 
 def _check_adapter(folder: Path) -> None:
@@ -150,19 +120,3 @@ def _separate(model: ModelConfig, folder: Path | None) -> Value:
 def _put_head(value: Value, tensors: dict[str, Tensor], folder: Path) -> None:
     with torch.no_grad():
         value.head.weight.copy_(head_of(tensors, folder, value.head.weight.shape[1]))
-
-
-def head_of(tensors: dict[str, Tensor], folder: Path, width: int) -> Tensor:
-    """The head of a reward model among its saved tensors, (1, width). Raises SettingsError where there is none."""
-    weight = next((tensor for name, tensor in tensors.items() if name.endswith("score.weight")), None)
-    if weight is None or weight.shape != (1, width):
-        shape = None if weight is None else tuple(weight.shape)
-        raise SettingsError(f"{folder}: expected a score.weight of {(1, width)}, found {shape}.", RUN_AN_ADAPTER)
-    return weight
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors

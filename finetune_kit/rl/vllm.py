@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune_kit.config import ModelConfig
 from finetune_kit.errors import ResourceError, SettingsError
-from finetune_kit.model.adapters import is_adapter
-from finetune_kit.model.load import device, resolve_name
+from finetune_kit.models.adapters import is_adapter
+from finetune_kit.models.device import device
+from finetune_kit.models.source import resolve_name
 from finetune_kit.rl.rollout import Sampled
+from finetune_kit.settings.schema import ModelConfig
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
 

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune_kit import processes, run_folder
-from finetune_kit.config import RecipeConfig, leaves
+from finetune_kit import distributed
 from finetune_kit.data.load import Data
 from finetune_kit.errors import ResourceError, SettingsError
-from finetune_kit.parsing import read_object
-from finetune_kit.system import sync_folder, write_whole
+from finetune_kit.run_folder import claim, identity
+from finetune_kit.settings.schema import RecipeConfig, leaves
+from finetune_kit.system.files import sync_folder, write_whole
+from finetune_kit.system.parsing import read_object
 from finetune_kit.training.progress import console
 
 MANIFEST = "MANIFEST.json"
@@ -36,19 +37,19 @@ def begin(config: RecipeConfig, tokenizer: Any, data: Data) -> Path:
     """
 
     def make() -> Path:
-        stamps = {**stamps_of(config, tokenizer, data), "processes": processes.count()}
-        differing = run_folder.new_versions(Path(config.train.output_dir or ""))
-        folder = run_folder.begin(config, data.ledger, stamps)
+        stamps = {**stamps_of(config, tokenizer, data), "processes": distributed.count()}
+        differing = identity.new_versions(Path(config.train.output_dir or ""))
+        folder = claim.begin(config, data.ledger, stamps)
         if differing:
             console.print(f"note: not as when this run began, so that its numbers may differ: {', '.join(differing)}")
         return folder
 
-    return processes.from_main(make)
+    return distributed.from_main(make)
 
 
 def stamps_of(config: RecipeConfig, tokenizer: Any, data: Data) -> dict[str, Any]:
     """What a run's result depends on beside its settings, as hashes: rows, base model, tokenizer, files it names."""
-    from finetune_kit.model.load import base_record
+    from finetune_kit.models.provenance import base_record
 
     model = base_record(config.model)
     named = {leaf.key: leaf.value for leaf in leaves(config) if not leaf.key.startswith(("data.", "train.", "hub."))}
@@ -265,7 +266,7 @@ def reopen(optimizer: Any, scheduler: Any, then: dict[str, Any], now: dict[str, 
     """Let changed settings of rate and decay act, which the loaded state of optimizer and scheduler would overrule."""
     if then.get("train.weight_decay") != now["train.weight_decay"]:
         optimizer.param_groups[0]["weight_decay"] = now["train.weight_decay"]  # the others are those without decay
-    if all(then.get(key) == now[key] for key in run_folder.RATE):
+    if all(then.get(key) == now[key] for key in claim.RATE):
         return
     was, rate = then["train.learning_rate"], now["train.learning_rate"]
     bases = [base * rate / was if was else rate for base in scheduler.base_lrs]

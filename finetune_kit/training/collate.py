@@ -1,7 +1,7 @@
 """The packing plan of a batch, made where its rows are put together: on the CPU, by a loader's worker if there is one.
 
 TRL's collator makes the batch. Beside it goes a plan for each of its padded rows of token ids, into pinned memory and
-to the device as the batch does; there the ids carry it to the model (model/packed.py), so that no key of the batch is a
+to the device as the batch does; there the ids carry it to the model (see packing/forward.py): no key of the batch is a
 new one and a trainer may hand its tensors on as it likes. What a trainer makes of them, such as the concatenation of
 two sides, carries nothing but through `Side`; a call without a plan has one made on the spot.
 """
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from finetune_kit.data.chat import IGNORED
-from finetune_kit.model.kernel import tell
-from finetune_kit.model.layout import CARRIED, Plan, make_plan, select
-from finetune_kit.model.packed import Way, drops, way_of
+from finetune_kit.packing.attention import tell
+from finetune_kit.packing.forward import PackingState, drops, packing_of
+from finetune_kit.packing.plan import CARRIED, Plan, make_plan, select
 
 # token ids, attention mask, labels (or a mask of the labels) of TRL's batches; a model of scores has no labels
 ROWS = (
@@ -85,7 +85,7 @@ class Packing:
     way: how the model is packed. shares: a plan may have beginnings once; not where dropout acts.
     """
 
-    def __init__(self, collate: Any, way: Way, shares: bool) -> None:
+    def __init__(self, collate: Any, way: PackingState, shares: bool) -> None:
         self.collate, self.shares = collate, shares
         self.kind, self.compiled = way.attends.kind, way.compiled  # and no function, which a worker cannot be sent
 
@@ -124,7 +124,7 @@ def _labels(batch: Mapping[str, Any], name: str, ids: torch.Tensor) -> torch.Ten
 
 def plan_in_collator(trainer: Any) -> None:
     """Have a trainer's batches planned where they are put together, where its model is packed."""
-    way = way_of(trainer.model)
+    way = packing_of(trainer.model)
     if way is None or hasattr(trainer.args, "num_generations"):
         return
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from finetune_kit import processes
-from finetune_kit.config import TrainConfig
-from finetune_kit.model import kernel
-from finetune_kit.model.coverage import layers_of
-from finetune_kit.model.packed import drops, way_of
+from finetune_kit import distributed
+from finetune_kit.models.coverage import layers_of
+from finetune_kit.packing import attention
+from finetune_kit.packing.forward import drops, packing_of
+from finetune_kit.settings.schema import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def compile_layers(model: Any, backend: str | None = None, mode: str | None = No
         compiled = torch.compile(layer._call_impl, backend=backend or "inductor", mode=mode, dynamic=True)
         # where torch's own Module.compile puts it; that one would compile generation, too
         layer._compiled_call_impl = partial(_call, layer, compiled)
-    if (way := way_of(model)) is not None and layers:
+    if (way := packing_of(model)) is not None and layers:
         way.compiled = True
     return len(layers)
 
@@ -54,7 +54,7 @@ def plain_layers(model: Any) -> None:
     """Take compile_layers back."""
     for layer in layers_of(model):
         layer._compiled_call_impl = None
-    if (way := way_of(model)) is not None:
+    if (way := packing_of(model)) is not None:
         way.compiled = False
 
 
@@ -68,18 +68,18 @@ def compile_where_it_pays(model: Any, train: TrainConfig, rows: Sequence[Sequenc
     if asked is not None:
         count = compile_layers(model, backend, mode) if asked else 0
         return f"{count} layers are compiled, one for all" if count else ""
-    way = way_of(model)
-    if model.device.type != "cuda" or way is None or passes < LONG_ENOUGH or processes.sharding():
+    way = packing_of(model)
+    if model.device.type != "cuda" or way is None or passes < LONG_ENOUGH or distributed.sharding():
         return ""
     return try_compiled(model, rows)
 
 
-def try_compiled(model: Any, rows: Sequence[Sequence[int]], clock: kernel.Clock | None = None) -> str:
+def try_compiled(model: Any, rows: Sequence[Sequence[int]], clock: attention.Clock | None = None) -> str:
     """Compile the layers, and take that back unless a step on `rows` is faster by it and its gradient the same.
 
     clock: seconds that a step takes, on the model's device.
     """
-    timing, was_training = clock or kernel.clock_of(model.device), model.training
+    timing, was_training = clock or attention.clock_of(model.device), model.training
     model.train()
     try:
         plain, norm = _timed(model, rows, timing)
@@ -100,7 +100,7 @@ def try_compiled(model: Any, rows: Sequence[Sequence[int]], clock: kernel.Clock 
     return f"{count} layers are compiled, one for all: {said}"
 
 
-def _timed(model: Any, rows: Sequence[Sequence[int]], clock: kernel.Clock) -> tuple[float, float]:
+def _timed(model: Any, rows: Sequence[Sequence[int]], clock: attention.Clock) -> tuple[float, float]:
     """Seconds of a forward and backward pass over rows of tokens, and the norm of its gradient."""
     import torch
 
@@ -124,7 +124,7 @@ def _timed(model: Any, rows: Sequence[Sequence[int]], clock: kernel.Clock) -> tu
             model.zero_grad(set_to_none=True)
             loss.backward()
 
-    with kernel.as_in_training(model.device):
+    with attention.as_in_training(model.device):
         step()
         seconds = statistics.median(clock(step) for _ in range(TIMED))
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

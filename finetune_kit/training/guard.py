@@ -12,12 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from finetune_kit import processes
+from finetune_kit import distributed
 from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError, SettingsError
-from finetune_kit.model import kernel
-from finetune_kit.model.adapters import restore
+from finetune_kit.models.adapters import restore
+from finetune_kit.packing import attention
 from finetune_kit.training import checkpoint
 from finetune_kit.training.progress import console, hooks
 
@@ -26,7 +26,7 @@ MOST_IN_A_ROW = 3  # steps without a move after which a run that skips them stop
 MOST_NAMED = 8  # rows in a message
 
 
-def watching(guard: Guard) -> Any:
+def guard_callback(guard: Guard) -> Any:
     """The guard as a callback of transformers."""
     return hooks(
         on_train_begin=guard.on_train_begin,
@@ -75,7 +75,7 @@ class Guard:
         self.weights: Any = None  # whether those of the last step are finite, where nobody has asked yet
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.policy == "rollback" and (sharding := processes.sharding()):
+        if self.policy == "rollback" and (sharding := distributed.sharding()):
             raise SettingsError(
                 f"train.on_nonfinite=rollback puts a checkpoint's weights back, which {sharding} has in shards.",
                 "Take skip, or stop.",
@@ -146,7 +146,7 @@ class Guard:
         self.weights = finite(trained)
         measured = bool(self.eval_steps) and state.global_step % (self.eval_steps or 1) == 0
         last = state.global_step >= state.max_steps or control.should_training_stop
-        if measured or last or control.should_save or not kernel.runs_ahead(self.weights.device):
+        if measured or last or control.should_save or not attention.runs_ahead(self.weights.device):
             self._ask_for_weights(args, state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

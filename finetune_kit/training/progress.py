@@ -11,12 +11,11 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from finetune_kit import processes
-from finetune_kit.system import peak_memory, write_whole
-from finetune_kit.terminal import GAP, NO_ROOM, console, doing, moved, shown_by
+from finetune_kit import distributed
+from finetune_kit.system.files import peak_memory, write_whole
+from finetune_kit.system.terminal import GAP, NO_ROOM, console, doing, moved, shown_by
 
-__all__ = ["NO_ROOM", "Record", "console", "hooks", "peak_memory_gib", "telling"]
-MOST_LINES = 20  # about one piece of work, where there is no terminal
+__all__ = ["NO_ROOM", "Record", "console", "hooks", "peak_memory_gib"]
 
 
 def peak_memory_gib() -> float:
@@ -26,36 +25,6 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return peak_memory() / 2**30
-
-
-def telling(when: str) -> Callable[[str, int, int], None]:
-    """A function of (what, rows done, rows in all) that shows how far a measurement is: "before: answers 32 of 128"."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    tasks: dict[str, Any] = {}
-    began = last = time.monotonic()
-
-    def tell(what: str, done: int, total: int) -> None:
-        nonlocal began, last
-        if not console.is_terminal:
-            now = time.monotonic()
-            if what not in tasks:
-                console.print(f"{when}: {what}, {total} rows")
-                tasks[what], began, last = None, now, now
-            gap = max(GAP, (now - began) / max(done, 1) * total / MOST_LINES)
-            if now - last >= gap and 0 < done < total:
-                console.print(f"{when}: {what}, {done} of {total}")
-                last = now
-            moved(f"{when}: {what}, {done} of {total}")
-            return
-        if what not in tasks:
-            bar.start()
-            tasks[what] = bar.add_task(f"{when}: {what}", total=total)
-        bar.update(tasks[what], completed=done)
-        if bar.finished:
-            bar.stop()
-
-    return tell
 
 
 class Record:
@@ -86,7 +55,7 @@ class Record:
         self.history[:] = state.get("history", [])
         self.last_tokens, self.seconds = state.get("tokens", 0.0), state.get("seconds", 0.0)
         self.started = time.perf_counter() - self.seconds
-        if processes.is_main() and (self.history or self.path.exists()):
+        if distributed.is_main() and (self.history or self.path.exists()):
             self._write_all()
 
     def _write_all(self) -> None:
@@ -157,7 +126,7 @@ class Record:
 
     def write(self, line: dict[str, float]) -> None:
         self.history.append(line)
-        if not processes.is_main():
+        if not distributed.is_main():
             return
         try:
             if self.behind:

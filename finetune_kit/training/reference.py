@@ -10,18 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune_kit import processes
-from finetune_kit.config import RecipeConfig
+from finetune_kit import distributed
 from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import NumericsError, SettingsError
 from finetune_kit.evaluation.loss import row_losses
-from finetune_kit.generation import evaluation_mode
-from finetune_kit.model.adapters import is_adapter
-from finetune_kit.model.embedded import cache_folder
-from finetune_kit.model.load import base_record, computes_in_bfloat16, load_base, weights_stamp
-from finetune_kit.terminal import doing
-from finetune_kit.training.progress import console, telling
+from finetune_kit.models.adapters import is_adapter
+from finetune_kit.models.device import computes_in_bfloat16
+from finetune_kit.models.embedded import cache_folder
+from finetune_kit.models.inference import evaluation_mode
+from finetune_kit.models.load import load_base
+from finetune_kit.models.provenance import base_record, weights_stamp
+from finetune_kit.settings.schema import RecipeConfig
+from finetune_kit.system.progress_bar import progress_bar
+from finetune_kit.system.terminal import doing
+from finetune_kit.training.progress import console
 
 COLUMNS = {"chosen": "ref_chosen_logps", "rejected": "ref_rejected_logps"}
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # losses in which TRL uses label_smoothing
@@ -144,12 +147,12 @@ def without_router_loss(trainer: Any) -> Iterator[None]:
 def _log_probs(policy: Any, config: RecipeConfig, data: Data) -> dict[str, Any]:
     """{"chosen": (n,), "rejected": (n,)}: read from the cache where another run has left them, else computed."""
     path = _path(policy, config, data)
-    found = processes.from_main(lambda: _read(path) if path else None)
+    found = distributed.from_main(lambda: _read(path) if path else None)
     if found is not None:
         console.print(f"reference: log-probabilities of {len(data.train)} pairs, as computed by an earlier run")
         return found
     found = _compute(policy, config, data)
-    if path and processes.is_main():
+    if path and distributed.is_main():
         _write(path, found)
     return found
 
@@ -160,7 +163,7 @@ def _compute(policy: Any, config: RecipeConfig, data: Data) -> dict[str, Any]:
     samples = [sequences(row) for row in data.train]
     where = [data.train_records[index].where for index in data.train["row"]]
     rows = [sample[side] for sample in samples for side in COLUMNS]
-    told = telling("reference")
+    told = progress_bar("reference")
     with doing("computing the reference"):
         nll, _ = row_losses(
             policy,

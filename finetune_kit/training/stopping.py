@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune_kit import signals
 from finetune_kit.errors import Stopped
+from finetune_kit.system import signals
 
 finishing_steps = signals.deferred  # in here the first signal is only noted: see `asked`
 
 
 @contextmanager
-def heeding_signals(folder: Path) -> Iterator[None]:
+def stop_on_signals(folder: Path) -> Iterator[None]:
     """SIGTERM and SIGINT become the error Stopped: at once, or after the step where steps are being taken.
 
     Whatever a library made of a signal, an error of another kind is none while one has come.

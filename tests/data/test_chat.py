@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_kit.config import DataConfig
 from finetune_kit.data.chat import end_token_ids, render_prompt, samples_of, text_ids, truncate, untrainable
 from finetune_kit.data.records import PromptCompletion, Text
 from finetune_kit.data.template import adapt, dialect_of
 from finetune_kit.errors import DataError
+from finetune_kit.settings.schema import DataConfig
 from tests.fixtures_data import CHATML, assistant, bpe_tokenizer, conversation, made, spelled, user
 
 # Templates as the model families publish them, written out here so that each oracle can be read beside its template.

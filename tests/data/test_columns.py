@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from finetune_kit.config import DataConfig
 from finetune_kit.data.load import Data, load_data, load_records
 from finetune_kit.data.records import LabelledCompletion, Preference, PromptCompletion
 from finetune_kit.errors import DataError, SettingsError
+from finetune_kit.settings.schema import DataConfig
 from tests.data.test_chat import shipped
 from tests.fixtures_data import assistant, bpe_tokenizer, made, spelled, user, write_jsonl
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from finetune_kit.config import DataConfig
 from finetune_kit.data.files import data_files, read_csv, read_json, read_jsonl, read_txt
 from finetune_kit.data.load import load_records
 from finetune_kit.errors import DataError
+from finetune_kit.settings.schema import DataConfig
 
 ROWS = [{"question": "a, b?", "answer": "1\n2"}, {"question": "é “漢”?", "answer": "2"}]
 
@@ -86,7 +86,7 @@ def test_a_broken_file_is_a_data_error_with_its_place(name, tmp_path):
 @pytest.mark.parametrize("path", ["rows.jsonl", "./rows", "no/such/folder/rows"])
 def test_a_missing_file_is_a_data_error_and_no_question_to_the_hub(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("finetune_kit.data.load.hub_reachable", lambda: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("finetune_kit.data.sources.hub_reachable", lambda: pytest.fail("asked the Hub"))
     with pytest.raises(DataError, match=rf"data.path={path}: no such file or folder"):
         load_records(path, DataConfig())
 

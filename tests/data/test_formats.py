@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from finetune_kit.config import DataConfig
 from finetune_kit.data.load import load_records
 from finetune_kit.data.records import LabelledCompletion, Preference, PromptCompletion, prompt_of, reference_of
 from finetune_kit.errors import DataError, SettingsError
+from finetune_kit.settings.schema import DataConfig
 from tests.fixtures_data import assistant, user, write_jsonl
 
 QUESTION, ANSWER = "How many?", "Four."

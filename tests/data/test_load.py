@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_kit import network
-from finetune_kit.config import DataConfig
 from finetune_kit.data.ledger import Ledger, same_key
 from finetune_kit.data.load import Data, load_data, load_records
 from finetune_kit.data.records import PromptCompletion, Text, reference_of
 from finetune_kit.data.split import RULE, held_out_count, labels, source_rows, split_off
 from finetune_kit.errors import DataError, ResourceError, SettingsError
+from finetune_kit.settings.schema import DataConfig
+from finetune_kit.system import network
 from tests.fixtures_cli import ROOT
 from tests.fixtures_data import assistant, bpe_tokenizer, conversation, user, write_jsonl
 
@@ -365,7 +365,7 @@ def test_a_prompt_keeps_every_column_of_its_row_and_the_answer_wherever_it_was_r
     if name == "folder":
         write_jsonl(path.mkdir() or path / "train.jsonl", rows)
     elif name == "hub":
-        monkeypatch.setattr("finetune_kit.data.load.hub_reachable", lambda: True)
+        monkeypatch.setattr("finetune_kit.data.sources.hub_reachable", lambda: True)
         monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: datasets.Dataset.from_list(rows))
         path = "someone/apples"
     elif name == "rows.parquet":

@@ -6,11 +6,11 @@ import math
 import pytest
 import yaml
 
-from finetune_kit.config import DataConfig
 from finetune_kit.data.load import Data, load_data
 from finetune_kit.data.preview import preview_json
 from finetune_kit.data.records import Preference
 from finetune_kit.errors import DataError, SettingsError
+from finetune_kit.settings.schema import DataConfig
 from tests.data.test_chat import shipped
 from tests.fixtures_data import bpe_tokenizer, write_jsonl
 

@@ -6,9 +6,9 @@ import json
 import pytest
 from rich.console import Console
 
-from finetune_kit.config import DataConfig
 from finetune_kit.data.load import load_data
 from finetune_kit.data.preview import lengths, preview_json, print_preview
+from finetune_kit.settings.schema import DataConfig
 from tests.fixtures_data import bpe_tokenizer, write_jsonl
 
 TOKENIZER = bpe_tokenizer()

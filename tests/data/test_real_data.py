@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from finetune_kit.config import DataConfig
 from finetune_kit.data.ledger import REPEATED
 from finetune_kit.data.load import load_data
+from finetune_kit.settings.schema import DataConfig
 from tests.fixtures_data import bpe_tokenizer, shared
 
 # name -> (kind, rows)

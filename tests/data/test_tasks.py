@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from finetune_kit.config import DataConfig
 from finetune_kit.data import tasks
 from finetune_kit.data.load import load_data, load_records
 from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.settings.schema import DataConfig
 from tests.fixtures_data import bpe_tokenizer
 
 TASK = "word_sequence_reversal"

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_kit.config import EvaluateConfig
 from finetune_kit.errors import DataError, NumericsError, SettingsError
-from finetune_kit.evaluation.compare import Measurement, compare, held_out_scores, measure
+from finetune_kit.evaluation.compare import compare, held_out_scores
 from finetune_kit.evaluation.intervals import SHARE, agreeing_interval, bootstrap_interval, entry, spread_of
-from finetune_kit.generation import Completion
+from finetune_kit.evaluation.measure import Measurement, measure
+from finetune_kit.generation.generate import Completion
+from finetune_kit.settings.schema import EvaluateConfig
 from tests.fixtures_evaluation import byte_tokenizer, held_out, tiny_llama
 
 TOKENIZER = byte_tokenizer()

@@ -8,7 +8,7 @@ import torch
 from finetune_kit.errors import NumericsError
 from finetune_kit.evaluation import loss
 from finetune_kit.evaluation.loss import general_rows, row_losses
-from finetune_kit.model import packed
+from finetune_kit.packing import forward
 from tests.fixtures_evaluation import byte_tokenizer, held_out, tiny_gpt2, tiny_llama
 
 TOKENIZER = byte_tokenizer()
@@ -55,7 +55,7 @@ def test_packed_a_prompt_of_20_tokens_with_two_answers_is_computed_once_and_the_
             rows.append((ids, [*[-100] * 20, *ids[20:]]))
     model, where, through, head = tiny_llama(), [str(index) for index in range(10)], [], []
     expected, _ = row_losses(model, rows, where, 4)
-    assert packed.enable(model) == ""
+    assert forward.enable(model) == ""
     model.model.layers[0].register_forward_hook(lambda _, args, output: through.append(args[0].shape[1]))
     model.lm_head.register_forward_hook(lambda _, args, output: head.append(args[0].shape[1]))
     nll, tokens = row_losses(model, rows, where, 4)
@@ -68,8 +68,8 @@ def test_packed_a_prompt_of_20_tokens_with_two_answers_is_computed_once_and_the_
 def test_packed_with_rows_that_stay_padded_the_loss_is_the_same(monkeypatch):
     model = tiny_llama()
     expected, _ = row_losses(model, ROWS, WHERE, 4)
-    assert packed.enable(model) == ""
-    monkeypatch.setattr(packed, "_too_long", lambda *_: "so as to see it")
+    assert forward.enable(model) == ""
+    monkeypatch.setattr(forward, "_too_long", lambda *_: "so as to see it")
     assert row_losses(model, ROWS, WHERE, 4)[0] == pytest.approx(expected, rel=1e-5)
 
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from finetune_kit.config import EvaluateConfig
 from finetune_kit.evaluation import preferences
-from finetune_kit.evaluation.compare import Measurement, compare
+from finetune_kit.evaluation.compare import compare
+from finetune_kit.evaluation.measure import Measurement
+from finetune_kit.settings.schema import EvaluateConfig
 
 CONFIG = EvaluateConfig(bootstrap_samples=200)
 

@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from finetune_kit.config import EvaluateConfig
-from finetune_kit.evaluation.compare import Measurement, compare
+from finetune_kit.evaluation.compare import compare
+from finetune_kit.evaluation.measure import Measurement
 from finetune_kit.evaluation.report import loss_curves, print_report, reward_frontier, write_html
-from finetune_kit.generation import Completion
+from finetune_kit.generation.generate import Completion
+from finetune_kit.settings.schema import EvaluateConfig
 
 EVIL = '</script><script>alert("x")</script> [bold]not markup[/bold] & <img src=http://evil.example/x.png>'
 HISTORY = [

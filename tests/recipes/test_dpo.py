@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from finetune_kit.artifact import Artifact
-from finetune_kit.config import resolve
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.evaluation.loss import row_losses
-from finetune_kit.model.adapters import is_adapter
+from finetune_kit.models.adapters import is_adapter
 from finetune_kit.recipe import load
+from finetune_kit.runs.save import Artifact
+from finetune_kit.settings.load import resolve
 from finetune_kit.training import reference
 from tests.fixtures_training import Trained, fit_only, furnish_pairs, prepare, train
-from tests.model.small import write_model
+from tests.models.small import write_model
 
 PAIRS = [{"prompt": f"{n} + {n} =", "chosen": f"it is {2 * n}", "rejected": f"no {n}"} for n in range(40)]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from finetune_kit.artifact import Artifact
+from finetune_kit.runs.save import Artifact
 from tests.fixtures_training import fit_only
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune_kit.artifact import Artifact
-from finetune_kit.evaluation.compare import compare, measure
+from finetune_kit.evaluation.compare import compare
+from finetune_kit.evaluation.measure import measure
+from finetune_kit.runs.save import Artifact
 from tests.fixtures_training import fit_only, settings, train
 
 

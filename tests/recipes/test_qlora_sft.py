@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.errors import SettingsError
-from finetune_kit.model import fourbit
-from finetune_kit.model.load import load_policy
+from finetune_kit.models import quantization
+from finetune_kit.models.load import load_policy
+from finetune_kit.settings.schema import LoraConfig, ModelConfig
 from tests.fixtures_training import prepare, train
 
 PEAK = """
 import threading, time
 import accelerate, bitsandbytes, torch, transformers
-from finetune_kit.config import ModelConfig
-from finetune_kit.model.load import load_base
+from finetune_kit.settings.schema import ModelConfig
+from finetune_kit.models.load import load_base
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -106,13 +106,13 @@ def test_4_bits_cannot_be_trained_in_full(tiny_model: Path) -> None:
 def test_a_base_that_is_quantised_already_is_refused_with_its_method() -> None:
     config = GPT2Config(quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(SettingsError, match=r"quantised already .gptq"):
-        fourbit.check_base(config, "some/model-gptq")
+        quantization.check_base(config, "some/model-gptq")
 
 
 def test_a_device_without_4_bit_kernels_is_refused_and_a_cpu_is_told_what_it_lacks() -> None:
     with pytest.raises(SettingsError, match="cannot train on mps"):
-        fourbit.check_device(torch.device("mps"))
-    (note,) = fourbit.check_device(torch.device("cpu"))
+        quantization.check_device(torch.device("mps"))
+    (note,) = quantization.check_device(torch.device("cpu"))
     assert "paged optimizers act as plain ones" in note
 
 

@@ -10,31 +10,35 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_kit import hub as kit_hub
 from finetune_kit import recipe as recipes
-from finetune_kit.answering import Decoding
-from finetune_kit.answering import prepare as prepare_answering
-from finetune_kit.artifact import Artifact
-from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt
 from finetune_kit.data.load import load_data
 from finetune_kit.data.records import Prompt
 from finetune_kit.errors import DataError, NumericsError, SettingsError
-from finetune_kit.evaluation.rewards import measure_rewards
-from finetune_kit.finished import compare_adapters, compare_run, open_run, verify_run
-from finetune_kit.merge import merge, table_of, verdict_of
-from finetune_kit.merge_rewards import merged
-from finetune_kit.model.load import load_policy, load_tokenizer
-from finetune_kit.model.reward import load_saved, score_rows
-from finetune_kit.rl.rewards import RewardConfig, load_rewards, shares_base
-from finetune_kit.training.plan import plan
-from finetune_kit.verify import prove
+from finetune_kit.evaluation.reward_gate import measure_rewards
+from finetune_kit.models.load import load_policy
+from finetune_kit.models.reward import load_saved, score_rows
+from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.planning.plan import plan
+from finetune_kit.rewards.models import shares_base
+from finetune_kit.rewards.settings import RewardConfig
+from finetune_kit.rewards.sources import load_rewards
+from finetune_kit.run_folder import upload
+from finetune_kit.runs import hub as kit_hub
+from finetune_kit.runs.answering import Decoding
+from finetune_kit.runs.answering import prepare as prepare_answering
+from finetune_kit.runs.merge import merge, table_of, verdict_of
+from finetune_kit.runs.merge_rewards import merged
+from finetune_kit.runs.save import Artifact
+from finetune_kit.runs.saved import compare_adapters, compare_run, open_run, verify_run
+from finetune_kit.runs.verify import prove
+from finetune_kit.settings.schema import LoraConfig, ModelConfig
 from tests import fixtures_training
 from tests.conftest import furnish
 from tests.fixtures_hub import Hub
 from tests.fixtures_hub import hub as hub
 from tests.fixtures_training import settings, train, write_rows
-from tests.model.small import write_model
+from tests.models.small import write_model
 
 WORDS = ("red", "blue", "green", "tall", "old", "small")
 
@@ -345,7 +349,7 @@ class TestWhereTransformersHasNoClass:
     def test_it_is_pushed_and_the_pushed_card_s_lines_load_it_from_the_hub(
         self, own_run: Artifact, hub: Hub, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        kit_hub.send(kit_hub.prepare(own_run.folder, "ada/own", open_run(own_run.folder, []).config))
+        upload.send(kit_hub.prepare(own_run.folder, "ada/own", open_run(own_run.folder, []).config))
         assert "class Lfm2ForSequenceClassification" in hub.repos["ada/own"].files()["README.md"].decode()
         assert str(own_run.folder.parent).encode() not in hub.received()
         fetched = kit_hub.fetch("ada/own")

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune_kit.config import resolve
 from finetune_kit.data.load import Data, load_data
-from finetune_kit.model.load import load_policy, load_tokenizer
-from finetune_kit.model.tiny import write_tiny_model
+from finetune_kit.models.load import load_policy
+from finetune_kit.models.tiny import write_tiny_model
+from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.recipe import folder as recipes
 from finetune_kit.recipe import load
+from finetune_kit.rewards.sources import Part, Rewards
 from finetune_kit.rl.ppo import PPOTrainer
-from finetune_kit.rl.rewards import Part, Rewards
+from finetune_kit.settings.load import resolve
 
 torch.set_num_threads(1)
 

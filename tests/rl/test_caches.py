@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune_kit import decoding
+from finetune_kit.generation import decoding
 from finetune_kit.rl.rollout import _begin, sample
-from tests.model.architectures import tiny_config
+from tests.models.architectures import tiny_config
 
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_n_groups": 1}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -13,22 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_kit.config import LoraConfig, ModelConfig
 from finetune_kit.data.chat import end_token_ids
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, ResourceError, SettingsError, Stopped
-from finetune_kit.model.load import load_tokenizer
-from finetune_kit.model.reward import load_reward_model
+from finetune_kit.models.completion_rows import make_rows
+from finetune_kit.models.reward import load_reward_model
+from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.rewards.sources import Part, Rewards
 from finetune_kit.rl import ppo
 from finetune_kit.rl.checkpoint import read_checkpoint
 from finetune_kit.rl.ppo import PPOTrainer
-from finetune_kit.rl.rewards import Part, Rewards
-from finetune_kit.rl.rollout import lay_out, look
+from finetune_kit.rl.rollout import token_stats
 from finetune_kit.rl.watch import collapse
+from finetune_kit.settings.schema import LoraConfig, ModelConfig
 from finetune_kit.training.checkpoint import MANIFEST, begin, checkpoints, read_manifest
-from finetune_kit.training.stopping import heeding_signals
+from finetune_kit.training.stopping import stop_on_signals
 from tests.fixtures_cli import ROOT
 from tests.fixtures_training import largest_file, limit_files
-from tests.model.small import write_model
+from tests.models.small import write_model
 from tests.rl.fixtures import ROWS, lower, parts, settings, trainer, weights, write_home
 
 TIMES = {
@@ -258,9 +259,9 @@ def test_a_value_that_starts_from_a_reward_model_says_what_that_one_says(home: P
     tokenizer.save_pretrained(home / "judge")
     places = (f"model.name_or_path={home / backbone}", f"value_init_from={home / 'judge'}")
     made = trainer(home, f"value_model={name}", *places)
-    rows = lay_out([[5, 6, 7]], [[8]], 1, "cpu")
+    rows = make_rows([[5, 6, 7]], [[8]], 1, "cpu")
     with torch.no_grad():
-        seen = look(made.model, rows, 1.0, made.value)
+        seen = token_stats(made.model, rows, 1.0, made.value)
         expected = judge.eval()(input_ids=torch.tensor([[5, 6, 7]])).logits
     assert seen.values is not None
     assert float(seen.values[0, 0]) == pytest.approx(float(expected), abs=1e-5)
@@ -630,7 +631,7 @@ class TestARunThatGoesOn:
         expected = trainer(home, *words, f"output_dir={home / 'whole'}")
         expected.train()
         cut = self.begun(home, *words, score=interrupting)
-        with pytest.raises(Stopped, match="checkpoint-2 is what it goes on from"), heeding_signals(home / "run"):
+        with pytest.raises(Stopped, match="checkpoint-2 is what it goes on from"), stop_on_signals(home / "run"):
             cut.train()
         rest = self.begun(home, *words)
         assert [line["step"] for line in rest.train()] == [1, 2, 3, 4]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from finetune_kit import recipe
-from finetune_kit.config import resolve
-from finetune_kit.run_folder import claim
+from finetune_kit.run_folder.claim import claim
+from finetune_kit.settings.load import resolve
 from tests.rl.fixtures import settings, write_home
 
 

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_kit.generation import generate
-from finetune_kit.model import packed
-from finetune_kit.rl.rollout import Reference, adapter, common_beginning, lay_out, look, sample, states
+from finetune_kit.generation.generate import generate
+from finetune_kit.models.completion_rows import make_rows, states
+from finetune_kit.models.second_adapter import adapter
+from finetune_kit.packing import forward
+from finetune_kit.rl.rollout import Reference, common_beginning, sample, token_stats
 from finetune_kit.rl.value import build_value, value_parameters
 from tests.rl.fixtures import parts, settings, trainer, write_home
 
@@ -124,10 +126,10 @@ def test_numbers_in_a_batch_are_those_of_each_row_alone_with_pad_and_end_tokens_
     policy = policy_of(home)
     expected = [alone(policy, *row, temperature) for row in zip(PROMPTS, COMPLETIONS, strict=True)]
     if pack:
-        assert packed.enable(policy) == ""
-    rows = lay_out(PROMPTS, COMPLETIONS, 6, "cpu")
+        assert forward.enable(policy) == ""
+    rows = make_rows(PROMPTS, COMPLETIONS, 6, "cpu")
     with torch.no_grad():
-        seen = look(policy, rows, temperature, entropy=True)
+        seen = token_stats(policy, rows, temperature, entropy=True)
     assert seen.logprobs.shape == (4, 6)
     assert seen.entropy is not None
     for row, want in enumerate(expected):
@@ -137,7 +139,7 @@ def test_numbers_in_a_batch_are_those_of_each_row_alone_with_pad_and_end_tokens_
 
 
 def test_the_mask_counts_tokens_whatever_their_ids(home: Path) -> None:
-    rows = lay_out(PROMPTS, COMPLETIONS, 5, "cpu")
+    rows = make_rows(PROMPTS, COMPLETIONS, 5, "cpu")
     assert rows.attention_mask.sum(1).tolist() == [5, 13, 2, 7]
     assert rows.mask.sum(1).tolist() == [2, 5, 1, 3]
     assert rows.before.tolist() == [2, 3, 20, 21, 22, 23, 24, 26, 42, 43, 44]  # 13 columns a row
@@ -151,7 +153,7 @@ def test_the_head_runs_on_the_11_completion_tokens_and_on_none_for_a_value(home:
     seen: list[int] = []
     head = policy.get_base_model().get_output_embeddings()
     hook = head.register_forward_hook(lambda module, args, output: seen.append(output.shape[-2]))
-    rows = lay_out(PROMPTS, COMPLETIONS, 5, "cpu")
+    rows = make_rows(PROMPTS, COMPLETIONS, 5, "cpu")
     logits, hidden = states(policy, rows)
     assert states(policy, rows, head=False)[0].shape[0] == 0
     hook.remove()
@@ -162,17 +164,17 @@ def test_the_head_runs_on_the_11_completion_tokens_and_on_none_for_a_value(home:
 @pytest.mark.parametrize("words", [(), ("lora.r=0",)], ids=["lora", "full"])
 def test_the_reference_is_the_start_to_the_bit_whatever_the_policy_has_become(home: Path, words: Any) -> None:
     policy = policy_of(home, *words)
-    reference, rows = Reference(policy), lay_out(PROMPTS, COMPLETIONS, 5, "cpu")
+    reference, rows = Reference(policy), make_rows(PROMPTS, COMPLETIONS, 5, "cpu")
     assert reference.is_adapter_off == (not words)
     with torch.no_grad():
-        start = look(policy, rows, 1.0).logprobs
+        start = token_stats(policy, rows, 1.0).logprobs
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05)
-        moved = look(policy, rows, 1.0).logprobs
+        moved = token_stats(policy, rows, 1.0).logprobs
         with reference():
-            assert torch.equal(look(policy, rows, 1.0).logprobs, start)
-        assert torch.equal(look(policy, rows, 1.0).logprobs, moved)
+            assert torch.equal(token_stats(policy, rows, 1.0).logprobs, start)
+        assert torch.equal(token_stats(policy, rows, 1.0).logprobs, moved)
     assert not torch.allclose(moved, start)
 
 
@@ -184,14 +186,14 @@ def test_an_adapter_that_goes_on_from_a_run_is_its_own_reference(home: Path, tmp
                 parameter.add_(0.05)
     first.save_pretrained(tmp_path / "sft")
     policy = policy_of(home, f"lora.init_from={tmp_path / 'sft'}")
-    reference, rows = Reference(policy), lay_out(PROMPTS, COMPLETIONS, 5, "cpu")
+    reference, rows = Reference(policy), make_rows(PROMPTS, COMPLETIONS, 5, "cpu")
     assert not reference.is_adapter_off
     with torch.no_grad(), reference():
-        inside = look(policy, rows, 1.0).logprobs
+        inside = token_stats(policy, rows, 1.0).logprobs
     with torch.no_grad():
-        assert torch.equal(inside, look(policy, rows, 1.0).logprobs)
+        assert torch.equal(inside, token_stats(policy, rows, 1.0).logprobs)
         with adapter(policy, None):
-            assert not torch.allclose(inside, look(policy, rows, 1.0).logprobs)
+            assert not torch.allclose(inside, token_stats(policy, rows, 1.0).logprobs)
 
 
 def test_a_values_own_adapter_follows_from_the_seed_and_has_no_dropout_in_a_trainer(home: Path) -> None:
@@ -208,12 +210,12 @@ def test_each_kind_of_value_starts_at_0_and_gets_a_gradient_where_it_should(home
     policy = parts(config)[0].eval()
     own = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     value = build_value(kind, policy, config.model)
-    rows = lay_out(PROMPTS, COMPLETIONS, 5, "cpu")
-    seen = look(policy, rows, 1.0, value)
+    rows = make_rows(PROMPTS, COMPLETIONS, 5, "cpu")
+    seen = token_stats(policy, rows, 1.0, value)
     assert seen.values is not None
     assert not seen.values.any()
     torch.nn.init.ones_(value.head.weight)
-    again = look(policy, rows, 1.0, value)
+    again = token_stats(policy, rows, 1.0, value)
     assert again.values is not None
     assert torch.equal(again.logprobs, seen.logprobs)
     again.values.square().sum().backward()
@@ -236,8 +238,8 @@ def test_policy_and_value_adapters_stay_trained_after_the_reference_was_looked_a
     trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     assert {name for name in trained if ".value_adapter." in name}
     with torch.no_grad(), reference():
-        look(policy, lay_out(PROMPTS, COMPLETIONS, 5, "cpu"), 1.0)
-    look(policy, lay_out(PROMPTS, COMPLETIONS, 5, "cpu"), 1.0, value)
+        token_stats(policy, make_rows(PROMPTS, COMPLETIONS, 5, "cpu"), 1.0)
+    token_stats(policy, make_rows(PROMPTS, COMPLETIONS, 5, "cpu"), 1.0, value)
     assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trained
     assert policy.active_adapter == "default"
 
@@ -263,9 +265,9 @@ def test_other_architectures_sample_and_are_looked_at_alike(kind: str) -> None:
                 assert token == int(policy(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
             ids.append(token)
     expected = [alone(policy, *row, 0.7) for row in zip(PROMPTS, COMPLETIONS, strict=True)]
-    packed.enable(policy)
+    forward.enable(policy)
     with torch.no_grad():
-        found = look(policy, lay_out(PROMPTS, COMPLETIONS, 5, "cpu"), 0.7).logprobs
+        found = token_stats(policy, make_rows(PROMPTS, COMPLETIONS, 5, "cpu"), 0.7).logprobs
     for row, want in enumerate(expected):
         assert torch.allclose(found[row, : len(want)], want, atol=1e-5)
 
@@ -294,14 +296,14 @@ def test_the_kl_of_a_moved_policy_under_bfloat16_autocast_is_float32s_within_5_p
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    rows = lay_out(PROMPTS * 4, [[*range(40 + row, 52 + row)] for row in range(16)], 12, "cpu")
+    rows = make_rows(PROMPTS * 4, [[*range(40 + row, 52 + row)] for row in range(16)], 12, "cpu")
     kl = []
     for mixed in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            ours = look(policy, rows, 1.0, value).logprobs
+            ours = token_stats(policy, rows, 1.0, value).logprobs
             with reference():
-                theirs = look(policy, rows, 1.0).logprobs
-            assert torch.equal(look(policy, rows, 1.0).logprobs, ours)  # and the policy is itself again
+                theirs = token_stats(policy, rows, 1.0).logprobs
+            assert torch.equal(token_stats(policy, rows, 1.0).logprobs, ours)  # and the policy is itself again
         kl.append(float((ours - theirs).abs().sum()))
     assert kl[0] > 10
     assert kl[1] == pytest.approx(kl[0], rel=0.05)

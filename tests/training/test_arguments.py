@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from trl import DPOConfig, SFTConfig
 
-from finetune_kit.config import TrainConfig
 from finetune_kit.data.load import load_data
 from finetune_kit.errors import FinetuneKitError, ResourceError, SettingsError
-from finetune_kit.model.load import load_tokenizer
-from finetune_kit.training.arguments import INERT, make_arguments, steps, training_arguments
+from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.settings.schema import TrainConfig
+from finetune_kit.training.arguments import INERT, make_arguments, training_arguments
+from finetune_kit.training.build import steps
 from tests.fixtures_training import fit_only, prepare, settings
 
 # A value other than FAST's and the default for every field of TrainConfig.

@@ -13,12 +13,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune_kit.model import kernel, packed
-from finetune_kit.model.layout import CARRIED
+from finetune_kit.packing import attention, forward
+from finetune_kit.packing.plan import CARRIED
 from finetune_kit.training import guard
 from finetune_kit.training.collate import Batch
 from tests.fixtures_training import Trained, fit_only, prepare, write_rows
-from tests.training.test_longest import LABELLED, PAIRS, ROWS
+from tests.training.test_longest_batch import LABELLED, PAIRS, ROWS
 
 RECIPES = {"lora_sft": ROWS, "dpo": PAIRS, "reward_model": PAIRS, "kto": LABELLED, "orpo": PAIRS}
 ATEN = torch.ops.aten
@@ -55,7 +55,7 @@ class Fetches(TorchFunctionMode):
 
 def device_like(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU is treated as a device that runs ahead of the host."""
-    monkeypatch.setattr(kernel, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(attention, "runs_ahead", lambda device: True)
 
 
 @contextlib.contextmanager
@@ -115,8 +115,8 @@ def test_a_step_with_a_plan_from_the_collator_asks_for_no_number_and_has_the_num
     expected, gradient = loss_and_gradient(dict(batch))
     device_like(monkeypatch)
     spots: list[int] = []
-    on_the_spot = packed.plan_on_the_spot
-    monkeypatch.setattr(packed, "plan_on_the_spot", lambda *given: spots.append(1) or on_the_spot(*given))
+    on_the_spot = forward.plan_on_the_spot
+    monkeypatch.setattr(forward, "plan_on_the_spot", lambda *given: spots.append(1) or on_the_spot(*given))
     with watching_forward(model) as (waits, planned):
         loss, found = loss_and_gradient(batch.to("cpu"))
     assert planned

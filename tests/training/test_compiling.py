@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from finetune_kit.config import LoraConfig, TrainConfig
-from finetune_kit.model import adapters, kernel, packed
+from finetune_kit.models import adapters
+from finetune_kit.packing import attention, forward
+from finetune_kit.settings.schema import LoraConfig, TrainConfig
 from finetune_kit.training import compiling
-from tests.model import test_packed as fixtures
-from tests.model import varlen
+from tests.packing import test_forward as fixtures
+from tests.packing import varlen
 
 LENGTHS = [(30, 25, 18), (40, 22), (17, 33, 12, 50), (60, 14, 8, 9, 31), (21, 22, 23), (12, 13, 64)]
 
@@ -47,7 +48,7 @@ def make_policy(checkpointing: bool = False) -> Any:
     model.enable_input_require_grads()  # all layers' inputs are alike, so that one graph does; else it takes two
     if checkpointing:
         model.gradient_checkpointing_enable()
-    assert packed.enable(model) == ""
+    assert forward.enable(model) == ""
     return model
 
 
@@ -86,7 +87,7 @@ def test_torchs_varlen_kernel_stays_inside_the_graph(monkeypatch: pytest.MonkeyP
 
     fixtures.attend_by(monkeypatch, varlen.reference)
     model, graphs = make_policy(), []
-    monkeypatch.setattr(kernel, "varlen_kernel", lambda device: varlen_attn)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda device: varlen_attn)
 
     def noting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         graphs.append(str(graph.graph))
@@ -110,7 +111,7 @@ def test_layers_stay_compiled_only_where_a_step_is_faster_by_it(
 
     def clock(step: Any) -> float:
         step()
-        return factor if packed.way_of(model).compiled else 1.0  # type: ignore[union-attr]  # it is packed
+        return factor if forward.packing_of(model).compiled else 1.0  # type: ignore[union-attr]  # it is packed
 
     said = compiling.try_compiled(model, rows, clock)
     assert said.startswith("2 layers are compiled" if kept else "layers are not compiled: a step takes")
@@ -130,13 +131,13 @@ def test_layers_that_cannot_be_compiled_or_give_other_numbers_stay_plain(monkeyp
     def wrong(model: Any) -> int:
         for layer in compiling.layers_of(model):
             layer._compiled_call_impl = lambda *args, **kwargs: torch.zeros_like(args[0]).requires_grad_()
-        packed.way_of(model).compiled = True  # type: ignore[union-attr]
+        forward.packing_of(model).compiled = True  # type: ignore[union-attr]
         return 2
 
     monkeypatch.setattr(compiling, "compile_layers", wrong)
-    fast = lambda step: step() or float(not packed.way_of(model).compiled)  # noqa: E731
+    fast = lambda step: step() or float(not forward.packing_of(model).compiled)  # noqa: E731
     assert "; gradient norms" in compiling.try_compiled(model, rows, fast)
-    assert packed.way_of(model).compiled is False  # type: ignore[union-attr]
+    assert forward.packing_of(model).compiled is False  # type: ignore[union-attr]
 
 
 def test_on_a_cpu_layers_are_compiled_where_it_is_asked_for_alone() -> None:

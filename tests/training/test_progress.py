@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from finetune_kit.system import progress_bar
 from finetune_kit.training import progress
 from finetune_kit.training.progress import Record, peak_memory_gib
 from tests.fixtures_training import fit_only
@@ -86,7 +87,7 @@ def test_without_a_terminal_a_long_measurement_says_how_far_it_is(monkeypatch: p
     monkeypatch.setattr(progress, "console", Console(file=said, width=200))
     now = iter(range(0, 1000, 2))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
-    tell = progress.telling("before")
+    tell = progress_bar.progress_bar("before")
     for done in range(13):
         tell("answers", done, 12)
     lines = said.getvalue().splitlines()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune_kit.errors import Stopped
-from finetune_kit.model.tiny import write_tiny_model
+from finetune_kit.models.tiny import write_tiny_model
 from finetune_kit.training import stopping
 from finetune_kit.training.checkpoint import checkpoints, newest_whole, read_manifest
 from finetune_kit.training.fit import fit, hooks
@@ -177,7 +177,7 @@ def test_a_signal_inside_an_accumulation_ends_the_step_commits_it_and_the_rest_i
 
     run.trainer.add_callback(hooks(on_substep_end=raise_it))  # after the first of two passes of step 7
     goes_on = r"by SIGTERM; .*checkpoint-7 is what it goes on from"
-    with pytest.raises(Stopped, match=goes_on) as caught, stopping.heeding_signals(run.folder):
+    with pytest.raises(Stopped, match=goes_on) as caught, stopping.stop_on_signals(run.folder):
         finish(run)
     assert caught.value.exit_code == 75
     assert newest_whole(run.folder) == run.folder / "checkpoint-7"

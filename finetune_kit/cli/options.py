@@ -1,0 +1,49 @@
+"""What several commands share: their arguments, where they print, and how they read a recipe's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune_kit import distributed
+from finetune_kit import recipe as recipes
+from finetune_kit.errors import SettingsError
+from finetune_kit.run_folder.lineage import start_from_run
+from finetune_kit.settings.load import resolve
+from finetune_kit.settings.schema import RecipeConfig
+from finetune_kit.system.terminal import Console
+from finetune_kit.system.versions import check_floors
+
+out = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
+RecipeWord = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A built-in's name, or a path to a .py or .yaml file.")
+]
+Words = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as learning_rate=1e-4.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file with settings.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a user's mistake, too.")]
+
+
+def read_settings(word: str, config_file: Path | None, words: list[str] | None) -> tuple[recipes.Recipe, RecipeConfig]:
+    check_floors()
+    recipe = recipes.load(word)
+    if recipe.settings and config_file:
+        raise SettingsError(f"{word} and --config {config_file} are both settings files.", "Give one of them.")
+    settings = resolve(recipe.config_class, recipe.word, config_file or recipe.settings, words or [])
+    start_from_run(settings)
+    return recipe, settings
+
+
+def import_heavy() -> None:
+    """The libraries that take seconds to import, so that the silence has a name."""
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+
+RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="A run's folder, or user/name of a pushed one.")]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="FILE.py", help="The run's recipe, where it is a file of yours."),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a run on the Hub.")]

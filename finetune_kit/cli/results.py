@@ -1,0 +1,249 @@
+"""Commands on what a run left: evaluate, verify, generate, merge, diff, push."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetune_kit.cli.options import Debug, RecipeFile, Revision, RunFolder, Words, out
+from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.run_folder import upload
+from finetune_kit.system import streams
+from finetune_kit.system.terminal import Console, as_json, doing, escaped
+
+
+def evaluate(
+    folder: RunFolder,
+    words: Words = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", help="Another adapter of the same base, beside the run's; repeat.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="The report as data.")] = False,
+    revision: Revision = None,
+    recipe: RecipeFile = None,
+    debug: Debug = False,
+) -> None:
+    """Measure a finished run again.
+
+    On its own held-out rows, or on other data: data.path=…, evaluate.size=…
+    """
+    from finetune_kit.evaluation.report import print_adapters, print_report
+    from finetune_kit.runs.hub import folder_of
+    from finetune_kit.runs.saved import compare_adapters, compare_run, open_run
+
+    with doing("opening the run"):
+        run = open_run(folder_of(folder, revision), words or [], recipe)
+    if run.unseen:
+        note = (
+            f"note: what it was trained on ({', '.join(run.unseen)}) is not here: these rows may have been part of it"
+        )
+        Console(stderr=True).print(note, style="dim", markup=False)
+    if adapter:
+        compared = compare_adapters(run, adapter).to_json()
+        if json_:
+            streams.write(as_json(compared))
+        else:
+            print_adapters(compared, out)
+        return
+    report = compare_run(run)
+    if json_:
+        streams.write(as_json(report.to_json()))
+    else:
+        print_report(report, out)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")], debug: Debug = False
+) -> None:
+    """Prove a finished run once more.
+
+    A fresh process loads its folder with plain libraries and must give the same outputs; the report keeps the result.
+    """
+    from finetune_kit.runs.saved import open_run, verify_run
+
+    with doing("opening the run"):
+        run = open_run(folder, [])
+    proof = verify_run(run)
+    if proof.difference is None:
+        raise ResourceError(f"Nothing was proven: {proof.reason}.", "Free memory, or take a larger machine.")
+    out.print(
+        f"A fresh process loaded it and gave the same outputs to {proof.difference:.1e}, "
+        f"in {proof.dtype} on {proof.device} (rounding allows {proof.tolerance:.1e}).",
+        markup=False,
+    )
+
+
+def generate(
+    folder: RunFolder,
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; left out: a conversation, or stdin.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help='JSONL with a "prompt" or "messages" a line.')
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSONL for their answers; what it has is not asked again.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer, too.")] = False,
+    system: Annotated[str | None, typer.Option(help="System turn, in place of the run's own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 256,
+    temperature: Annotated[float | None, typer.Option(help="0: greedy, the default; above: samples.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens with this share.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Sample tokens of this share of the likeliest one's.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that were there get rarer.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the samples; unset: 0.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeat.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Of --prompts, answered together; unset: 32.")] = None,
+    revision: Revision = None,
+    recipe: RecipeFile = None,
+    debug: Debug = False,
+) -> None:
+    """Ask the model of a finished run.
+
+    One PROMPT, a file of them (--prompts, --output), or a conversation. Greedy (the likeliest token at each step)
+    unless a temperature above 0, top-p, top-k or min-p is given.
+    """
+    if (prompts is None) != (output is None):
+        raise SettingsError("--prompts and --output belong together.", "Such as: --prompts in.jsonl --output out.jsonl")
+    if prompts and prompt is not None:
+        raise SettingsError("A prompt and --prompts are both given.", "Give one of them.")
+    if batch_size is not None and not prompts:
+        raise SettingsError("--batch-size has no effect without --prompts.", "Leave it out.")
+    from finetune_kit.runs import answering
+    from finetune_kit.runs.hub import folder_of
+    from finetune_kit.runs.saved import open_run
+
+    decoding = answering.Decoding(
+        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ())
+    )
+    with doing("opening the run"):
+        asked = answering.prepare(open_run(folder_of(folder, revision), [], recipe), decoding, system)
+    if prompts and output:
+        from finetune_kit.system.progress_bar import progress_bar
+
+        settings: dict[str, Any] = {"with_base": compare, "progress": progress_bar("answering")}
+        with doing("answering"):
+            total, there = answering.answer_prompt_file(asked, prompts, output, batch_size=batch_size or 32, **settings)
+        kept = f", {there} of them from before" if there else ""
+        out.print(f"{total} answers in {output}{kept}.", markup=False)
+    elif prompt is None and sys.stdin.isatty():
+        answering.converse(answering.load(asked, compare), _user_turn, _tell)
+    else:
+        _answer(asked, sys.stdin.read().rstrip("\n") if prompt is None else prompt, compare)
+
+
+def _answer(asked: Any, prompt: str, compare: bool) -> None:
+    """Print the answer to one prompt as it comes, and whether it was cut off."""
+    from finetune_kit.runs import answering
+
+    if not prompt.strip():
+        raise SettingsError("The prompt is empty.", 'Such as: python -m finetune_kit generate DIR "…"')
+    messages = [{"role": "user", "content": prompt}]
+    answering.prompt_ids(asked, messages)  # refused before the weights are loaded
+    completion = answering.answer_one(answering.load(asked, compare), messages, _tell)
+    _tell("\n")
+    if not completion.ended:
+        count = asked.decoding.max_new_tokens
+        Console(stderr=True).print(f"(cut off after {count} tokens: --max-new-tokens)", style="dim")
+
+
+def _user_turn() -> str:
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  # gives input() its line editing
+    return input("> ")
+
+
+def _tell(text: str) -> None:
+    # on a terminal a control character of the model's could do anything; a file gets its text as it is
+    streams.write(escaped(text) if sys.stdout.isatty() else text, end="")
+
+
+def merge(
+    folder: RunFolder,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The model's folder: a new or an empty one.")],
+    candidate: Annotated[
+        str, typer.Option(help="After 4-bit training, merge into the base, the dequantised base, or the better (auto).")
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB or 500MB.")] = "5GB",
+    size: Annotated[int | None, typer.Option(help="Held-out rows to measure candidates on; unset: all.")] = None,
+    revision: Revision = None,
+    recipe: RecipeFile = None,
+    debug: Debug = False,
+) -> None:
+    """Make a plain model of a run's adapter.
+
+    It loads without this package and without PEFT. What merging changed is measured, and written into its card.
+    """
+    from rich.table import Table
+
+    from finetune_kit.runs.hub import folder_of
+    from finetune_kit.runs.merge import merge as merge_run
+    from finetune_kit.runs.merge import table_of, verdict_of
+
+    results = merge_run(folder_of(folder, revision), target, candidate, max_shard_size, size, recipe).results
+    heads, *lines = table_of(results)
+    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    for line in lines:
+        table.add_row(*line)
+    out.print(table)
+    for said in (verdict_of(results), *results["notes"]):
+        out.print(said, markup=False)
+    out.print(f"The model is in {target}; train it further with model.name_or_path={target}", markup=False)
+
+
+def diff(
+    one: Annotated[Path, typer.Argument(metavar="A", help="A run's folder.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    json_: Annotated[bool, typer.Option("--json", help="The same as data.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Name what differs between two runs.
+
+    Settings with where each came from, data, versions, results.
+    """
+    from finetune_kit.runs.diff import difference, print_difference
+
+    with doing("reading both runs"):
+        found = difference(one, other)
+    if json_:
+        streams.write(as_json(found))
+    else:
+        print_difference(found, out)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, or a merged model's.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see; else a private one is made.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; unset: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    recipe: RecipeFile = None,
+    debug: Debug = False,
+) -> None:
+    """Push a finished run to the Hugging Face Hub.
+
+    The files are shown first. Private unless --public is given; pushed again, it is updated.
+    """
+    from finetune_kit.runs import hub
+    from finetune_kit.runs.saved import open_run
+
+    with doing(f"reading {folder}"):
+        config = open_run(folder, [], recipe).config if (folder / "run.yaml").is_file() else None
+        pushed = hub.prepare(folder, repo_id, config, private=not public, revision=revision)
+    for line in pushed.lines():
+        out.print(line, markup=False)
+    with doing("asking the Hub"):
+        upload.check_access(repo_id, not public)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise SettingsError("Nothing was sent: there is nobody here to ask.", f"Go on: {pushed.command()}")
+        if not typer.confirm("Push these files?"):
+            out.print("Nothing was sent.")
+            return
+    with doing(f"sending {len(pushed.files)} files to {repo_id}"):
+        address = upload.send(pushed, message)
+    out.print(f"Pushed to {address}", markup=False)

@@ -1,0 +1,265 @@
+"""Settings: typed sections, and one strict loader that knows where each value came from.
+
+Order of precedence: recipe default < YAML file < `key=value` on the command line. Leaf names are those of transformers,
+PEFT and TRL. A key that is unknown, of the wrong type, or without effect is a `SettingsError`, never a silent no-op.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+
+def setting(default: Any, help: str, unit: str = "", within: str = "") -> Any:
+    """A dataclass field with its one line of help, its unit, and the interval its numbers must lie in, such as [0, 1).
+
+    Mutable defaults are copied.
+    """
+    metadata = {"help": help, "unit": unit, "within": within}
+    if isinstance(default, list | dict):
+        return field(default_factory=partial(type(default), default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(cls: type, **defaults: Any) -> Any:
+    """A section of a recipe's Config, with the defaults that this recipe changes."""
+    return field(default_factory=partial(cls, **defaults))
+
+
+@dataclass
+class ModelConfig:
+    name_or_path: str = setting("smollm2-135m", "Hub id, local folder, or the embedded default smollm2-135m")
+    revision: str | None = setting(None, "commit, tag or branch of the Hub model")
+    trust_remote_code: bool = setting(
+        False, "run Python code that comes with the Hub model; only on the command line, with its commit as revision"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "weights' type; auto: bfloat16 on a GPU that has it, float32 elsewhere"
+    )
+    attn_implementation: str | None = setting(None, "attention kernel by transformers' name; unset: its own choice")
+    load_in_4bit: bool = setting(False, "keep the linear layers' weights in 4 bits (bitsandbytes); for adapters only")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "the 16 values of a 4-bit weight")
+    bnb_4bit_use_double_quant: bool = setting(True, "quantise the blocks' scales, too: 0.37 bit a weight less")
+
+
+@dataclass
+class LoraConfig:
+    r: int = setting(
+        16, "rank of the adapter; 0, not for lora_sft: no adapter, all weights are trained", within="[0, inf)"
+    )
+    lora_alpha: int = setting(
+        32, "the update is scaled by lora_alpha / r (/ sqrt(r) with use_rslora)", within="[1, inf)"
+    )
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", "share", within="[0, 1)")
+    target_modules: str | list[str] = setting(
+        "all-linear",
+        "module names to adapt, or all-linear: every linear layer of the layers, experts, no router, no head",
+    )
+    target_parameters: list[str] = setting([], "stacked experts to adapt by PEFT's names, such as experts.down_proj")
+    modules_to_save: list[str] = setting([], "modules trained and saved in full, such as lm_head")
+    use_rslora: bool = setting(False, "rank-stabilised scaling (arXiv 2312.03732)")
+    use_dora: bool = setting(False, "weight-decomposed LoRA (arXiv 2402.09353)")
+    init_from: str | None = setting(None, "folder of an adapter to go on from; its rank and modules are kept")
+
+
+@dataclass
+class DataConfig:
+    path: str | list[str] = setting(
+        "reasoning_gym/word_sequence_reversal", "file, folder, Hub id or reasoning_gym/<task>; a list mixes them"
+    )
+    weights: list[float] = setting(
+        [], "with several paths: their shares of the training rows; unset: as they are", within="[0, inf)"
+    )
+    name: str | None = setting(None, "configuration of the Hub data set")
+    split: str = setting("train", "split of the Hub data set to train on")
+    revision: str | None = setting(None, "commit, tag or branch of the Hub data set")
+    columns: dict[str, str] = setting({}, "what your columns are: {your_column: question, other: answer}")
+    options: dict[str, Any] = setting({}, "settings of a reasoning_gym task, such as {min_words: 3}")
+    size: int | None = setting(None, "rows to train on; unset: all of a file, 256 of a task", "rows", within="[1, inf)")
+    held_out_path: str | None = setting(None, "rows to evaluate on; unset: split off before anything else")
+    held_out_size: float | None = setting(
+        None,
+        "held-out rows, or a share below 1; unset: 5 %, at least 20 rows (but no more than 20 %), at most 256 rows",
+        "rows or share",
+        within="[0, inf)",
+    )
+    max_length: int = setting(
+        1024, "longest sample; longer ones are cut at the end and counted", "tokens", within="[1, inf)"
+    )
+    packing: bool | None = setting(None, "several samples in one row, unable to see each other; unset: plain text only")
+    pairs: Literal["best_worst", "all"] = setting(
+        "best_worst", "of several scored answers: the best against the worst, or all pairs"
+    )
+    train_on: Literal["all", "last"] = setting(
+        "all", "assistant turns that are trained; `train` on a message overrides"
+    )
+    system_prompt: str | None = setting(None, "system turn for conversations that have none")
+    apply_chat_template: bool = setting(True, "put prompt and completion strings into the model's chat template")
+    chat_template_kwargs: dict[str, Any] = setting({}, "passed to the chat template, such as {enable_thinking: false}")
+    special_tokens_in_text: Literal["text", "refuse", "keep"] = setting(
+        "text", "<|im_end|> and the like in a row's text: written as text; such rows dropped; or taken for the tokens"
+    )
+    merge_turns: bool = setting(False, "join user turns in a row by a blank line; else such a row is refused")
+    skip_bad_rows: int = setting(
+        0, "rows that cannot be read which are left out and counted, before one is refused", "rows", within="[0, inf)"
+    )
+    max_lost: float = setting(0.05, "largest share of rows dropped before the run refuses", "share", within="[0, 1]")
+
+
+@dataclass
+class TrainConfig:
+    output_dir: str | None = setting(None, "the run's folder; unset: runs/<recipe>, or the next free -2, -3, …")
+    learning_rate: float = setting(2e-5, "peak learning rate", within="[0, 1]")
+    per_device_train_batch_size: int = setting(8, "in one forward pass on one device", "rows", within="[1, inf)")
+    gradient_accumulation_steps: int = setting(1, "forward passes in one optimizer step", within="[1, inf)")
+    max_tokens_per_batch: int | None = setting(
+        None, "most in one forward pass, padding counted; a step keeps its rows and is cut anew", "tokens", "[1, inf)"
+    )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = setting(
+        "random", "order of the rows; group_by_length: rows of about one length in a step"
+    )
+    num_train_epochs: float = setting(1.0, "passes over the training rows", "epochs", within="(0, inf)")
+    max_steps: int = setting(-1, "optimizer steps; above 0 it overrides num_train_epochs", "steps", within="[-1, inf)")
+    warmup_steps: float = setting(
+        0.0, "linear warm-up; below 1: a share of all steps", "steps or share", within="[0, inf)"
+    )
+    lr_scheduler_type: str = setting("linear", "schedule by transformers' name: linear, cosine, constant, …")
+    optim: str = setting("auto", "optimizer by transformers' name; auto: fused AdamW")
+    weight_decay: float = setting(0.0, "decoupled weight decay of the optimizer", within="[0, inf)")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm", within="[0, inf)")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = setting(
+        "stop", "a loss or gradient that is not finite: stop; skip that step; or also go back to the last checkpoint"
+    )
+    neftune_noise_alpha: float | None = setting(None, "noise on embeddings (arXiv 2310.05914)", within="[0, inf)")
+    padding_free: bool = setting(
+        True, "no padding through the layers, shared beginnings once, the head only at labels: the same numbers, sooner"
+    )
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, about 1.3x the time")
+    logging_steps: int = setting(5, "between two lines of metrics.jsonl", "steps", within="[1, inf)")
+    eval_steps: int | None = setting(
+        None, "between two held-out losses; unset: start and end", "steps", within="[1, inf)"
+    )
+    save_steps: int | None = setting(
+        500, "between two checkpoints, and one at the end of training; null: none", "steps", within="[1, inf)"
+    )
+    save_total_limit: int = setting(
+        2, "checkpoints kept; the newest and the best one are kept in any case", within="[1, inf)"
+    )
+    early_stopping_patience: int | None = setting(
+        None, "held-out losses without improvement before the run stops", "evaluations", within="[1, inf)"
+    )
+    metric_for_best_model: str = setting("loss", "what best and stopping go by: loss, or a metric of the report")
+    seed: int = setting(0, "of the adapter's start, the order of rows and dropout", within="[0, 4294967295]")
+    report_to: list[str] = setting([], "trackers by transformers' name: tensorboard, trackio, wandb, …")
+    extra: dict[str, Any] = setting({}, "any other argument of the trainer, checked against its own dataclass")
+
+
+@dataclass
+class EvaluateConfig:
+    size: int = setting(128, "held-out prompts answered before and after; 0: none", "rows", within="[0, inf)")
+    metrics: list[str] = setting(
+        [], "scores of the answers: task_score, exact_match, final_number, rouge, bleu; unset: what the data allow"
+    )
+    reward_model: str | None = setting(None, "a reward model's run or Hub id that scores the answers before and after")
+    max_new_tokens: int | None = setting(
+        None, "longest answer; unset: the longest held-out answer + 8", "tokens", within="[1, inf)"
+    )
+    batch_size: int = setting(32, "prompts answered together, and rows scored together", "rows", within="[1, inf)")
+    general_text: bool = setting(True, "also measure the loss on a fixed general text, to see forgetting")
+    bootstrap_samples: int = setting(2000, "resamples behind each 95 % interval", within="[1, inf)")
+    hub_metrics: list[str] = setting([], "metric scripts to fetch and RUN from the Hub; none by default")
+
+
+@dataclass
+class HubConfig:
+    model_id: str | None = setting(None, "where the run is pushed to: user/name")
+    push: bool = setting(False, "push the finished run; token and rights are checked before training")
+    private: bool = setting(True, "make the repository a private one; false: for everybody to see")
+    strategy: Literal["end", "every_save"] = setting(
+        "end", "push at the end alone, or each checkpoint's weights, too, into checkpoint-N/"
+    )
+
+
+COMMAND_LINE = "command line"  # the origin of what was typed
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "lora": LoraConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "hub": HubConfig,
+}
+
+
+@dataclass
+class RecipeConfig:
+    """What every recipe's Config has.
+
+    `kind`: the kind of record that it trains on (data/records.py). `trainer_config`: the dataclass of the trainer's own
+    arguments, such as trl.SFTConfig, which check and run look through before anything is read. `recipe` names it for
+    people, `recipe_word` finds it again: a built-in's name, or a path. `origins` maps a dotted key to where its value
+    came from; absent: the recipe. `allow_changed`: settings in which it may differ from the unfinished run that goes
+    on.
+    """
+
+    kind: ClassVar[str] = "prompt_completion"
+    trainer_config: ClassVar[str] = ""
+
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    train: TrainConfig = section(TrainConfig)
+    evaluate: EvaluateConfig = section(EvaluateConfig)
+    hub: HubConfig = section(HubConfig)
+
+    @property
+    def scores(self) -> bool:
+        """Whether what is trained scores texts and writes none."""
+        return self.trainer_config.endswith(".RewardConfig")
+
+    @property
+    def micro_batch_dependence(self) -> str:
+        """Why the loss of a step depends on how its rows are cut into forward passes; "" where it does not."""
+        return ""
+
+    def check_itself(self) -> None:
+        """What a recipe has against its own settings, before anything is read: it raises SettingsError."""
+
+    def __post_init__(self) -> None:
+        self.recipe: str = ""
+        self.recipe_word: str = ""
+        self.origins: dict[str, str] = {}
+        self.entry_origins: dict[str, str] = {}  # of single entries of a dict, such as train.extra.deepspeed
+        self.allow_changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting: dotted key, type, value, help, unit, and the interval that its number must lie in."""
+
+    key: str
+    annotation: Any
+    value: Any
+    help: str
+    unit: str
+    within: str
+
+
+def leaves(config: RecipeConfig) -> Iterator[Leaf]:
+    """Every setting of a recipe in reading order."""
+    hints = typing.get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            inner = typing.get_type_hints(type(value))
+            for leaf in dataclasses.fields(value):
+                yield _leaf(f"{item.name}.{leaf.name}", leaf, inner[leaf.name], getattr(value, leaf.name))
+        else:
+            yield _leaf(item.name, item, hints[item.name], value)
+
+
+def _leaf(key: str, item: dataclasses.Field[Any], annotation: Any, value: Any) -> Leaf:
+    return Leaf(key, annotation, value, **{name: item.metadata.get(name, "") for name in ("help", "unit", "within")})

@@ -1,0 +1,113 @@
+"""Experts in 4 bits: what they stand for, what trains beside them, and that nothing changes them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from finetune_kit.models.adapters import covered
+from finetune_kit.models.load import load_base, load_dequantised, load_policy
+from finetune_kit.models.quantized_experts import Weight4bit, compute_in_own_type, freeze, pack
+from finetune_kit.settings.schema import LoraConfig, ModelConfig
+from tests.models.architectures import write_small
+
+IDS = torch.arange(5, 45)[None]
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def in_4_bits(folder: Path, kind: str) -> ModelConfig:
+    write_small(kind, folder / kind)
+    return ModelConfig(name_or_path=str(folder / kind), load_in_4bit=True)
+
+
+def packed(*shape: int, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    return pack(torch.randn(*shape, dtype=dtype), NF4)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_logits_are_those_of_the_numbers_that_the_4_bits_stand_for(tmp_path: Path, kind: str) -> None:
+    model = in_4_bits(tmp_path, kind)
+    base = load_base(model)
+    names = {name.rsplit(".", 1)[-1] for name, weight in base.named_parameters() if isinstance(weight, Weight4bit)}
+    assert names >= {"gate_up_proj", "down_proj"}
+    plain = load_dequantised(model)
+    assert not any(isinstance(weight, Weight4bit) for weight in plain.parameters())
+    with torch.no_grad():
+        assert torch.equal(base(IDS).logits, plain(IDS).logits)
+
+
+def test_an_adapter_covers_experts_and_dense_layers_of_4_bits_and_twice_the_same_pass_gives_the_same(
+    tmp_path: Path,
+) -> None:
+    policy = load_policy(in_4_bits(tmp_path, "deepseek_v3"), LoraConfig())
+    found = covered(policy)
+    assert found.share > 0.99  # all but the router
+    assert found.covered["experts.gate_up_proj"] == 1
+    assert found.covered["gate_proj"] == 2  # of the first, dense layer, and of the shared expert
+    frozen = {name: weight.unpacked() for name, weight in policy.named_parameters() if isinstance(weight, Weight4bit)}
+    policy.train()
+    policy(IDS, labels=IDS, use_cache=False).loss.backward()
+    gradients = {name: weight.grad for name, weight in policy.named_parameters() if "lora_B" in name}
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.02)
+        one, two = (policy.eval()(IDS).logits for _ in range(2))
+    assert torch.equal(one, two)  # nothing of a pass is left in the weights
+    assert all(torch.equal(policy.get_parameter(name).unpacked(), weight) for name, weight in frozen.items())
+
+
+class TestAWeight:
+    def test_it_has_the_shape_and_type_of_the_weight_and_half_a_byte_a_number(self) -> None:
+        weight = packed(4, 96, 64)
+        assert (tuple(weight.shape), weight.dtype, weight.requires_grad) == ((4, 96, 64), torch.float32, False)
+        assert weight.codes.numel() == weight.numel() / 2
+        assert isinstance(weight, torch.nn.Parameter)
+
+    def test_any_operation_is_that_of_what_it_stands_for(self) -> None:
+        weight, ids = packed(4, 96, 64), torch.randn(3, 64)
+        whole = weight.unpacked()
+        assert torch.equal(weight[2], whole[2])
+        assert torch.equal(ids @ weight[1].t(), ids @ whole[1].t())
+        assert torch.equal(torch.cat([weight, weight]), torch.cat([whole, whole]))
+        assert torch.equal(weight.to(torch.bfloat16), whole.to(torch.bfloat16))
+
+    def test_a_copy_and_what_moves_keep_4_bits(self) -> None:
+        weight = packed(4, 96, 64)
+        assert isinstance(weight.detach(), Weight4bit)
+        assert isinstance(weight.clone(), Weight4bit)
+        module = torch.nn.Module()
+        module.weight = weight
+        assert isinstance(module.to("cpu").weight, Weight4bit)
+
+    def test_what_would_change_it_is_refused(self) -> None:
+        weight = packed(4, 96, 64)
+        with pytest.raises(RuntimeError, match="would change a weight in 4 bits"):
+            weight.data += 1
+
+    def test_a_gradient_goes_through_to_the_input(self) -> None:
+        weight, ids = packed(2, 96, 64), torch.randn(3, 64, requires_grad=True)
+        (ids @ weight[0].t()).sum().backward()
+        assert ids.grad is not None
+        assert torch.allclose(ids.grad, weight.unpacked()[0].sum(0).expand(3, 64))
+
+
+def test_in_16_bits_a_module_computes_in_its_own_type_and_answers_in_that_of_its_input(tmp_path: Path) -> None:
+    write_small("mixtral", tmp_path / "mixtral")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral", dtype=torch.bfloat16)
+    experts = model.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        setattr(experts, name, pack(getattr(experts, name).data, NF4))
+    freeze(model)
+    compute_in_own_type(model)
+    assert isinstance(experts.gate_up_proj, Weight4bit)
+    assert experts.gate_up_proj.dtype == torch.bfloat16
+    assert model.model.norm.weight.dtype == torch.float32
+    with torch.no_grad():
+        logits = model(IDS).logits  # hidden states in float32 meet experts in bfloat16
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
