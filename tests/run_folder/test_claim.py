@@ -416,7 +416,7 @@ def test_a_system_without_fcntl_and_resource_lists_and_claims(folder: Path) -> N
         "from finetune_kit.settings.load import resolve\n"
         "from finetune_kit.run_folder.claim import claim\n"
         "print(claim(resolve(RecipeConfig, 'lora_sft')))\n"
-        "sys.argv = ['finetune_kit', 'list']\nimport finetune_kit.cli.main\nfinetune_kit.cli.main()"
+        "sys.argv = ['finetune_kit', 'list']\nimport finetune_kit.cli.main\nfinetune_kit.cli.main.main()"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
