@@ -28,17 +28,14 @@ Paper
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from finetune_kit.data.load import load_data
-from finetune_kit.evaluation.compare import compare, held_out_scores
-from finetune_kit.evaluation.measure import measure
+from finetune_kit.evaluation.evaluator import Evaluator
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
-from finetune_kit.system.progress_bar import progress_bar
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 from finetune_kit.training.reference import frozen_copy, set_reference
@@ -89,9 +86,8 @@ def run(config: Config) -> Artifact:
         precompute_ref_log_probs=config.precompute_ref_log_probs,
     )
     set_reference(trainer, config, pairs)
-    before = measure(policy, tokenizer, pairs, config.evaluate, progress_bar("before"))
-    scores = partial(held_out_scores, start=before, beta=config.beta)
-    history = fit(trainer, config.train, partial(scores, tokenizer=tokenizer, data=pairs, config=config.evaluate))
-    after = measure(trainer.model, tokenizer, pairs, config.evaluate, progress_bar("after"))
-    report = compare(before, after, config.evaluate, config.beta)
-    return save(trainer.model, tokenizer, config, pairs, report, history)
+    evaluator = Evaluator(tokenizer, pairs, config.evaluate, beta=config.beta)
+    before = evaluator.measure(policy, "before")
+    history = fit(trainer, config.train, evaluator.scores)
+    after = evaluator.measure(trainer.model, "after")
+    return save(trainer.model, tokenizer, config, pairs, evaluator.compare(before, after), history)

@@ -25,18 +25,15 @@ Paper
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from finetune_kit.data.load import load_data
 from finetune_kit.data.trl_columns import rotated
-from finetune_kit.evaluation.compare import compare, held_out_scores
-from finetune_kit.evaluation.measure import measure
+from finetune_kit.evaluation.evaluator import Evaluator
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
-from finetune_kit.system.progress_bar import progress_bar
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 from finetune_kit.training.reference import frozen_copy, release_copy
@@ -79,9 +76,8 @@ def run(config: Config) -> Artifact:
         disable_dropout=not config.lora.lora_dropout,
     )
     release_copy(trainer, config)
-    before = measure(policy, tokenizer, data, config.evaluate, progress_bar("before"))
-    scores = partial(held_out_scores, start=before, beta=config.beta)
-    history = fit(trainer, config.train, partial(scores, tokenizer=tokenizer, data=data, config=config.evaluate))
-    after = measure(trainer.model, tokenizer, data, config.evaluate, progress_bar("after"))
-    report = compare(before, after, config.evaluate, config.beta)
-    return save(trainer.model, tokenizer, config, data, report, history)
+    evaluator = Evaluator(tokenizer, data, config.evaluate, beta=config.beta)
+    before = evaluator.measure(policy, "before")
+    history = fit(trainer, config.train, evaluator.scores)
+    after = evaluator.measure(trainer.model, "after")
+    return save(trainer.model, tokenizer, config, data, evaluator.compare(before, after), history)

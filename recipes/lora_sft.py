@@ -25,17 +25,14 @@ Paper
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from finetune_kit.data.load import load_data
-from finetune_kit.evaluation.compare import compare, held_out_scores
-from finetune_kit.evaluation.measure import measure
+from finetune_kit.evaluation.evaluator import Evaluator
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section
-from finetune_kit.system.progress_bar import progress_bar
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 
@@ -55,9 +52,8 @@ def run(config: Config) -> Artifact:
     data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
     trainer = build(SFTTrainer, SFTConfig, config, policy, tokenizer, data)
-    before = measure(policy, tokenizer, data, config.evaluate, progress_bar("before"))
-    history = fit(
-        trainer, config.train, partial(held_out_scores, tokenizer=tokenizer, data=data, config=config.evaluate)
-    )
-    after = measure(trainer.model, tokenizer, data, config.evaluate, progress_bar("after"))
-    return save(trainer.model, tokenizer, config, data, compare(before, after, config.evaluate), history)
+    evaluator = Evaluator(tokenizer, data, config.evaluate)
+    before = evaluator.measure(policy, "before")
+    history = fit(trainer, config.train, evaluator.scores)
+    after = evaluator.measure(trainer.model, "after")
+    return save(trainer.model, tokenizer, config, data, evaluator.compare(before, after), history)

@@ -32,15 +32,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune_kit.data.load import load_data
-from finetune_kit.evaluation.compare import compare
-from finetune_kit.evaluation.measure import measure
+from finetune_kit.evaluation.evaluator import Evaluator
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.rewards.sources import load_rewards
 from finetune_kit.rl.settings import PPOSettings
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, TrainConfig, section
-from finetune_kit.system.progress_bar import progress_bar
 from finetune_kit.training.checkpoint import begin
 
 
@@ -64,9 +62,10 @@ def run(config: Config) -> Artifact:
     rewards = load_rewards(config.reward, data, config.model, policy)
     trainer = PPOTrainer(policy, tokenizer, data, rewards, config)
     begin(config, tokenizer, data)
-    before = measure(policy, tokenizer, data, config.evaluate, progress_bar("before"), judge=rewards.judge)
+    evaluator = Evaluator(tokenizer, data, config.evaluate, judge=rewards.judge)
+    before = evaluator.measure(policy, "before")
     history = trainer.train()
-    after = measure(policy, tokenizer, data, config.evaluate, progress_bar("after"), judge=rewards.judge)
-    report = compare(before, after, config.evaluate, history=history)
-    del trainer, rewards  # optimizer, reference and judge need not be in memory beside the proof
+    after = evaluator.measure(policy, "after")
+    report = evaluator.compare(before, after, history)
+    del trainer, rewards, evaluator  # optimizer, reference and judge need not be in memory beside the proof
     return save(policy, tokenizer, config, data, report, history)

@@ -27,17 +27,15 @@ Paper
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from finetune_kit.data.load import load_data
 from finetune_kit.data.trl_columns import whole_pairs
-from finetune_kit.evaluation.reward_gate import compare_rewards, held_out_rewards, measure_rewards
+from finetune_kit.evaluation.evaluator import RewardEvaluator
 from finetune_kit.models.reward import load_reward_model
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
-from finetune_kit.system.progress_bar import progress_bar
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 
@@ -73,9 +71,8 @@ def run(config: Config) -> Artifact:
         center_rewards_coefficient=config.center_rewards_coefficient or None,
         disable_dropout=not config.lora.lora_dropout,  # TRL would switch the adapter's dropout off, too
     )
-    before = measure_rewards(model, tokenizer, data, config.evaluate, progress_bar("before"))
-    history = fit(
-        trainer, config.train, partial(held_out_rewards, tokenizer=tokenizer, data=data, config=config.evaluate)
-    )
-    after = measure_rewards(trainer.model, tokenizer, data, config.evaluate, progress_bar("after"))
-    return save(trainer.model, tokenizer, config, data, compare_rewards(before, after, data, config.evaluate), history)
+    evaluator = RewardEvaluator(tokenizer, data, config.evaluate)
+    before = evaluator.measure(model, "before")
+    history = fit(trainer, config.train, evaluator.scores)
+    after = evaluator.measure(trainer.model, "after")
+    return save(trainer.model, tokenizer, config, data, evaluator.compare(before, after), history)

@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune_kit.data.load import load_data
-from finetune_kit.evaluation.compare import compare, held_out_scores
-from finetune_kit.evaluation.measure import measure
+from finetune_kit.evaluation.evaluator import Evaluator
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.rewards.settings import RewardConfig
@@ -43,7 +42,6 @@ from finetune_kit.rl.online import (
 )
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
-from finetune_kit.system.progress_bar import progress_bar
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 
@@ -96,7 +94,8 @@ def run(config: Config) -> Artifact:
         epsilon=config.epsilon,
         num_iterations=config.num_iterations,
     )
-    before = measure(policy, tokenizer, data, config.evaluate, progress_bar("before"), judge=rewards.judge)
-    history = fit(trainer, config.train, held_out_scores)
-    after = measure(trainer.model, tokenizer, data, config.evaluate, progress_bar("after"), judge=rewards.judge)
-    return save(trainer.model, tokenizer, config, data, compare(before, after, config.evaluate), history)
+    evaluator = Evaluator(tokenizer, data, config.evaluate, judge=rewards.judge)
+    before = evaluator.measure(policy, "before")
+    history = fit(trainer, config.train, evaluator.scores)
+    after = evaluator.measure(trainer.model, "after")
+    return save(trainer.model, tokenizer, config, data, evaluator.compare(before, after), history)

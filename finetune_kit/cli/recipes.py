@@ -29,7 +29,7 @@ def show(word: RecipeWord, words: Words = None, config: ConfigFile = None, debug
     out.print((recipe.module.__doc__ or "").strip(), markup=False)
     out.print(f"\nThe code: {recipe.path}\n", style="dim", markup=False)
     _print_settings(settings)
-    if hasattr(settings, "lora") and Path(settings.model.name_or_path).expanduser().is_dir():
+    if settings.lora is not None and Path(settings.model.name_or_path).expanduser().is_dir():
         from finetune_kit.models.shapes import coverage_of
 
         out.print(f"\nThe adapter on {settings.model.name_or_path}", style="dim", markup=False)

@@ -118,36 +118,14 @@ def run(
             from finetune_kit.models.device import device
 
             distributed.start(on_cpu=device().type != "cuda")
-        from finetune_kit.planning.preflight import check_start
-        from finetune_kit.run_folder.claim import claim, same_finished
-        from finetune_kit.run_folder.naming import is_unfinished
+        from finetune_kit.run_folder.claim import claim
 
     keys = [word.strip() for word in (allow_changed or "").split(",") if word.strip()]
     settings.allow_changed = tuple(full_key(settings, key, "--allow-changed") for key in keys)
     folder = claim(settings)
-    if settings.hub.push:
-        from finetune_kit.run_folder.upload import check_access
-
-        with doing("asking the Hub"):
-            distributed.from_main(lambda: check_access(settings.hub.model_id or "", settings.hub.private))
     with doing("starting"):
-        distributed.from_main(lambda: check_start(settings))
-    what = f"{recipe.name} of {settings.model.name_or_path} on {settings.data.path}, into {folder}"
-    out.print(what, style="bold", markup=False)
-    if (twin := same_finished(settings, folder)) is not None:
-        out.print(f"note: {twin} holds a finished run of these very settings; this one trains again.", markup=False)
-    from finetune_kit.training import checkpoint, resources, stopping
-
-    if is_unfinished(folder):
-        found = distributed.from_main(lambda: checkpoint.newest_whole(folder, strict_resume))
-        where = f"goes on from step {checkpoint.step_of(found)}" if found else "begins anew: it had no checkpoint yet"
-        out.print(f"{folder} holds an unfinished run of these settings, which {where}.", markup=False)
-    with doing("starting"):
-        import_heavy()
-    with stopping.stop_on_signals(folder), resources.disk_errors(folder, "A file of the run"):
-        with doing(f"running {recipe.name}"):
-            artifact = recipe.run(settings)
-        distributed.finish()
+        from finetune_kit.runs.train import train
+    artifact = train(recipe, settings, strict_resume=strict_resume, out=out)
     signals.resumable(False)
     if not distributed.is_main():
         return

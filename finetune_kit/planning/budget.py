@@ -126,7 +126,7 @@ def _of_recipe(
     name_of_recipe: str, config: RecipeConfig, data: Data, room: int, asked: Option | None = None
 ) -> Iterator[Option]:
     """Without and with gradient checkpointing: the way with most rows that fits, or the smallest."""
-    lora = getattr(config, "lora", None)
+    lora = config.lora
     policy = empty_policy(config.model, lora, trained_in_full=lora is None, scores=config.scores)
 
     def way(cut: dict[str, int], checkpointing: bool) -> Option:

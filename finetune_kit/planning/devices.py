@@ -70,7 +70,7 @@ def shares(config: RecipeConfig, data: Data, policy: Any, devices: int) -> list[
         return Share(sharding, max(training, loaded), training, int(sent))
 
     found = [way("data parallel", weights + 2 * gradients + state + rest, 2 * others * gradients)]
-    if config.model.load_in_4bit or hasattr(config, "num_ppo_epochs"):
+    if config.model.load_in_4bit or config.batch_size is not None:
         return found
     _, passes = micro_batch(config.train, data, devices)
     blocks = list(layers_of(policy))

@@ -264,7 +264,7 @@ def planned_for(config: RecipeConfig, data: Data, policy: Any) -> dict[str, str]
     import torch
 
     quantised = bool(config.model.load_in_4bit)
-    trained_in_full = getattr(config, "lora", None) is None
+    trained_in_full = config.lora is None
     arithmetic = compute_dtype(device(), computes_in_bfloat16()) if quantised else torch.float32
     if not quantised:
         frozen = weight_dtype(config.model, trained_in_full)

@@ -34,7 +34,7 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
     """
     check_train(config.train)
     check_batches(config, data)
-    lora = getattr(config, "lora", None)
+    lora = config.lora
     policy = empty_policy(config.model, lora, trained_in_full=lora is None, scores=config.scores)
     found = covered(policy) if is_adapter(policy) else None
     parameters = list(policy.parameters())

@@ -66,9 +66,9 @@ def _check_evaluation(config: RecipeConfig) -> None:
 
 def _check_folders(config: RecipeConfig) -> None:
     """That rewards and the adapter to go on from are there, and are what they are taken for."""
-    lora, data = getattr(config, "lora", None), config.data
+    lora, data = config.lora, config.data
     paths = [data.path] if isinstance(data.path, str) else data.path
-    if isinstance(reward := getattr(config, "reward", None), RewardConfig):
+    if isinstance(reward := config.reward, RewardConfig):
         check_sources(reward, [data.held_out_path] if data.held_out_path else paths, config.model)
     if config.evaluate.reward_model:
         check_judge("evaluate.reward_model", config.evaluate.reward_model, config.model)
@@ -80,7 +80,7 @@ def _check_folders(config: RecipeConfig) -> None:
 
 def _check_weights(config: RecipeConfig, elsewhere: bool) -> None:
     """That the weights can be trained, or kept frozen as the reference, in the form that is asked for."""
-    lora, model = getattr(config, "lora", None), config.model
+    lora, model = config.lora, config.model
     in_full = lora is None or lora.r == 0
     if not config.scores:
         check_writes(model, lora)
@@ -144,11 +144,11 @@ def _check_positions(config: RecipeConfig) -> None:
 
 def _check_losses(config: RecipeConfig) -> None:
     """That TRL's trainer of the recipe knows the loss, which it would say at the first step."""
-    own = getattr(config, "loss_type", None)
+    own = config.loss_type
     if isinstance(own, list):
         for name in own:
             _check_loss("loss_type", name, "dpo")
-        weights: list[Any] = getattr(config, "loss_weights", [])
+        weights: list[Any] = config.loss_weights
         if weights and len(weights) != len(own):
             raise SettingsError(f"loss_weights has {len(weights)} numbers for {len(own)} losses.", "Give one each.")
         if hasattr(config, "label_smoothing"):
@@ -157,8 +157,8 @@ def _check_losses(config: RecipeConfig) -> None:
         if divergence not in DIVERGENCES:
             message = f"train.extra.f_divergence_type: {divergence!r} is no divergence of this trainer."
             raise SettingsError(message, f"Known: {', '.join(DIVERGENCES)}")
-    elif (name := config.train.extra.get("loss_type")) is not None:
-        _check_loss("train.extra.loss_type", name, config.kind)
+    elif (extra := config.train.extra.get("loss_type")) is not None:
+        _check_loss("train.extra.loss_type", extra, config.kind)
 
 
 def _check_loss(setting: str, name: Any, trainer: str) -> None:

@@ -110,7 +110,7 @@ def check_settings(config: PPOSettings, devices: int) -> None:
 
 def _check_value(config: PPOSettings) -> None:
     """That the value can be of its kind, and start from what it is to start from."""
-    lora = getattr(config, "lora", None)
+    lora = config.lora
     if config.value_model == "adapter" and (lora is None or lora.r == 0):
         raise SettingsError(
             "value_model=adapter needs a policy with an adapter; this one is trained in full.",

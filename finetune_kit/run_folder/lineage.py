@@ -33,7 +33,7 @@ def start_from_run(config: RecipeConfig) -> None:
             f"model.name_or_path={named} is an adapter without its run.yaml, so its base is not known.",
             f"Name both: model.name_or_path=BASE lora.init_from={named}",
         )
-    lora = getattr(config, "lora", None)
+    lora = config.lora
     if lora is None or lora.r == 0:
         raise SettingsError(
             f"model.name_or_path={named} is an adapter, and {config.recipe} trains all weights here.",
@@ -64,7 +64,7 @@ def model_of(path: Path) -> dict[str, Any]:
 
 def ancestors(config: RecipeConfig) -> list[dict[str, Any]]:
     """The entries of the run that this one started from, the oldest first; none where that was no run of ours."""
-    lora = getattr(config, "lora", None)
+    lora = config.lora
     folder = Path((lora.init_from if lora else None) or config.model.name_or_path).expanduser()
     if not (folder / ANCESTRY).exists():
         return []

@@ -68,7 +68,7 @@ def card(config: RecipeConfig, data: Data, results: dict[str, Any], line: Sequen
     task, use = ("text-classification", [REWARD_USE, ""]) if "gate" in results else ("text-generation", [])
     return "\n".join(
         [
-            card_metadata(config, "peft" if hasattr(config, "lora") else "transformers", [config.recipe], task),
+            card_metadata(config, "peft" if config.lora is not None else "transformers", [config.recipe], task),
             f"# {config.recipe} of {base}",
             "",
             results["verdict"],
@@ -115,7 +115,7 @@ def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".", merged: b
     """
     kind, definition = loading(load_model_config(config.model)) if rewards else (language_class(config.model), "")
     more = ", num_labels=1" if rewards else ""
-    lora = getattr(config, "lora", None)
+    lora = config.lora
     adapted = lora is not None and lora.r != 0 and not merged
     base = hub_name(config.model.name_or_path)
     names = "AutoTokenizer" if definition else f"{kind}, AutoTokenizer"

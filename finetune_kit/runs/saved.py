@@ -192,7 +192,7 @@ def compare_run(run: FinishedRun) -> Report:
     if run.is_adapter:
         model = model_of(run)
         judge = _judge(run, data, model)
-        with as_started(model, config.lora.init_from):  # type: ignore[attr-defined]  # a run of an adapter has it
+        with as_started(model, config.lora.init_from if config.lora else None):
             before = measure_model(model, tokenizer, data, config.evaluate, progress_bar("before"), judge=judge)
     else:  # one after the other, in the types of training
         judge = _judge(run, data)
@@ -202,7 +202,7 @@ def compare_run(run: FinishedRun) -> Report:
         release()
         model = load_base(own_model(run), trained_in_full=True)
     after = measure_model(model, tokenizer, data, config.evaluate, progress_bar("after"), judge=judge)
-    return compare(before, after, config.evaluate, getattr(config, "beta", 1.0))
+    return compare(before, after, config.evaluate, config.beta)
 
 
 def _judge(run: FinishedRun, data: Data, policy: Any = None) -> Judge | None:
@@ -212,7 +212,7 @@ def _judge(run: FinishedRun, data: Data, policy: Any = None) -> Judge | None:
     `policy`: see rl.rewards.load_rewards. A folder may come from somebody else: its run.yaml alone has no function run.
     """
     config = run.config
-    reward = getattr(config, "reward", None)
+    reward = config.reward
     if not isinstance(reward, RewardConfig) or config.evaluate.reward_model or not config.evaluate.size:
         return None
     functions = [source for source in reward.sources if source.rpartition(":")[0].endswith(".py")]
@@ -317,7 +317,7 @@ def compare_adapters(run: FinishedRun, folders: list[Path]) -> Adapters:
     for name, folder in columns.items():
         adapted = load_adapted(base, folder, model)
         after = measure_model(adapted, tokenizer, data, config.evaluate, progress_bar(name))
-        compared.reports[name] = compare(before, after, config.evaluate, getattr(config, "beta", 1.0))
+        compared.reports[name] = compare(before, after, config.evaluate, config.beta)
         model = detach(adapted)
         if model.get_input_embeddings().weight.shape[0] != rows:  # this adapter's run had made the vocabulary longer
             model = load_base(base)

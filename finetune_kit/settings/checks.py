@@ -19,7 +19,7 @@ def check(config: RecipeConfig) -> None:
     SecurityError for a setting that would run a stranger's code, or holds a token."""
     if found := out_of_range(config):
         raise together(found)
-    lora, train = getattr(config, "lora", None), config.train
+    lora, train = config.lora, config.train
     if lora is not None and lora.r == 0 and config.kind == "prompt_completion":
         raise SettingsError(f"{_named(config, 'lora.r')}: 0 trains all weights.", "Run full_sft")
     if lora is not None and lora.r == 0 and lora.init_from:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 
 def setting(default: Any, help: str, unit: str = "", within: str = "") -> Any:
@@ -219,6 +219,20 @@ class RecipeConfig:
     def scores(self) -> bool:
         """Whether what is trained scores texts and writes none."""
         return self.trainer_config.endswith(".RewardConfig")
+
+    # what a recipe may have besides: it declares them as fields, and nothing below asks whether one is there
+    if TYPE_CHECKING:
+        lora: LoraConfig | None = None
+        reward: Any = None  # a RewardConfig (rewards/settings.py)
+        beta: float = 1.0
+        num_generations: int | None = None  # completions of a prompt that are judged against each other
+        batch_size: int | None = None  # prompts of an update of PPO
+        precompute_ref_log_probs: bool = False
+        loss_type: list[str] | None = None
+        loss_weights: list[float] = field(default_factory=list)
+    else:
+        lora = reward = num_generations = batch_size = loss_type = None
+        beta, precompute_ref_log_probs, loss_weights = 1.0, False, ()
 
     @property
     def micro_batch_dependence(self) -> str:

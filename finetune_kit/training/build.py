@@ -190,9 +190,9 @@ def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int
     leave out the last step of an epoch where it would not be whole.
     """
     train = config.train
-    group = getattr(config, "num_generations", None)
+    group = config.num_generations
     rows = len(data.train) * (group or 1)
-    if isinstance(update := getattr(config, "batch_size", None), int):
+    if isinstance(update := config.batch_size, int):
         updates = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * rows / update)
         an_epoch = math.ceil(rows / update)
         return {"rows_in_an_epoch": rows, "rows_in_a_step": update, "steps_in_an_epoch": an_epoch, "steps": updates}

@@ -34,7 +34,7 @@ ALIKE = 1e-4  # relative difference of two float32 log-probabilities of a whole 
 def frozen_copy(policy: Any, config: Any) -> dict[str, Any]:
     """What a trainer of TRL is made with as its reference: nothing where an adapter is trained, whose reference is the
     model without it, or where the numbers are computed beforehand; else the start once more, frozen."""
-    if is_adapter(policy) or _precomputed(config):
+    if is_adapter(policy) or config.precompute_ref_log_probs:
         return {}
     return {"ref_model": load_base(config.model, trained_in_full=True).requires_grad_(False)}
 
@@ -47,17 +47,13 @@ def release_copy(trainer: Any, config: Any) -> None:
     policy = trainer.model
     if not is_adapter(policy) or "ref" not in policy.peft_config:
         return
-    if not config.lora.init_from or _precomputed(config):
+    if not config.lora.init_from or config.precompute_ref_log_probs:
         policy.delete_adapter("ref")
         return
     for module in policy.modules():  # a reference is the same each time it is asked
         dropout = getattr(module, "lora_dropout", {})
         if "ref" in dropout:
             dropout["ref"] = torch.nn.Identity()
-
-
-def _precomputed(config: Any) -> bool:
-    return bool(getattr(config, "precompute_ref_log_probs", False))
 
 
 def check_smoothing(config: Any) -> None:
@@ -180,7 +176,7 @@ def _path(policy: Any, config: RecipeConfig, data: Data) -> Path | None:
     base, files = base_record(config.model), weights_stamp(config.model)
     if not files:
         return None
-    lora = getattr(config, "lora", None)
+    lora = config.lora
     folder = Path(lora.init_from).expanduser() if lora and lora.init_from else None
     adapter = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")] if folder else []
     quantised = (config.model.load_in_4bit, config.model.bnb_4bit_quant_type, config.model.bnb_4bit_use_double_quant)
