@@ -24,8 +24,9 @@ from finetune_kit.run_folder.claim import claim
 from finetune_kit.run_folder.lineage import start_from_run
 from finetune_kit.settings.checks import check_code
 from finetune_kit.settings.load import resolve
-from finetune_kit.settings.schema import RecipeConfig
+from finetune_kit.settings.schema import KEYWORD, RecipeConfig
 from finetune_kit.system.parsing import parse, read_object
+from finetune_kit.system.terminal import quiet_libraries
 from finetune_kit.system.versions import check_floors
 
 
@@ -191,12 +192,13 @@ def load_settings(recipe: str | Path, *, config: str | Path | None = None, **set
 def _read(
     recipe: str | Path, config: str | Path | None, settings: dict[str, Any]
 ) -> tuple[recipes.Recipe, RecipeConfig]:
+    quiet_libraries()
     check_floors()
     loaded = recipes.load(str(recipe))
     if loaded.settings and config:
         raise SettingsError(f"{recipe} and config={config} are both settings files.", "Give one of them.")
     file = Path(config) if config else loaded.settings
-    resolved = resolve(loaded.config_class, loaded.word, file, _words(loaded.config_class, settings))
+    resolved = resolve(loaded.config_class, loaded.word, file, _words(loaded.config_class, settings), KEYWORD)
     check_code(resolved)
     start_from_run(resolved)
     return loaded, resolved

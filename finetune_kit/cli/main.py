@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import logging
-import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -21,7 +18,7 @@ from finetune_kit.cli.options import Debug, out
 from finetune_kit.errors import FinetuneKitError, SettingsError, Stopped
 from finetune_kit.settings.aliases import COMMANDS, KNOWN_ELSEWHERE
 from finetune_kit.system import signals, streams
-from finetune_kit.system.terminal import Console, guard
+from finetune_kit.system.terminal import Console, guard, quiet_libraries
 
 app = typer.Typer(
     help="From a base model to an aligned one, with proof that it got better.",
@@ -36,12 +33,8 @@ def main() -> NoReturn:
 
     A signal ends it as that, whatever a library made of it on the way.
     """
-    # names that transformers and TRL will rename one day, used by themselves: nothing that a user could mend
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not needed
+    quiet_libraries()
     guard()
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO stands there; the pinned release has what is used
-    os.environ.setdefault("TQDM_DISABLE", "1")  # training/progress.py says how far a run is
     streams.spell_out()
     signals.started()
     try:

@@ -33,7 +33,7 @@ from finetune_kit.runs.verify import PROBE, Proof, prove, release, sentence
 from finetune_kit.settings import values
 from finetune_kit.settings.aliases import near_path
 from finetune_kit.settings.load import recipe_of_yaml, resolve
-from finetune_kit.settings.schema import COMMAND_LINE, DataConfig, ModelConfig, RecipeConfig, TrainConfig
+from finetune_kit.settings.schema import BY_THE_USER, DataConfig, ModelConfig, RecipeConfig, TrainConfig
 from finetune_kit.system.parsing import read_object
 from finetune_kit.system.progress_bar import progress_bar
 from finetune_kit.system.terminal import doing
@@ -100,15 +100,15 @@ def open_run(folder: Path, words: list[str], recipe: str | None = None) -> Finis
             )
     made_by, settings = _recipe_of(folder, recipe), folder / "run.yaml"
     config = resolve(made_by.config_class, made_by.word, settings, words)
-    if config.origins.get("data.path") == COMMAND_LINE:
+    if config.origins.get("data.path") in BY_THE_USER:
         # the rows to measure on; the rows trained on stay known, so that an overlap is found
         trained = resolve(made_by.config_class, made_by.word, settings)
         if not isinstance(config.data.path, str):
             raise SettingsError("data.path: expected one path to measure on, found a list.")
-        if config.origins.get("data.held_out_path") == COMMAND_LINE:
+        if config.origins.get("data.held_out_path") in BY_THE_USER:
             raise SettingsError("data.path and data.held_out_path are both rows to measure on.", "Give one of them.")
         config.data.held_out_path, config.data.path = config.data.path, trained.data.path
-        if config.origins.get("data.held_out_size") != COMMAND_LINE:
+        if config.origins.get("data.held_out_size") not in BY_THE_USER:
             config.data.held_out_size = None  # it was the size of the run's own held-out rows
         here = _those_here(config.data.path)
         unseen = [path for path in _listed(config.data.path) if path not in here]
@@ -164,7 +164,7 @@ def _recipe_of(folder: Path, named: str | None) -> recipes.Recipe:
 def _refuse_its_metrics(run: FinishedRun) -> None:
     """The same for metric scripts: whoever measures a run names them."""
     named = run.config.evaluate.hub_metrics
-    if named and run.config.origins.get("evaluate.hub_metrics") != COMMAND_LINE:
+    if named and run.config.origins.get("evaluate.hub_metrics") not in BY_THE_USER:
         raise SecurityError(
             f"{run.folder / 'run.yaml'} names metric scripts that would be fetched and run: {', '.join(named)}.",
             f"Say that you trust them: evaluate.hub_metrics=[{','.join(named)}], or leave them out: "
@@ -216,7 +216,7 @@ def _judge(run: FinishedRun, data: Data, policy: Any = None) -> Judge | None:
     if not isinstance(reward, RewardConfig) or config.evaluate.reward_model or not config.evaluate.size:
         return None
     functions = [source for source in reward.sources if source.rpartition(":")[0].endswith(".py")]
-    if functions and config.origins.get("reward.sources") != COMMAND_LINE:
+    if functions and config.origins.get("reward.sources") not in BY_THE_USER:
         log.warning(
             "answers are measured without %s, which run.yaml names, not you; if you trust it: reward.sources=[%s]",
             ", ".join(functions),

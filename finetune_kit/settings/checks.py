@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.settings.aliases import together
-from finetune_kit.settings.schema import COMMAND_LINE, HubConfig, RecipeConfig, TrainConfig, leaves
+from finetune_kit.settings.schema import BY_THE_USER, COMMAND_LINE, HubConfig, RecipeConfig, TrainConfig, leaves
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 
@@ -57,7 +57,7 @@ def out_of_range(config: RecipeConfig) -> list[SettingsError]:
 def _check_trust(config: RecipeConfig) -> None:
     """Raises SecurityError where settings would run a stranger's code, or hold a secret that run.yaml would show."""
     model = config.model
-    if model.trust_remote_code and config.origins.get("model.trust_remote_code") != COMMAND_LINE:
+    if model.trust_remote_code and config.origins.get("model.trust_remote_code") not in BY_THE_USER:
         raise SecurityError(
             f"{_named(config, 'model.trust_remote_code')}: whoever runs it must say so, not a file.",
             "Give it on the command line if you have read that code: model.trust_remote_code=true",
@@ -69,7 +69,7 @@ def _check_trust(config: RecipeConfig) -> None:
             "Copy it from the model's page: model.revision=<commit>",
         )
     kernel = model.attn_implementation or ""
-    if "/" in kernel and config.origins.get("model.attn_implementation") != COMMAND_LINE:
+    if "/" in kernel and config.origins.get("model.attn_implementation") not in BY_THE_USER:
         raise SecurityError(
             f"{_named(config, 'model.attn_implementation')}: {kernel} would be fetched from the Hub and run as code.",
             f"Give it on the command line if you trust it: model.attn_implementation={kernel}",
@@ -110,7 +110,7 @@ def check_code(config: RecipeConfig) -> None:
     for key, value in named.items():
         origin = config.entry_origins.get(key) or config.origins.get(key)
         origin = origin or config.origins.get(key.rpartition(".")[0], COMMAND_LINE)
-        if origin != COMMAND_LINE:
+        if origin not in BY_THE_USER:
             raise SecurityError(
                 f"{key} ({origin}): {value} would be run or followed, and a file names it, not you.",
                 f"If you trust it, say so on the command line: '{key}={value}'",

@@ -15,9 +15,15 @@ from finetune_kit.settings.schema import COMMAND_LINE, SECTIONS, Leaf, RecipeCon
 
 
 def resolve(
-    config_class: type[RecipeConfig], recipe: str, yaml_path: Path | None = None, overrides: Sequence[str] = ()
+    config_class: type[RecipeConfig],
+    recipe: str,
+    yaml_path: Path | None = None,
+    overrides: Sequence[str] = (),
+    origin: str = COMMAND_LINE,
 ) -> RecipeConfig:
     """The Config of `recipe` (its name or path) with a YAML file and `key=value` words laid over its defaults.
+
+    `origin`: where the words came from.
 
     Raises SettingsError (unknown key, wrong type, out of range, without effect, unreadable file), SecurityError (a YAML
     tag that builds objects).
@@ -27,9 +33,9 @@ def resolve(
     known = {leaf.key: leaf for leaf in leaves(config)}
     given = list(_read_yaml(yaml_path, known)) if yaml_path else []
     problems: list[SettingsError] = []
-    for written, node, origin in [*given, *(_read_word(word, recipe) for word in overrides)]:
+    for written, node, where in [*given, *(_read_word(word, recipe, origin) for word in overrides)]:
         try:
-            _lay_over(config, known, recipe, written, node, origin)
+            _lay_over(config, known, recipe, written, node, where)
         except SettingsError as error:
             problems.append(error)
     problems += out_of_range(config)
@@ -97,11 +103,11 @@ def _read_yaml(path: Path, known: dict[str, Leaf]) -> Iterator[tuple[str, values
             yield name, node, f"{path}:{line}"
 
 
-def _read_word(word: str, recipe: str) -> tuple[str, values.Node, str]:
+def _read_word(word: str, recipe: str, origin: str) -> tuple[str, values.Node, str]:
     key, equals, text = word.partition("=")
     if not equals:
         raise SettingsError(f"'{word}' is not a setting: expected key=value.", _meant_by(word, recipe))
-    return key.strip(), values.read_word(text, COMMAND_LINE), COMMAND_LINE
+    return key.strip(), values.read_word(text, origin), origin
 
 
 def _meant_by(word: str, recipe: str) -> str:

@@ -185,6 +185,8 @@ class HubConfig:
 
 
 COMMAND_LINE = "command line"  # the origin of what was typed
+KEYWORD = "keyword"  # of what a program gave
+BY_THE_USER = (COMMAND_LINE, KEYWORD)  # and not by a file, which a stranger may have written
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "lora": LoraConfig,

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -85,6 +86,15 @@ class Voice(Console):
 
 # what a command says on the way, once
 console = Voice(stderr=True, highlight=False, soft_wrap=True, quiet=not distributed.is_main())
+
+
+def quiet_libraries() -> None:
+    """Leave out what libraries say of themselves, and nothing that a user could mend."""
+    # names that transformers and TRL will rename one day, used by themselves
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not needed
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO stands there; the pinned release has what is used
+    os.environ.setdefault("TQDM_DISABLE", "1")  # training/progress.py says how far a run is
 
 
 def guard() -> None:

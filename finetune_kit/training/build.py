@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def build(
     rows: Any = None,
     tokenises: bool = False,
     parts: dict[str, Any] | None = None,
+    compute_loss_func: Callable[..., Any] | None = None,
     **arguments: Any,
 ) -> Any:
     """A TRL trainer over samples that already are tokens. Settings that cannot act raise SettingsError.
@@ -45,6 +47,9 @@ def build(
     `rows`: the training rows (a datasets.Dataset) under the names that this trainer reads; data.train where it reads
     those. `tokenises`: it takes text alone when it is made, so it is given ours afterwards. `parts`: what else it is
     made with (ref_model, another processing_class). `arguments`: of `config_class`, from the recipe's own settings.
+    `compute_loss_func`: a loss of one's own, for trainers that take one, such as SFTTrainer: called with the model's
+    outputs (logits (b, w, vocabulary)), the labels (b, w; -100 where nothing is trained) and num_items_in_batch, the
+    labels of the whole step; it returns the loss of these rows, a tensor without dimensions.
     """
     from transformers import PrinterCallback
 
@@ -56,6 +61,14 @@ def build(
     trainer_config = make_arguments(config_class, config, data, **arguments)
     check_loader(trainer_config, config.train)
     check_parts(trainer_class, trainer_config, policy)
+    parts = dict(parts or {})
+    if compute_loss_func is not None:
+        if "compute_loss_func" not in inspect.signature(trainer_class.__init__).parameters:
+            raise SettingsError(
+                f"{trainer_class.__name__} takes no compute_loss_func.",
+                "SFTTrainer does; of another trainer override compute_loss in a subclass.",
+            )
+        parts["compute_loss_func"] = compute_loss_func
     check_vocabulary(config.model.name_or_path, policy, tokenizer)
     trained = [(parameter, parameter.data) for parameter in policy.parameters() if parameter.requires_grad]
     rows = data.train if rows is None else rows
@@ -69,7 +82,7 @@ def build(
                 model=policy,
                 args=trainer_config,
                 train_dataset=placeholder(data.kind, scratch) if tokenises else rows,
-                **{"processing_class": tokenizer, **(parts or {})},
+                **{"processing_class": tokenizer, **parts},
             )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise SettingsError(f"{trainer_class.__name__} refuses these settings: {error}") from None
