@@ -117,7 +117,9 @@ def _within(seconds: float) -> Iterator[None]:
         raise _refused(f"takes more than {seconds:.1f} s for one conversation")
 
     timed = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGVTALRM, late) if sys.platform != "win32" and timed else None
+    before: Any = None
+    if sys.platform != "win32" and timed:
+        before = signal.signal(signal.SIGVTALRM, late)
     room = _more_memory(MOST_BYTES) if timed and not _on_gpu() else None
     try:
         if sys.platform != "win32" and timed:

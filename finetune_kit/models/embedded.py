@@ -33,8 +33,9 @@ def cache_folder() -> Path:
     try:
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune_kit"
     except RuntimeError:  # no home is known: no HOME, and no such user
-        whose = "" if sys.platform == "win32" else f"-{os.getuid()}"  # each user there has a folder for temporary files
-        default = Path(tempfile.gettempdir()) / f"finetune_kit{whose}"
+        default = Path(tempfile.gettempdir()) / "finetune_kit"
+        if sys.platform != "win32":  # where each user has a folder of their own for temporary files
+            default = default.with_name(f"finetune_kit-{os.getuid()}")
     return Path(os.environ.get("FINETUNE_KIT_CACHE") or default)
 
 
