@@ -18,7 +18,9 @@ sys.modules.update(dict.fromkeys(("fcntl", "resource", "pwd", "grp", "termios", 
 for name in ("fork", "getuid", "geteuid", "getgid", "getegid", "killpg", "nice", "setsid", "O_NOFOLLOW"):
     delattr(os, name)
 timers = [name for name in dir(signal) if "itimer" in name.lower()]
-for name in (*timers, "SIGALRM", "SIGVTALRM", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGUSR1", "pthread_kill"):
+for name in (*timers, "SIGALRM", "SIGVTALRM", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGUSR1", "SIGRTMAX"):
+    delattr(signal, name)
+for name in [name for name in dir(signal) if name.startswith("pthread_") or name in ("SIG_BLOCK", "SIG_SETMASK")]:
     delattr(signal, name)
 sys.platform = "win32"
 import finetune_kit
@@ -36,7 +38,7 @@ def test_all_modules_and_recipes_load_and_a_run_claims_its_folder_without_what_w
 from finetune_kit.config import RecipeConfig, resolve
 from finetune_kit.data.template import _within
 from finetune_kit.model.embedded import cache_folder
-from finetune_kit.rl.reward_function import contained
+from finetune_kit.rl.reward_function import Own, contained
 from finetune_kit.run_folder import begin, claim, is_being_trained
 settings = resolve(RecipeConfig, "lora_sft")
 folder = claim(settings)
@@ -44,7 +46,7 @@ folder.mkdir(parents=True)  # by hand, and empty
 begin(settings, SimpleNamespace(to_json=dict), {{}})
 print(sorted(path.name for path in folder.iterdir()), is_being_trained(folder))
 with _within(1.0):
-    print(contained(lambda: "scored", 1.0, {{}}, Path()))
+    print(contained(lambda: "scored", 1.0, Own(), Path()))
 os.environ.pop("HOME")
 print(cache_folder().name)
 """
