@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from finetune_kit.errors import ResourceError
-from finetune_kit.model.fourbit import check_device
+from finetune_kit.models.quantization import check_device
 from tests.fixtures_cli import ROOT, Said, python
 
 

@@ -35,11 +35,13 @@ for word in recipe.BUILTIN:
 
 def test_all_modules_and_recipes_load_and_a_run_claims_its_folder_without_what_windows_lacks(tmp_path: Path) -> None:
     script = f"""{WITHOUT}
-from finetune_kit.config import RecipeConfig, resolve
+from finetune_kit.settings.load import resolve
+from finetune_kit.settings.schema import RecipeConfig
 from finetune_kit.data.template import _within
-from finetune_kit.model.embedded import cache_folder
-from finetune_kit.rl.reward_function import Own, contained
-from finetune_kit.run_folder import begin, claim, is_being_trained
+from finetune_kit.models.embedded import cache_folder
+from finetune_kit.rewards.limits import Own, contained
+from finetune_kit.run_folder.claim import begin, claim
+from finetune_kit.run_folder.lock import is_being_trained
 settings = resolve(RecipeConfig, "lora_sft")
 folder = claim(settings)
 folder.mkdir(parents=True)  # by hand, and empty
