@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
+EXTRAS = ("quickstart", "qlora", "metrics", "trackers", "vllm")  # of pyproject.toml, those that a run may need
 # Why a version below the lowest one in pyproject.toml is not enough; for one that is not safe: floors.py.
 REASONS = {
     "trl": "the recipes are written for its trainers' arguments",
@@ -53,33 +54,41 @@ def examine(out: Console) -> bool:
 
 
 def _versions(out: Console) -> list[str]:
-    """Prints what is installed; the problems: what is missing, or is not a version that pyproject.toml allows."""
+    """Prints what is installed; the problems: what is missing, or is not a version that pyproject.toml allows. What an
+    extra would bring may be missing."""
     problems = []
     table = Table.grid(padding=(0, 2))
     for requirement in _requirements():
-        name = requirement.name
+        name, extra = requirement.name, _extra_of(requirement)
         try:
             number = metadata.version(name)
         except metadata.PackageNotFoundError:
             number = "not installed"
-            problems.append(f"{name} is not installed. Run: pip install '{requirement}'")
+            if not extra:
+                problems.append(f"{name} is not installed. Run: pip install '{requirement}'")
         else:
             if not requirement.specifier.contains(number, prereleases=True):
                 why = reason(name) or REASONS.get(name, "")
                 said = f"{name} {number} is not {requirement.specifier}{f' ({why})' if why else ''}."
-                problems.append(f"{said} Run: pip install '{requirement}'")
-        table.add_row(f"  {name}", number, str(requirement.specifier))
+                problems.append(f"{said} Run: pip install '{name}{requirement.specifier}'")
+        table.add_row(f"  {name}", number, str(requirement.specifier), f"extra {extra}" if extra else "")
     out.print(f"[bold]Versions[/] on Python {platform.python_version()}")
     out.print(table)
     return problems
 
 
 def _requirements() -> list[Requirement]:
-    """What pyproject.toml demands, the extras left out."""
+    """What pyproject.toml demands, and what its extras do, those for work on this package left out."""
     from packaging.requirements import Requirement
 
     found = [Requirement(text) for text in metadata.requires("finetune-kit") or []]
-    return [requirement for requirement in found if requirement.marker is None]
+    return [requirement for requirement in found if requirement.marker is None or _extra_of(requirement)]
+
+
+def _extra_of(requirement: Requirement) -> str:
+    """The extra that asks for it; "" where every run does, or none of `EXTRAS`."""
+    marker = requirement.marker
+    return next((name for name in EXTRAS if marker is not None and marker.evaluate({"extra": name})), "")
 
 
 def _devices(out: Console) -> list[str]:

@@ -124,7 +124,8 @@ def _generator(task: str, size: int, seed: int, options: dict[str, Any]) -> Any:
         from reasoning_gym.factory import DATASETS
     except ImportError:
         raise ResourceError(
-            f"{PREFIX}{task} needs the package reasoning-gym, which is not installed.", "pip install reasoning-gym"
+            f"{PREFIX}{task} needs the package reasoning-gym, which is not installed.",
+            "Run: pip install 'finetune-kit[quickstart]'   (or set data.path to data of yours)",
         ) from None
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3)

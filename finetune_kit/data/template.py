@@ -116,17 +116,19 @@ def _within(seconds: float) -> Iterator[None]:
     def late(*_: Any) -> None:
         raise _refused(f"takes more than {seconds:.1f} s for one conversation")
 
-    timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGVTALRM, late) if timed else None
+    timed = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
+    before: Any = None
+    if sys.platform != "win32" and timed:
+        before = signal.signal(signal.SIGVTALRM, late)
     room = _more_memory(MOST_BYTES) if timed and not _on_gpu() else None
     try:
-        if timed:
+        if sys.platform != "win32" and timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         yield
     except (MemoryError, OverflowError):
         raise _refused(f"takes more than {MOST_BYTES >> 30} GiB for one conversation") from None
     finally:
-        if timed:
+        if sys.platform != "win32" and timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, before)
         if room is not None and resource is not None:

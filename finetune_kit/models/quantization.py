@@ -43,7 +43,10 @@ def compute_dtype(device: torch.device, bfloat16: bool) -> torch.dtype:
 def check_device(device: torch.device) -> list[str]:
     """What 4-bit training has to do without on this device, in words. Raises where it is impossible altogether."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ResourceError("model.load_in_4bit needs bitsandbytes.", "Run: pip install 'bitsandbytes>=0.50,<1'")
+        raise ResourceError(
+            "model.load_in_4bit needs the package bitsandbytes, which is not installed.",
+            "Run: pip install 'finetune-kit[qlora]'",
+        )
     if device.type not in ("cuda", "cpu", "xpu"):
         raise SettingsError(
             f"model.load_in_4bit: bitsandbytes cannot train on {device.type}.",

@@ -138,7 +138,7 @@ class _Clock(threading.Thread):
     def run(self) -> None:
         wait = min(self.limit, threading.TIMEOUT_MAX)
         while not self.over.wait(wait):
-            if self.running:
+            if self.running and sys.platform != "win32":
                 signal.pthread_kill(threading.main_thread().ident or 0, CLOCK)
             wait = 1.0
 
@@ -221,19 +221,22 @@ def _signals() -> Callable[[dict[int, Any], Own], list[str]]:
     It is given what was set for the call, keeps what the function set besides as its `own`, and names what it left.
     """
     before = {int(number): signal.getsignal(number) for number in signal.valid_signals()}
-    timers = {which: signal.getitimer(which) for which in TIMERS}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, []) if hasattr(signal, "pthread_sigmask") else None
+    timers: dict[int, tuple[float, float]] = {}
+    blocked = None
+    if sys.platform != "win32":  # which has neither
+        timers = {which: signal.getitimer(which) for which in TIMERS}
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     began = time.monotonic()
 
     def put_back(set_here: dict[int, Any], own: Own) -> list[str]:
         left, passed = [], time.monotonic() - began
-        for which, (rest, again) in timers.items():  # first: one that goes off now finds the function's own handler
-            now = signal.getitimer(which)
-            if now[1] != again or abs(now[0] - max(rest - passed, 0.0)) > 0.5 or bool(now[0]) != bool(rest):
-                signal.setitimer(which, max(rest - passed, 1e-3) if rest else 0.0, again)
-                left.append("a timer")
-        if blocked is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if sys.platform != "win32":
+            for which, (rest, again) in timers.items():  # first: one that goes off now finds the function's own handler
+                now = signal.getitimer(which)
+                if now[1] != again or abs(now[0] - max(rest - passed, 0.0)) > 0.5 or bool(now[0]) != bool(rest):
+                    signal.setitimer(which, max(rest - passed, 1e-3) if rest else 0.0, again)
+                    left.append("a timer")
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked or ())
         for number, handler in before.items():
             now_ = signal.getsignal(number)
             if number != CLOCK and now_ is not set_here.get(number, handler):

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -260,10 +261,12 @@ def _write(folder: Path, texts: dict[str, str], goes_on: bool) -> None:
     _remove_leftovers(folder)
     new = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
     new.mkdir(parents=True)
-    number = None if os.name == "nt" else open_locked(new, os.O_RDONLY)
+    number = None if sys.platform == "win32" else open_locked(new, os.O_RDONLY)
     try:
         for name, text in texts.items():
             write_whole(new / name, text)
+        if sys.platform == "win32" and folder.is_dir():
+            folder.rmdir()  # an empty one would be in the way there, and only there
         new.replace(folder)  # locked before it has its name, it is never without
     except OSError as error:
         if number is not None:

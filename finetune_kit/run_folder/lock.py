@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def is_being_trained(folder: Path) -> bool:
     """
     if _is_held(folder):
         return False
-    if os.name == "nt":
+    if sys.platform == "win32":
         return False  # folders cannot be opened there
     number = os.open(folder, os.O_RDONLY)
     try:
@@ -43,7 +44,7 @@ def _is_held(folder: Path) -> bool:
 
 def hold(folder: Path) -> bool:
     """Lock a folder for this process, until it ends or holds another one; False where another process has it."""
-    if os.name == "nt" or _is_held(folder):
+    if sys.platform == "win32" or _is_held(folder):
         return True
     number = open_locked(folder, os.O_RDONLY)
     if number is not None:
@@ -78,7 +79,7 @@ def reserve(folder: Path) -> bool:
     written nothing is reserved, and `begin` finds out.
     """
     named = folder.absolute().parent.resolve() / folder.name
-    if os.name == "nt" or named in _reserved:
+    if sys.platform == "win32" or named in _reserved:
         return True
     home = Path(tempfile.gettempdir()) / f"finetune_kit-{os.getuid()}"
     file = home / f"{hashlib.sha256(os.fsencode(named)).hexdigest()[:32]}.lock"

@@ -460,8 +460,9 @@ def _failure(code: int, said: str, folder: Path) -> NotMade | NumericsError:
     if any(sign in said for sign in SHORT_OF_MEMORY):
         return NotMade(f"the fresh process ran out of memory ({last[:200]})")
     if code < 0:
-        why = ", as a system does that is short of memory" if code == -signal.SIGKILL else ""
-        return NotMade(f"the fresh process was ended by {signal.Signals(-code).name}{why}")
+        name = signal.Signals(-code).name
+        why = ", as a system does that is short of memory" if name == "SIGKILL" else ""
+        return NotMade(f"the fresh process was ended by {name}{why}")
     if re.match(r"(ImportError|ModuleNotFoundError|importlib\.metadata\.PackageNotFoundError)\b", last):
         return NotMade(f"the fresh process lacks a package ({last[:200]})")
     return NumericsError(f"What was saved in {folder} cannot be loaded by transformers and PEFT:", last)

@@ -44,7 +44,7 @@ def strange_in(folder: Path) -> Path | None:
 
 def sync_folder(folder: Path) -> None:
     """Names in a folder are kept by its own fsync, not by those of its files; nothing where folders have none."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         return
     number = os.open(folder, os.O_RDONLY)
     try:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,8 @@ def commit(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _sha256(path: Path, sync: bool = False) -> str:
-    with path.open("rb", buffering=0) as file:
+    writes = sync and sys.platform == "win32"  # where a file that is only read cannot be written out
+    with path.open("r+b" if writes else "rb", buffering=0) as file:
         if sync:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """What doctor finds, and the code it ends with."""
 
 import os
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def test_a_sound_installation_ends_with_0_after_a_real_tiny_run(
         ("torch>=99", "is not >=99 (below 2.10 reading a checkpoint corrupts memory, CVE-2026-24747)."),
         ("typer<0.1", "is not <0.1. Run: pip install 'typer<0.1'"),
         ("no-such-package>=1", "no-such-package is not installed. Run: pip install 'no-such-package>=1'"),
+        ('rich<1; extra == "qlora"', "is not <1. Run: pip install 'rich<1'"),
     ],
 )
 def test_a_version_that_does_not_fit_ends_with_5_and_the_command_that_mends_it(
@@ -51,6 +53,18 @@ def test_a_version_that_does_not_fit_ends_with_5_and_the_command_that_mends_it(
     assert said.code == 5
     assert problem in said.out
     assert "All well" not in said.out
+
+
+@pytest.mark.usefixtures("no_run")
+def test_what_an_extra_would_bring_may_be_missing_and_what_a_developer_needs_is_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ["rich>=1", 'no-such-package>=1; extra == "qlora"', 'no-such-tool>=1; extra == "dev"']
+    monkeypatch.setattr(metadata, "requires", lambda name: asked)
+    said = cli("doctor")
+    assert said.code == 0, said.out
+    assert re.search(r"no-such-package +not installed +>=1 +extra qlora\n", said.out)
+    assert "no-such-tool" not in said.out
 
 
 @pytest.mark.usefixtures("no_run")

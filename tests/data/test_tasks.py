@@ -75,5 +75,5 @@ def test_an_unknown_task_or_option_names_the_near_ones():
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ResourceError, match=r"needs the package reasoning-gym.*\npip install reasoning-gym"):
+    with pytest.raises(ResourceError, match=r"the package reasoning-gym.*\nRun: .* 'finetune-kit\[quickstart\]'"):
         load()
