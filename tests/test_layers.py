@@ -26,7 +26,7 @@ LEVELS = (
     {"rl"},
     {"planning"},
     {"runs"},
-    {"recipes"},
+    {"recipes", "api"},
     {"cli", "__main__"},
 )
 # the library: where it may be imported
