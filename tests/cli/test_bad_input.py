@@ -396,7 +396,7 @@ MARK = "open('ran', 'w').write('a stranger was here')\n"
         ({"model_type": "llama\nimport os"}, 2, ["model_type is 'llama\\nimport os'"]),
         ({"model_type": "strange"}, 2, ["model.name_or_path=model cannot be loaded: ValueError"]),
         ({"hidden_size": 10**7}, 2, ["at least 745,063 GiB in 16 bits", "Nothing was allocated."]),
-        ({"hidden_size": -5}, 2, ["cannot be loaded", "hidden size (-5)"]),
+        ({"hidden_size": -5}, 2, ["config.json: hidden_size is -5; expected 1 or more."]),
         ({"hidden_size": "many"}, 2, ["cannot be loaded", "expected int, got str"]),
     ],
 )
