@@ -143,7 +143,7 @@ def test_an_unknown_recipe_ends_with_code_2() -> None:
             ROWS + '{"prompt": "1", "completion": 2}',
             ["rows.jsonl:9: completion: content is a number ('2'); expected text."],
         ),
-        (ROWS + '{"prompt": "1", "completion": ["2"]}', ["rows.jsonl:9"]),
+        (ROWS + '{"prompt": "1", "completion": ["2", "3"]}', ["rows.jsonl:9: completion is a list of 2 texts"]),
         (ROWS + '{"prompt": "", "completion": "2"}', ["rows.jsonl:9: the prompt is empty."]),
         ('{"messages": []}', ["rows.jsonl:1: the list of messages is empty."]),
         ('{"messages": "hello"}', ["rows.jsonl:1: expected a list of messages, found text ('hello')."]),
