@@ -78,6 +78,7 @@ def test_a_run_that_does_not_fit_ends_with_5_and_ways_that_keep_the_rows_of_a_st
         assert way["fits"] == (way["bytes"] <= plan["memory_room"])
 
 
+@pytest.mark.long
 def test_the_words_of_a_way_are_a_run_that_needs_what_was_said(folder: Path) -> None:
     _, plan = planned("lora_sft", "--memory", "600MiB")
     way = next(way for way in plan["ways"] if len(way["words"]) == 3)

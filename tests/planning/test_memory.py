@@ -277,6 +277,7 @@ def test_a_step_of_a_mixture_of_experts_is_the_real_one_within_2_percent(kind: A
     assert policy.config.num_hidden_layers == len(policy.model.layers) == 5  # it is as it was
 
 
+@pytest.mark.long
 def test_a_loop_over_the_tokens_of_long_rows_is_told_from_short_ones_within_5_percent(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -213,6 +213,7 @@ def test_weights_of_two_losses_act(home: Path) -> None:
     assert both.losses[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.long
 def test_label_smoothing_keeps_margins_smaller_where_the_loss_has_it(home: Path) -> None:
     words = ("learning_rate=2e-2", "max_steps=30", "beta=1")
     smooth = fit_only("dpo", home, "loss_type=[robust]", "label_smoothing=0.3", *words)

@@ -43,7 +43,7 @@ def rewarded(home: Path, function: str = "score") -> str:
     return f"reward.sources=[{home / 'rewards.py'}:{function}]"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["grpo", pytest.param("rloo", marks=pytest.mark.long)])
 def test_a_whole_run_raises_the_reward_and_reports_it_on_the_same_held_out_prompts(home: Path, recipe: str) -> None:
     words = ("lora.r=0", "learning_rate=3e-3", "held_out_size=8", "evaluate.size=8", "max_steps=60")
     run = train(recipe, home, rewarded(home), *SMALL[:3], *words)
@@ -82,13 +82,14 @@ def test_tools_and_markers_in_a_prompt_are_sampled_from_as_they_are_served(home:
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).startswith("<|im_start|>")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["grpo", pytest.param("rloo", marks=pytest.mark.long)])
 def test_steps_are_counted_as_the_trainer_counts_them(home: Path, recipe: str) -> None:
     run = fit_only(recipe, home, rewarded(home), *SMALL, "max_steps=-1", "num_train_epochs=1")
     planned = steps(run.config, run.data)
     assert planned["steps"] == run.trainer.state.max_steps == 37 * 8 // 16
 
 
+@pytest.mark.long
 def test_a_price_on_the_kl_divergence_keeps_the_policy_nearer_to_the_reference(home: Path) -> None:
     free = fit_only("grpo", home, rewarded(home), *SMALL)
     held = fit_only("grpo", home, rewarded(home), "beta=5", *SMALL)

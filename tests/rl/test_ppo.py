@@ -64,10 +64,15 @@ def without_times(line: dict[str, float]) -> dict[str, float]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("lora.r=0", "learning_rate=3e-3", "num_mini_batches=1", "num_ppo_epochs=4"),
-        ("value_model=adapter", "learning_rate=5e-2", "max_new_tokens=4"),
+        pytest.param(
+            ("lora.r=0", "learning_rate=3e-3", "num_mini_batches=1", "num_ppo_epochs=4"),
+            marks=pytest.mark.long,
+            id="full",
+        ),
+        pytest.param(
+            ("value_model=adapter", "learning_rate=5e-2", "max_new_tokens=4"), id="lora_and_value_on_an_adapter"
+        ),
     ],
-    ids=["full", "lora_and_value_on_an_adapter"],
 )
 def test_twice_as_many_small_letters_after_12_updates_by_each_seed(home: Path, words: Any, seed: int) -> None:
     scores = [line["objective/scores"] for line in trainer(home, *LEARN, *words, f"seed={seed}").train()]

@@ -140,7 +140,7 @@ def test_both_sides_answer_as_they_did_in_the_runs_own_evaluation(which: str, re
     assert any(answer["base_completion"] != answer["completion"] for answer in fields)
 
 
-@pytest.mark.parametrize("which", ["lora", "full"])
+@pytest.mark.parametrize("which", ["lora", pytest.param("full", marks=pytest.mark.long)])
 def test_plain_transformers_and_peft_in_a_fresh_process_have_the_same_tokens_logits_and_answer(
     which: str, request: pytest.FixtureRequest
 ) -> None:

@@ -173,6 +173,7 @@ class TestMemoryAndNoise:
             run = fit_only(recipe, home, f"gradient_checkpointing={setting}", "learning_rate=1e-4")
         return run, kept
 
+    @pytest.mark.long
     def test_compiled_packed_rows_give_the_same_losses_within_1e_5(self, home: Path) -> None:
         from torch._dynamo.utils import counters
 

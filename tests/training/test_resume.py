@@ -44,6 +44,7 @@ RECIPES = {
     "rloo": ("prompts", SAMPLED),
 }
 BESIDE = ("full_sft", "qlora_sft", "reward_model", "kto", "orpo", "grpo", "rloo")  # make test-long tests all their cuts
+ALIKE = ("rloo", "orpo", "kto")  # to grpo and dpo in all that a checkpoint keeps
 CUTS = {"inside a line of the log": 4, "epoch border": 5, "mid-epoch": 8, "last step": 12}
 # at the end of an epoch TRL's ORPO averages some lines of its log over other rows where the epoch was resumed
 ORPO_LOG = {
@@ -51,7 +52,11 @@ ORPO_LOG = {
 }
 TIMES = {"seconds", "peak_memory_gib", "tokens_per_second", "step_time"}
 EVERY = [
-    pytest.param(recipe, place, marks=[pytest.mark.long] if recipe in BESIDE and place != "mid-epoch" else [])
+    pytest.param(
+        recipe,
+        place,
+        marks=[pytest.mark.long] if recipe in BESIDE and (recipe in ALIKE or place != "mid-epoch") else [],
+    )
     for recipe in RECIPES
     for place in CUTS
 ]
@@ -152,7 +157,7 @@ def test_cut_and_gone_on_it_is_the_uninterrupted_run_to_the_bit(home: Path, reci
     ("recipe", "words"),
     [
         ("lora_sft", ("train_sampling_strategy=group_by_length", "train.extra.dataloader_num_workers=1")),
-        ("dpo", ()),
+        pytest.param("dpo", (), marks=pytest.mark.long),
     ],
 )
 def test_batches_by_length_go_on_to_the_bit_too(home: Path, recipe: str, words: tuple[str, ...]) -> None:
