@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 EXTRAS = ("quickstart", "qlora", "metrics", "trackers", "vllm")  # of pyproject.toml, those that a run may need
-# Why a version below the lowest one in pyproject.toml is not enough; for one that is not safe: floors.py.
+# Why a version below the lowest one in pyproject.toml is not enough; for one that is not safe: system/versions.py.
 REASONS = {
     "trl": "the recipes are written for its trainers' arguments",
     "peft": "the recipes are written for its adapters' format",

@@ -1,7 +1,7 @@
 """Memory of a run by part, in bytes, from the model's shapes and the rows: nothing is loaded.
 
 Weights, gradients and optimizer state are exact. What a step needs beyond them is counted by rehearsing one
-(rehearsal.py). What the libraries, the C library's heap and the evaluation need is an estimate.
+(fake_step.py). What the libraries, the C library's heap and the evaluation need is an estimate.
 """
 
 from __future__ import annotations
