@@ -52,7 +52,7 @@ HEAVY = (
     "pandas",
 )
 HEAVY_AT_START = (*HEAVY, "huggingface_hub", "rich.markdown", "rich.progress", "jinja2", "tokenizers", "requests")
-# the setting, which settings/checks.py takes from the command line alone, and its text in the process that loads a run again
+# the setting, which only the user may give (settings/checks.py), and its text in the process that loads a run again
 SAID_BY_THE_USER = ("False", "model.trust_remote_code", "trusted == 'True'")
 RUNS_STRANGERS_CODE = ("pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal")
 FILES = sorted([*(ROOT / "finetune_kit").rglob("*.py"), *(ROOT / "recipes").glob("*.py")])
