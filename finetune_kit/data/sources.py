@@ -171,7 +171,7 @@ def _records(
     unused.update(
         column for _, row in rows for column in displaced(row, config.columns) if row[column] not in (None, "", [], {})
     )
-    spelled = [(number, opened(row)) for number, row in named]
+    spelled = opened(named, name)
     ours = spelling(spelled, UNDERSTOOD)
     theirs = {name: column for column, name in ours.items()}
     columns = {ours.get(column, column) for _, row in spelled for column, value in row.items() if value is not None}
