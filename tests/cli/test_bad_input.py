@@ -397,6 +397,10 @@ MARK = "open('ran', 'w').write('a stranger was here')\n"
         ({"model_type": "strange"}, 2, ["model.name_or_path=model cannot be loaded: ValueError"]),
         ({"hidden_size": 10**7}, 2, ["at least 745,063 GiB in 16 bits", "Nothing was allocated."]),
         ({"hidden_size": -5}, 2, ["config.json: hidden_size is -5; expected 1 or more."]),
+        ({"intermediate_size": 0}, 2, ["config.json: intermediate_size is 0; expected 1 or more."]),
+        ({"head_dim": 0}, 2, ["config.json: head_dim is 0; expected 1 or more."]),
+        ({"quantization_config": 5}, 2, ["config.json: quantization_config is 5; expected an object of settings."]),
+        ({"text_config": []}, 2, ["config.json: text_config is []; expected an object of settings."]),
         ({"hidden_size": "many"}, 2, ["cannot be loaded", "expected int, got str"]),
     ],
 )
