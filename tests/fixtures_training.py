@@ -54,6 +54,8 @@ def settings(recipe: str, folder: Path, *words: str) -> RecipeConfig:
     """
     home = Path(folder)
     run = next(path for number in itertools.count(1) if not (path := home / f"run{number}").exists())
+    if recipe in ("ppo", "grpo", "rloo"):
+        words = ("evaluate.size=1", *words)  # prompts have no held-out loss, and a run measures something
     given = {word.split("=")[0].rsplit(".", 1)[-1] for word in words}
     places = [f"model.name_or_path={home / 'tiny'}", f"data.path={home / 'rows.jsonl'}", f"output_dir={run}"]
     kept = [word for word in (*places, *FAST) if word.split("=")[0].rsplit(".", 1)[-1] not in given]

@@ -6,6 +6,7 @@ console. Nothing that a row says vanishes without a word.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,8 @@ from finetune_kit.data.records import THOUGHTS, Message
 from finetune_kit.errors import DataError
 
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt", "sys")
-GIVEN = ("input", "context")  # what a question is about
+PASSAGES = ("passage", "article")  # that a question is about: BoolQ's and RACE's
+GIVEN = ("input", "context", *PASSAGES)  # what a question is about
 CHOICES = ("choices", "options")
 HISTORY = "history"
 UNUSED = "unused"  # in data.columns: a column that is known and left out
@@ -70,8 +72,10 @@ def unused_in(row: Row) -> Iterator[str]:
             continue
         if name not in row.used:
             yield name
-        elif isinstance(value, dict) and isinstance(one_of(value), str) and len(set(value["text"])) > 1:
-            yield f"{name}.text[1:]"  # other ways to say the answer
+        elif isinstance(value, dict) and isinstance(one_of(value), str):  # other ways to say the answer
+            if len(set(value.get("text", ()))) > 1:
+                yield f"{name}.text[1:]"
+            yield from (f"{name}.{key}" for key in value if key not in ("text", "answer_start", "value"))
         elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
             keys: dict[str, None] = {}
             for item in value:
@@ -142,22 +146,24 @@ def asked(row: Row, name: str, where: str) -> list[Message]:
 def question_of(row: Row, name: str, where: str) -> str:
     """The text of a question's column with `input`, `context` and the choices of an answer.
 
-    They go below it; a `context` goes above a `question` or `query`.
+    They go below it; a `context`, and a passage, goes above a `question` or `query`. Beside any other column an
+    article is what somebody took the row from.
     """
     text = text_of(row.take(name), f"{where}: {name}")
-    for given in GIVEN:
+    asks = name in ("question", "query", "problem")
+    for given in GIVEN if asks else GIVEN[: -len(PASSAGES)]:
         about = _given(row, given, where) if given != name else ""
-        if about:
-            above = given == "context" and name in ("question", "query", "problem")
+        if about and not (given in PASSAGES and about.strip() in text):
+            above = given != "input" and asks
             text = "\n\n".join(part for part in ((about, text) if above else (text, about)) if part.strip())
     return _with_choices(text, row)
 
 
 def _given(row: Row, name: str, where: str) -> str:
     value = row.get(name)
-    if name == "context" and isinstance(value, list) and all(isinstance(part, str) for part in value):
+    if name != "input" and isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = "\n\n".join(value)
-    if name == "context" and not isinstance(value, str):
+    if name != "input" and not isinstance(value, str):
         return ""  # passages in a form of their own: not used, and told so
     if value is None:
         return ""
@@ -172,7 +178,12 @@ def _with_choices(question: str, row: Row) -> str:
         return question
     row.used.update(name for name in CHOICES if row.get(name) == row[choices[0]])
     lines = choices[1]
-    if all(text in question for _, text in lines):
+    said = row.get("answer")
+    labelled = (
+        bool(row.get(ANSWER_KEY)) or isinstance(said, int) or said in [f"{label}. {text}" for label, text in lines]
+    )
+    listed = [rf"{re.escape(label)}\W+{re.escape(text)}" if labelled else re.escape(text) for label, text in lines]
+    if all(re.search(line, question) for line in listed):
         return question
     return question + "\n" + "\n".join(f"{label}. {text}" if label else text for label, text in lines)
 
@@ -196,6 +207,9 @@ def choices_of(row: Row) -> tuple[str, list[tuple[str, str]]] | None:
         return None
     if not isinstance(labels, list) or len(labels) != len(texts) or None in labels:
         labels = [chr(ord("A") + number) if len(texts) <= 26 else str(number + 1) for number in range(len(texts))]
+        marked = [re.match(rf"\(?{label}[).:]\s*(?=\S)", str(text)) for label, text in zip(labels, texts, strict=True)]
+        if all(marked):  # AQuA's "A)21"
+            texts = [text[found.end() :] for text, found in zip(texts, marked, strict=True) if found]
     return name, [(str(label), str(text)) for label, text in zip(labels, texts, strict=True)]
 
 
@@ -224,7 +238,10 @@ def answer_of(row: Row, name: str, where: str) -> str:
 
 def one_of(answer: Any) -> Any:
     """The text of an answer that is written in more ways than one: SQuAD's {text: [...], answer_start}, of which each
-    text is right, and a list of equal texts; "" where SQuAD has none. Any other answer as it is."""
+    text is right, TriviaQA's {value, aliases}, and a list of equal texts; "" where none is told. Any other answer as it
+    is."""
+    if isinstance(answer, dict) and isinstance(answer.get("value"), str) and isinstance(answer.get("aliases"), list):
+        return answer["value"] if answer["value"] != "<unk>" else ""
     if isinstance(answer, dict) and isinstance(answer.get("text"), list) and "answer_start" in answer:
         return next((text for text in answer["text"] if isinstance(text, str)), "")
     if isinstance(answer, list) and answer and all(isinstance(text, str) for text in answer):

@@ -281,10 +281,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, raw
 
 
+GZIP = b"\x1f\x8b"
+
+
 def _decode(raw: bytes, path: Path, line: int) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
+        if raw.startswith(GZIP) and line == 1:
+            raise DataError(
+                f"{path} is compressed by gzip.", f"mv {path.name} rows.gz; gunzip -c rows.gz > {path.name}"
+            ) from None
         line += raw[: error.start].count(b"\n")
         hint = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte 0x{raw[error.start]:02x}"
         raise DataError(

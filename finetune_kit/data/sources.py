@@ -146,6 +146,9 @@ def _read_file(path: Path, config: DataConfig, kind: str, bad: Bad, unused: Coun
         return [Text(f"{path.name}:{line}", text, ends) for line, text, ends in read_txt(path)]
     if suffix == ".parquet":
         return _records(_read_parquet(path), path.name, config, kind, bad, unused)
+    if suffix in (".gz", ".bz2", ".xz", ".zst", ".zip"):
+        unpack = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}[suffix]
+        raise DataError(f"{path}: compressed.", f"{unpack} {path.name}")
     if suffix not in READERS:
         raise DataError(f"{path}: cannot read this kind of file.", f"Expected {', '.join(DATA_SUFFIXES)}.")
     return _records(READERS[suffix](path, bad), path.name, config, kind, bad, unused)
@@ -171,7 +174,7 @@ def _records(
     unused.update(
         column for _, row in rows for column in displaced(row, config.columns) if row[column] not in (None, "", [], {})
     )
-    spelled = [(number, opened(row)) for number, row in named]
+    spelled = opened(named, name)
     ours = spelling(spelled, UNDERSTOOD)
     theirs = {name: column for column, name in ours.items()}
     columns = {ours.get(column, column) for _, row in spelled for column, value in row.items() if value is not None}

@@ -53,15 +53,22 @@ def split_off(records: list[Record], size: float | None, seed: int) -> tuple[lis
                 break
             train = [record for i, record in enumerate(records) if i not in held]
             apart = [record for i, record in enumerate(records) if i in held]
-            # training on one label alone is worse than measuring one, and disliked ones alone say the least
-            found = 4 * (labels(train) == labels(records)) + 2 * (labels(apart) == labels(records))
-            found += labels(apart) != {False}
+            # training on one label alone is worse than measuring one, on disliked ones alone it cannot be, and disliked
+            # ones alone say the least
+            found = 8 * (labels(train) != {False}) + 4 * (labels(train) == labels(records))
+            found += 2 * (labels(apart) == labels(records)) + (labels(apart) != {False})
             if found > best:
                 first, best = (train, apart), found
-            if found == (7 if _can_part(records, groups) else 5):
+            if found == (15 if _can_part(records, groups) else 13):
                 break
         if first:
             return first
+    if len(_groups(records, same_key)) < 2:
+        alike = "is one row" if len(records) == 1 else f"are {len(records)} rows, all of them equal"
+        raise DataError(
+            f"There {alike}, so none can be held out for evaluation: one that is trained on measures memory.",
+            "Give other rows to evaluate on: data.held_out_path=FILE",
+        )
     raise DataError(
         f"{len(records)} rows are too few, or too alike, to hold {wanted} out for evaluation.",
         "Give the rows to evaluate on: data.held_out_path=FILE, or hold out fewer: data.held_out_size=1",

@@ -182,7 +182,15 @@ def _check_shapes(config: dict[str, Any], path: Path, weights: int) -> None:
         found = next((shape[name] for name in names if name in shape), 0)
         return found if isinstance(found, int) and not isinstance(found, bool) else 0
 
-    for name in ("num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size"):
+    for name in ("text_config", "quantization_config"):
+        if config.get(name) is not None and not isinstance(config[name], dict):
+            raise SettingsError(
+                f"{path}: {name} is {_short(config[name])}; expected an object of settings.", "Get the model again."
+            )
+    names = ["num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size"]
+    names += ["head_dim", "num_attention_heads", "n_head", "num_key_value_heads"]
+    names += [] if any("expert" in key for key in shape) else ["intermediate_size"]  # of a model of experts alone
+    for name in names:
         if name in shape and isinstance(shape[name], int) and shape[name] < 1:
             raise SettingsError(f"{path}: {name} is {shape[name]}; expected 1 or more.", "Get the model again.")
     layers, width = number("num_hidden_layers", "n_layer"), number("hidden_size", "n_embd")

@@ -163,7 +163,7 @@ def _own_code(name: str, revision: str | None, local: bool) -> str:
 
 
 @contextmanager
-def plain_errors(model: ModelConfig) -> Iterator[None]:
+def plain_errors(model: ModelConfig, saved: Path | None = None) -> Iterator[None]:
     """Turns transformers' long answers about a model that it cannot get into one line and the way out."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -217,8 +217,10 @@ def plain_errors(model: ModelConfig) -> Iterator[None]:
             raise ResourceError(
                 f"model.name_or_path={name} needs a package that is not here: {said}", f"{command}, and run this again."
             ) from None
+        if (file := (saved or Path(name).expanduser()) / "tokenizer.json").is_file():
+            read_object(file, SettingsError, "Get the file again.")
         encoder = isinstance(error, AssertionError) and "is_decoder" in said  # Reformer's
         raise SettingsError(
-            f"model.name_or_path={name} cannot be loaded: {type(error).__name__}: {said}",
+            f"{saved or f'model.name_or_path={name}'} cannot be loaded: {type(error).__name__}: {said}",
             language.TAKE_ANOTHER if encoder else "Get all of its files again, or take another model.",
         ) from error

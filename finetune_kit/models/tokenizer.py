@@ -29,7 +29,8 @@ def load_tokenizer(model: ModelConfig, saved: Path | None = None, weights: bool 
     if saved:
         check_files(saved)
         check_settings(saved)
-    with plain_errors(model), doing(f"loading the tokenizer of {public_name(model.name_or_path)}"):
+    whose = saved or public_name(model.name_or_path)
+    with plain_errors(model, saved), doing(f"loading the tokenizer of {whose}"):
         source = {"pretrained_model_name_or_path": saved, **ITS_OWN} if saved else source_of(model, weights)
         if lacks_tokenizer(folder := Path(str(source["pretrained_model_name_or_path"]))):
             raise SettingsError(

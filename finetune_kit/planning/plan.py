@@ -20,6 +20,7 @@ from finetune_kit.system.terminal import format_bytes
 from finetune_kit.training.arguments import check_train
 from finetune_kit.training.batching import check_batches, padded_share, plan_batches
 from finetune_kit.training.build import steps
+from finetune_kit.training.checkpoint import check_measurable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,7 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
     """
     check_train(config.train)
     check_batches(config, data)
+    check_measurable(config, data)
     lora = config.lora
     policy = empty_policy(config.model, lora, trained_in_full=lora is None, scores=config.scores)
     found = covered(policy) if is_adapter(policy) else None

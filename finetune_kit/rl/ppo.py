@@ -38,6 +38,7 @@ from finetune_kit.run_folder.identity import read_identity
 from finetune_kit.run_folder.naming import is_unfinished
 from finetune_kit.system.terminal import doing
 from finetune_kit.training import checkpoint, resources, stopping
+from finetune_kit.training.build import rows_in_words
 from finetune_kit.training.guard import CAUSES as NOT_FINITE
 from finetune_kit.training.guard import MOST_IN_A_ROW, said_rows
 from finetune_kit.training.progress import Record, peak_memory_gib
@@ -554,8 +555,9 @@ class PPOTrainer:
 
     def _announce(self) -> None:
         count = sum(parameter.numel() for parameter in self.trained.values())
+        self.record.say(rows_in_words(self.data))
         self.record.say(
-            f"{len(self.prompts):,} prompts; {self.updates} updates of {self.config.batch_size} completions; "
+            f"{self.updates} updates of {self.config.batch_size} completions; "
             f"{count:,} parameters of policy and value trained, on {distributed.where(self.model)}"
         )
         if is_adapter(self.model):
@@ -563,6 +565,13 @@ class PPOTrainer:
                 self.record.say(line)
         if self.padded_because and self.config.train.padding_free:
             self.record.say(f"note: padded batches: {self.padded_because}")
+        if len(self.prompts) < self.config.batch_size:
+            times = self.config.batch_size / len(self.prompts)
+            self.record.say(
+                f"note: fewer prompts than batch_size={self.config.batch_size}: each is in an update {times:.3g} times"
+            )
+        for note in self.data.ledger.notes:
+            self.record.say(f"note: {note}")
 
     def _log(self, line: dict[str, float]) -> None:
         self.record.last_tokens = line["tokens"]

@@ -156,6 +156,8 @@ def pairs(node: Node, where: str) -> Iterator[tuple[str, Node, int]]:
     seen: dict[str, int] = {}
     for key, value in node.value:
         name, line = str(key.value), key.start_mark.line + 1
+        if name == "<<":
+            raise SettingsError(f"{where}:{line}: merge keys (<<) are not read.", "Write the settings out.")
         if name in seen:
             raise SettingsError(f"{where}: '{name}' is written twice (lines {seen[name]} and {line}).")
         seen[name] = line

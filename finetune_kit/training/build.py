@@ -13,7 +13,7 @@ from finetune_kit import distributed
 from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.data.trl_columns import placeholder
-from finetune_kit.errors import SettingsError
+from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.models.adapters import covered, is_adapter, parameter_counts
 from finetune_kit.models.inference import evaluation_mode
 from finetune_kit.packing import forward
@@ -58,6 +58,7 @@ def build(
             f"model.load_in_4bit: {sharding} was asked for, and 4-bit weights are not cut into shards.",
             "Start it data parallel, with accelerate_config.yaml, or leave model.load_in_4bit out.",
         )
+    steps(config, data, distributed.count())
     trainer_config = make_arguments(config_class, config, data, **arguments)
     check_loader(trainer_config, config.train)
     check_parts(trainer_class, trainer_config, policy)
@@ -178,29 +179,38 @@ def first_rows(config: RecipeConfig, data: Data) -> list[list[int]]:
 def announce(config: RecipeConfig, policy: Any, data: Data) -> None:
     """Say what is about to be trained, on what, and what the ledger noted."""
     trained, total = parameter_counts(policy)
-    counts, planned = data.ledger.train, steps(config, data, distributed.count())
-    console.print(
-        f"{counts.rows:,} training rows ({counts.truncated} truncated, {counts.lost} dropped), "
-        f"{len(data.held_out):,} held out; {counts.supervised_tokens:,} of {counts.tokens:,} tokens are trained on"
-    )
+    planned = steps(config, data, distributed.count())
+    console.print(rows_in_words(data))
     budget = config.train.max_tokens_per_batch
+    counted = "completions" if hasattr(config, "num_generations") else "rows"
     cut = f" in {planned['passes_in_a_step']} passes of at most {budget:,} tokens" if budget else ""
     console.print(
-        f"{trained:,} of {total:,} parameters trained, {planned['steps']} steps of {planned['rows_in_a_step']} rows"
-        f"{cut}, on {distributed.where(policy)}"
+        f"{trained:,} of {total:,} parameters trained, {planned['steps']} steps of {planned['rows_in_a_step']} "
+        f"{counted}{cut}, on {distributed.where(policy)}"
     )
     if is_adapter(policy):
         for line in covered(policy).in_words():
             console.print(line, markup=False)
     for note in data.ledger.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False)
+
+
+def rows_in_words(data: Data) -> str:
+    """How many rows are trained on and held out, and how many of their tokens."""
+    counts = data.ledger.train
+    rows = "prompts" if data.kind == "prompt" else "rows"
+    tokens = f"{counts.supervised_tokens:,} of {counts.tokens:,} tokens are trained on"
+    return (
+        f"{counts.rows:,} training {rows} ({counts.truncated} truncated, {counts.lost} dropped), "
+        f"{len(data.held_out):,} held out; {f'{counts.tokens:,} tokens' if data.kind == 'prompt' else tokens}"
+    )
 
 
 def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int]:
     """Rows and optimizer steps, as the trainer counts them.
 
     A step of PPO is an update of `batch_size` prompts. GRPO and RLOO count the completions of a prompt as rows, and
-    leave out the last step of an epoch where it would not be whole.
+    leave out the last step of an epoch where it would not be whole. Raises DataError where none is.
     """
     train = config.train
     group = config.num_generations
@@ -213,6 +223,8 @@ def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int
         rows = math.ceil(data.ledger.train.tokens / config.data.max_length)
     together = train.per_device_train_batch_size * train.gradient_accumulation_steps * processes
     an_epoch = rows // together if group else math.ceil(rows / together)
+    if group and not an_epoch:
+        raise _no_whole_step(config, len(data.train), group, together, processes)
     total = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * an_epoch)
     return {
         "rows_in_an_epoch": rows,
@@ -221,3 +233,17 @@ def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int
         "steps_in_an_epoch": an_epoch,
         "steps": total,
     }
+
+
+def _no_whole_step(config: RecipeConfig, prompts: int, group: int, together: int, processes: int) -> DataError:
+    """The error of a trainer of groups that would leave every step out, and train nothing."""
+    train = config.train
+    passes = train.gradient_accumulation_steps * processes
+    whole = group // math.gcd(group, train.gradient_accumulation_steps)
+    fits = prompts * group // passes // whole * whole
+    fewer = f"Set train.per_device_train_batch_size={fits}, or give" if fits else "Give"
+    return DataError(
+        f"{prompts} training prompts have {prompts * group} completions (num_generations={group}), and a step takes "
+        f"{together}: none would be whole, and nothing trained.",
+        f"{fewer} {-(-together // group)} prompts or more.",
+    )

@@ -20,7 +20,8 @@ from typing import Any
 
 from finetune_kit import distributed
 from finetune_kit.data.load import Data
-from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.data.split import FEWEST
+from finetune_kit.errors import DataError, ResourceError, SettingsError
 from finetune_kit.run_folder import claim, identity
 from finetune_kit.settings.schema import RecipeConfig, leaves
 from finetune_kit.system.files import sync_folder, write_whole
@@ -34,8 +35,10 @@ PREFIX, TRASH, CORRUPT = "checkpoint-", ".trash-", ".corrupt"
 def begin(config: RecipeConfig, tokenizer: Any, data: Data) -> Path:
     """Make the run's folder, or go on with the unfinished run in it.
 
-    Raises SettingsError where that one had other settings, data, weights, tokenizer or number of processes.
+    Raises SettingsError where that one had other settings, data, weights, tokenizer or number of processes, and
+    DataError where nothing could be measured.
     """
+    check_measurable(config, data)
 
     def make() -> Path:
         stamps = {**stamps_of(config, tokenizer, data), "processes": distributed.count()}
@@ -46,6 +49,20 @@ def begin(config: RecipeConfig, tokenizer: Any, data: Data) -> Path:
         return folder
 
     return distributed.from_main(make)
+
+
+def check_measurable(config: RecipeConfig, data: Data) -> None:
+    """Raises DataError for a run that could not say whether it changed anything: it ends with what it measured."""
+    if not len(data.held_out):
+        raise DataError(
+            "No row is held out, so whether training changes anything could not be measured.",
+            f"Hold some out: data.held_out_size={FEWEST}, or give others: data.held_out_path=FILE",
+        )
+    if data.kind == "prompt" and not config.evaluate.size and not config.evaluate.general_text:
+        raise SettingsError(
+            "With evaluate.size=0 and evaluate.general_text=false nothing is measured: prompts have no held-out loss.",
+            f"Set evaluate.size={FEWEST} or more.",
+        )
 
 
 def stamps_of(config: RecipeConfig, tokenizer: Any, data: Data) -> dict[str, Any]:

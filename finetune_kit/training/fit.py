@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_kit import distributed
-from finetune_kit.errors import SettingsError
+from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.models.adapters import restore
 from finetune_kit.models.precision import plain_forward
 from finetune_kit.settings.schema import TrainConfig
@@ -81,6 +81,11 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
         record.close()
     if stopping.asked(trainer.accelerator):
         raise stopping.stopped(folder)
+    if not trainer.state.global_step and not kept.trained:
+        raise DataError(
+            f"The rows fill no step of {trainer.args.per_device_train_batch_size} a device, so nothing was trained.",
+            "Set a smaller train.per_device_train_batch_size, or give more rows.",
+        )
     if (weights := watch.best_folder or (start if kept.trained else None)) is not None:
         distributed.barrier()  # the main process may still be writing it
         restore(trainer.model, weights)

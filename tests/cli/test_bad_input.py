@@ -136,7 +136,7 @@ def test_an_unknown_recipe_ends_with_code_2() -> None:
         (ROWS + '{"prompt": "1", "completion": "\\ud83d"}', ["rows.jsonl:9: completion: character 1 is U+D83D"]),
         (ROWS + '{"prompt": "1", "completion": "a\\u0000b"}', ["rows.jsonl:9: completion: character 2 is U+0000"]),
         ('{"text": null}\n{"text": null}', ["rows.jsonl: all columns are empty in every row: text."]),
-        ('{"text": ""}\n' * 9, ["9 rows are too few, or too alike"]),
+        ('{"text": ""}\n' * 9, ["There are 9 rows, all of them equal, so none can be held out"]),
         (ROWS + "[1, 2]", ["rows.jsonl:9: a row is list; expected an object."]),
         (ROWS + '{"prompt": "1", "completion": null}', ["rows.jsonl:9: completion: content is null or missing"]),
         (
@@ -159,7 +159,7 @@ def test_an_unknown_recipe_ends_with_code_2() -> None:
         (f'{{"messages": [{USER}, {USER}, {ANSWER}]}}', ["rows.jsonl:1: two user turns in a row.", "merge_turns=true"]),
         ('{"chosen": "a", "rejected": "b"}', ["found columns chosen, rejected", "this recipe needs prompt-completion"]),
         ('{"foo": "a", "bar": "b"}', ["found columns bar, foo", "data.columns="]),
-        (ROW, ["1 rows are too few, or too alike, to hold 1 out", "data.held_out_path=FILE"]),
+        (ROW, ["There is one row, so none can be held out", "data.held_out_path=FILE"]),
     ],
 )
 def test_rows_that_cannot_be_trained_end_with_code_3_and_their_line(
@@ -397,6 +397,10 @@ MARK = "open('ran', 'w').write('a stranger was here')\n"
         ({"model_type": "strange"}, 2, ["model.name_or_path=model cannot be loaded: ValueError"]),
         ({"hidden_size": 10**7}, 2, ["at least 745,063 GiB in 16 bits", "Nothing was allocated."]),
         ({"hidden_size": -5}, 2, ["config.json: hidden_size is -5; expected 1 or more."]),
+        ({"intermediate_size": 0}, 2, ["config.json: intermediate_size is 0; expected 1 or more."]),
+        ({"head_dim": 0}, 2, ["config.json: head_dim is 0; expected 1 or more."]),
+        ({"quantization_config": 5}, 2, ["config.json: quantization_config is 5; expected an object of settings."]),
+        ({"text_config": []}, 2, ["config.json: text_config is []; expected an object of settings."]),
         ({"hidden_size": "many"}, 2, ["cannot be loaded", "expected int, got str"]),
     ],
 )

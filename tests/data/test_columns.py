@@ -214,6 +214,56 @@ KNOWN = {
         ("Why?", "So."),
         {"question.id"},
     ),
+    "PIQA": (
+        {"goal": "Open it.", "sol1": "Pull.", "sol2": "Push.", "label": 1},
+        ("Open it.\nA. Pull.\nB. Push.", "B. Push."),
+        set(),
+    ),
+    "WinoGrande": (
+        {"sentence": "Ann saw Eve, and _ ran.", "option1": "Ann", "option2": "Eve", "answer": "1"},
+        ("Ann saw Eve, and _ ran.\nA. Ann\nB. Eve", "A. Ann"),
+        set(),
+    ),
+    "BoolQ": (
+        {"question": "did ann run", "passage": "Ann ran.", "answer": True, "title": "T"},
+        ("Ann ran.\n\ndid ann run", "yes"),
+        {"title"},
+    ),
+    "RACE": (
+        {"article": "Ann ran.", "question": "Who?", "options": ["Eve", "Ann"], "answer": "B", "example_id": "1"},
+        ("Ann ran.\n\nWho?\nA. Eve\nB. Ann", "B"),
+        {"example_id"},
+    ),
+    "MedMCQA on the Hub": (
+        {"question": "Why?", "opa": "so", "opb": "no", "opc": "c", "opd": "d", "cop": 0, "exp": "See."},
+        ("Why?\nA. so\nB. no\nC. c\nD. d", "A. so"),
+        {"exp"},
+    ),
+    "MedMCQA's first files": (
+        {"question": "Why?", "opa": "so", "opb": "no", "opc": "c", "opd": "d", "cop": 4},
+        ("Why?\nA. so\nB. no\nC. c\nD. d", "D. d"),
+        set(),
+    ),
+    "TriviaQA": (
+        {"question": "Who?", "answer": {"value": "Ann", "aliases": ["Ann", "Annie"], "type": "FreeForm"}},
+        ("Who?", "Ann"),
+        {"answer.aliases", "answer.type"},
+    ),
+    "AQuA": (
+        {"question": "6 + 15?", "options": ["A)20", "B)21", "C)22"], "correct": "B"},
+        ("6 + 15?\nA. 20\nB. 21\nC. 22", "B. 21"),
+        set(),
+    ),
+    "options by letter": (
+        {"question": "Why?", "Option A": "so", "option_b": "no", "answer": "B"},
+        ("Why?\nA. so\nB. no", "B"),
+        set(),
+    ),
+    "options by number": (
+        {"question": "Why?", "option_1": "so", "option_2": "no", "option_3": "yes", "answer": 3},
+        ("Why?\nA. so\nB. no\nC. yes", "C. yes"),
+        set(),
+    ),
     "a list of one answer": ({"question": "Why?", "answers": ["So."]}, ("Why?", "So."), set()),
     "a demonstration": ({"instruction": "Why?", "demonstration": "So."}, ("Why?", "So."), set()),
 }
@@ -240,6 +290,27 @@ def test_a_question_without_an_answer_is_dropped_and_an_answer_that_is_many_text
         read(tmp_path, {"question": "Which?", "choices": ["red", "blue"], "answerKey": "C"})
 
 
+def test_the_number_of_a_choice_counts_from_where_the_file_shows_and_is_refused_where_it_does_not(tmp_path):
+    def medical(*answers):
+        choices = {"opa": "a", "opb": "b", "opc": "c", "opd": "d"}
+        return [{"question": f"{n}?", **choices, "cop": answer} for n, answer in enumerate(answers)]
+
+    def told(*answers):
+        return [record.messages[-1]["content"] for record in load(tmp_path, medical(*answers)).train_records]
+
+    assert told(1, 0, "2") == ["B. b", "A. a", "C. c"]
+    assert told(1, 4) == ["A. a", "D. d"]
+    data = load(tmp_path, medical(0, -1, 3), max_lost=0.5)
+    assert (len(data.train), data.ledger.train.dropped) == (2, {"empty answer": 1})
+    for unclear in ((1, 2), (0, 4)):
+        with pytest.raises(
+            DataError, match=rf"rows.jsonl:1: cop is {unclear[0]}, and nothing in the file says whether"
+        ):
+            load(tmp_path, medical(*unclear))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: label is 2, and there are 2 choices, from 0"):
+        read(tmp_path, {"goal": "Open it.", "sol1": "Pull.", "sol2": "Push.", "label": 2})
+
+
 def test_a_score_on_a_scale_is_no_word_of_liking_and_0_and_1_are_by_a_setting(tmp_path):
     rows = [{"prompt": f"{n}?", "completion": "a", "score": n % 2} for n in range(4)]
     with pytest.raises(DataError, match=r"score is a number on a scale, such as 0, and no word of liking") as caught:
@@ -253,6 +324,10 @@ def test_choices_that_the_question_lists_already_are_not_listed_again(tmp_path):
     data = load(tmp_path, [{"question": "red or blue?", "options": ["red", "blue"], "answer": "blue"}])
     assert data.train_records[0].messages[0] == user("red or blue?")
     assert data.ledger.unused_columns == {}
+    labelled = {"question": "Which?\n(A) red\n(B) blue", "options": ["red", "blue"], "answer": 1}
+    assert read(tmp_path, labelled).messages == [user("Which?\n(A) red\n(B) blue"), assistant("B. blue")]
+    bare = read(tmp_path, {**labelled, "question": "red or blue?"})
+    assert bare.messages[0] == user("red or blue?\nA. red\nB. blue")  # the answer names a label
 
 
 def test_dolly_rows_keep_the_context_that_the_question_is_about(tmp_path):

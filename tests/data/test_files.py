@@ -1,5 +1,6 @@
 """Files to rows: what is broken is named with file, line and column."""
 
+import gzip
 import json
 
 import pytest
@@ -72,6 +73,8 @@ BROKEN = {
     "an empty list": ("a.json", "[]", r"a.json: no rows"),
     "a header alone": ("a.csv", "a,b\n", r"a.csv: no rows"),
     "nested for ever": ("a.jsonl", "[" * 200_000, r"a.jsonl:1: JSON nested too deeply"),
+    "compressed": ("a.jsonl.gz", "PK", r"a.jsonl.gz: compressed.\ngunzip a.jsonl.gz"),
+    "compressed under another name": ("a.jsonl", gzip.compress(b"{}"), r"a.jsonl is compressed by gzip.\nmv a.jsonl"),
     "another kind": ("a.xlsx", "PK", r"a.xlsx: cannot read this kind of file"),
 }
 

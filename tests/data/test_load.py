@@ -90,7 +90,7 @@ def test_rows_with_the_same_prompt_stay_on_one_side():
 def test_one_prompt_for_all_rows_can_still_be_split_but_one_row_cannot():
     train, held = split_off([conversation(user("go"), assistant(f"a{i}")) for i in range(20)], None, seed=0)
     assert (len(train), len(held)) == (16, 4)
-    with pytest.raises(DataError, match=r"1 rows are too few, or too alike.*\n.*data.held_out_path"):
+    with pytest.raises(DataError, match=r"There is one row, so none can be held out.*\n.*data.held_out_path=FILE"):
         split_off([conversation(user("a"), assistant("b"))], None, seed=0)
 
 

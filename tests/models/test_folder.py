@@ -1,6 +1,7 @@
 """A config.json's shapes are counted before anything is allocated."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from finetune_kit.errors import SettingsError
 from finetune_kit.models import folder
 from finetune_kit.models.folder import check_config, check_model
+from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.settings.schema import ModelConfig
 
 SHAPE = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 261}
 
@@ -89,3 +92,17 @@ def test_settings_as_they_are_written_pass(tmp_path: Path) -> None:
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     check_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"a": ', "[]", "null"])
+def test_a_torn_tokenizer_is_named_by_its_file_also_in_a_run_s_folder(
+    content: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_model, run)
+    (run / "tokenizer.json").write_text(content)
+    for name, saved in ((run, None), (tiny_model, run)):
+        with pytest.raises(
+            SettingsError, match=r"run/tokenizer.json(:1 cannot be read as JSON|: expected a JSON object)"
+        ):
+            load_tokenizer(ModelConfig(name_or_path=str(name)), saved)

@@ -479,3 +479,11 @@ def test_every_setting_of_a_recipe_has_a_help_text_and_numbers_have_an_interval(
         if leaf.annotation in (int, float, int | None, float | None):
             assert leaf.within, leaf.key
     check(config)
+
+
+@pytest.mark.parametrize("merged", ["<<: {max_steps: 3}"])
+def test_a_merge_key_is_refused_by_its_name(merged: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"train:\n  {merged}\n")
+    recipe = recipes.load("lora_sft")
+    with pytest.raises(SettingsError, match=r"x.yaml:2: merge keys \(<<\) are not read"):
+        resolve(recipe.config_class, recipe.word, tmp_path / "x.yaml", [])
