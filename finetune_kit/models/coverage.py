@@ -21,6 +21,8 @@ OUTSIDE = "outside the language model's layers"
 READ_PAST = "the code around it reads its weight past an adapter, for a kernel or a product of its own"
 # a layer's weight as an operand in the code of the module around it, not its type, its shape or a slice of it
 READS = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?! =|\.(?:dtype|device|shape|ndim|data)\b|\[)")
+# a layer's weight that the code of the module around it changes in place, as Gemma 3n's
+CHANGES = re.compile(r"self\.(\w+)\.weight\.data\.\w+_\(")
 EXPERTS_IN_4_BIT = "4-bit experts take no adapter"
 LOST = "PEFT reads an adapter on it from its file under another name, and would leave it out"
 
@@ -164,11 +166,28 @@ def _unreachable(modules: dict[str, Any], config: Any, name: str, module: Any) -
     return READ_PAST if leaf in _read_past(around) else ""
 
 
-@cache
+def changed_in_place(model: Any) -> list[str]:
+    """Full names of the layers whose weights the code around them changes in place, which 4 bits cannot be."""
+    modules = plain_modules(model)
+    found = []
+    for name, module in modules.items():
+        home, _, leaf = name.rpartition(".")
+        around: Any = type(modules.get(home))
+        if is_linear(module) and leaf in _named_in(around, CHANGES):
+            found.append(name)
+    return found
+
+
 def _read_past(kind: type) -> frozenset[str]:
     """Names of the layers whose weights the code of a module's class reads itself."""
+    return _named_in(kind, READS)
+
+
+@cache
+def _named_in(kind: type, pattern: re.Pattern[str]) -> frozenset[str]:
+    """What a pattern finds in the code of a class."""
     try:
-        return frozenset(READS.findall(inspect.getsource(kind)))
+        return frozenset(pattern.findall(inspect.getsource(kind)))
     except (OSError, TypeError):  # a class without source, such as one made in a running program
         return frozenset()
 
