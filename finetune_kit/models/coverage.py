@@ -21,7 +21,10 @@ OUTSIDE = "outside the language model's layers"
 READ_PAST = "the code around it reads its weight past an adapter, for a kernel or a product of its own"
 # a layer's weight as an operand in the code of the module around it, not its type, its shape or a slice of it
 READS = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?! =|\.(?:dtype|device|shape|ndim|data)\b|\[)")
+# a layer's weight that the code of the module around it changes in place, as Gemma 3n's
+CHANGES = re.compile(r"self\.(\w+)\.weight\.data\.\w+_\(")
 EXPERTS_IN_4_BIT = "4-bit experts take no adapter"
+LOST = "PEFT reads an adapter on it from its file under another name, and would leave it out"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def matrices(model: Any) -> Iterator[Matrix]:
         if isinstance(module, torch.nn.ModuleList) and name.count(".") <= 1 and not any(c.isdigit() for c in name)
     }
     heads = {id(head) for head in (model.get_output_embeddings(), getattr(model, "score", None)) if head is not None}
-    renamed = renamed_by_peft(model)
+    renamed, lost = renamed_by_peft(model), _lost_by_peft(model, [n for n, m in modules.items() if is_linear(m)])
     for name, module in modules.items():
         if id(module) in heads or name in HEADS or isinstance(module, torch.nn.Embedding):
             continue
@@ -63,6 +66,7 @@ def matrices(model: Any) -> Iterator[Matrix]:
             if leaf.isdigit():  # a layer of a Sequential has no name of its own
                 leaf = ".".join(name.rsplit(".", 2)[-2:])
             reason = _unreachable(modules, config, name, module) if inside else OUTSIDE
+            reason = reason or (LOST if name in lost else "")
             as_parameter = not reason and (leaf in renamed or not _gives_its_product(module))
             full = f"{name}.weight" if as_parameter else name
             yield Matrix(full, leaf, _size(module), as_parameter, reason)
@@ -113,7 +117,7 @@ def size_of(parameter: Any) -> int:
 def decoder_of(model: Any) -> Any:
     """The language model's stack of layers, without head, vision tower and projector."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    return found if found is not None else model.base_model
+    return model.base_model if found is None or is_linear(found) else found  # ModernBERT's head is called decoder
 
 
 def layers_of(model: Any) -> Any:
@@ -162,11 +166,28 @@ def _unreachable(modules: dict[str, Any], config: Any, name: str, module: Any) -
     return READ_PAST if leaf in _read_past(around) else ""
 
 
-@cache
+def changed_in_place(model: Any) -> list[str]:
+    """Full names of the layers whose weights the code around them changes in place, which 4 bits cannot be."""
+    modules = plain_modules(model)
+    found = []
+    for name, module in modules.items():
+        home, _, leaf = name.rpartition(".")
+        around: Any = type(modules.get(home))
+        if is_linear(module) and leaf in _named_in(around, CHANGES):
+            found.append(name)
+    return found
+
+
 def _read_past(kind: type) -> frozenset[str]:
     """Names of the layers whose weights the code of a module's class reads itself."""
+    return _named_in(kind, READS)
+
+
+@cache
+def _named_in(kind: type, pattern: re.Pattern[str]) -> frozenset[str]:
+    """What a pattern finds in the code of a class."""
     try:
-        return frozenset(READS.findall(inspect.getsource(kind)))
+        return frozenset(pattern.findall(inspect.getsource(kind)))
     except (OSError, TypeError):  # a class without source, such as one made in a running program
         return frozenset()
 
@@ -212,6 +233,18 @@ def renamed_by_peft(model: Any) -> set[str]:
     if get_checkpoint_conversion_mapping(model_type) is None or not _MOE_FUSED_TARGETS.get(pattern):
         return set()
     return set(_MOE_TARGET_MODULE_MAPPING.get(pattern, {}))
+
+
+def _lost_by_peft(model: Any, names: Collection[str]) -> set[str]:
+    """Of the layers of these names those whose adapter PEFT would not find again: it reads a file of its own as one of
+    before transformers 5, and Laguna's pattern for `shared_expert.` fits `shared_experts.`, too."""
+    import torch
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as as_read
+
+    saved = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    found = as_read(model, LoraConfig(), dict.fromkeys(saved, torch.zeros(0)))
+    return {name for key, name in saved.items() if key not in found}
 
 
 def short_names(wanted: Collection[str], every: Collection[str]) -> list[str]:

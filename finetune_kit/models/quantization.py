@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.errors import ResourceError, SettingsError
-from finetune_kit.models.coverage import READ_PAST, matrices, plain_modules
+from finetune_kit.models.coverage import READ_PAST, changed_in_place, matrices, plain_modules
 from finetune_kit.settings.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def packing_stacks() -> AbstractContextManager[None]:
     """In here a model that loads in 4 bits has its stacks of experts in 4 bits, too."""
     from finetune_kit.models import quantized_experts
 
-    return quantized_experts.packing(stacked)
+    return quantized_experts.packing(stacked, changed_in_place)
 
 
 def unpack_stacks(base: Any) -> None:
@@ -114,6 +114,7 @@ def layers(model: Any) -> dict[str, Any]:
 
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     kept += [name.removesuffix(".weight") for name in stacked(model) if name.endswith(".weight")]
+    kept += changed_in_place(model)
     return {
         name: module
         for name, module in plain_modules(model).items()

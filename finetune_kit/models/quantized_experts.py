@@ -101,20 +101,23 @@ def pack(weight: torch.Tensor, settings: Any) -> torch.nn.Parameter:
 
 
 @contextmanager
-def packing(find: Callable[[Any], Collection[str]]) -> Iterator[None]:
+def packing(
+    find: Callable[[Any], Collection[str]], keep: Callable[[Any], Collection[str]] = lambda model: ()
+) -> Iterator[None]:
     """In here a model that loads in 4 bits gets the parameters in 4 bits, too, that `find` names of its empty shapes;
-    each as it is read, so that the whole model is never there."""
+    each as it is read, so that the whole model is never there. The layers that `keep` names stay as they are."""
 
     class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # nor here
         names: Collection[str] = ()
+        kept: Collection[str] = ()
 
         def _process_model_before_weight_loading(self, model: Any, *args: Any, **given: Any) -> None:
-            self.names = set(find(model))
+            self.names, self.kept = set(find(model)), keep(model)
             super()._process_model_before_weight_loading(model, *args, **given)
 
         def get_modules_to_not_convert(self, *args: Any, **given: Any) -> list[str]:
             owners = [name.removesuffix(".weight") for name in self.names if name.endswith(".weight")]
-            return [*super().get_modules_to_not_convert(*args, **given), *owners]
+            return [*super().get_modules_to_not_convert(*args, **given), *owners, *self.kept]
 
         def param_needs_quantization(self, model: Any, param_name: str, **given: Any) -> bool:
             return param_name in self.names or super().param_needs_quantization(model, param_name, **given)

@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 # TRL's head works on tiles of this many tokens and words, and measures these besides the loss
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 MEASURED = ("log_probs", "entropy", "is_top1")
-MOST_OPERATIONS = 20_000  # of a rehearsed step: some 5 s; a Llama takes 1,000 to 3,000
-SHORT = (16, 32)  # tokens of the rows in the place of those that take more
+MOST_OPERATIONS = 20_000  # of a rehearsed step: some 5 s; a Llama with adapters takes 10,000
+MOST_IN_A_BLOCK = 4_000  # of them, in one block's forward pass: a Llama's with adapters takes 800
+SHORT = (8, 16)  # tokens of the rows in the place of those that take more
 
 
 class TooLong(RuntimeError):
@@ -86,23 +87,24 @@ def step_bytes(policy: Any, batch: Batch, setting: Setting) -> int:
         tokens = batch.rows * batch.width if batch.plan is None else len(batch.plan.tokens)
         log.warning("activations are those of rows of %d and %d tokens, drawn out: %s", *SHORT, error)
         few, many = (
-            _by_blocks(policy, Batch(1, width, False, max(1, width * batch.scored // tokens)), setting)
+            _by_blocks(policy, Batch(1, width, False, max(1, width * batch.scored // tokens)), setting, least=1)
             for width in SHORT
         )
         steps = (tokens - SHORT[1]) / (SHORT[1] - SHORT[0])
         return max(int(b + steps * (b - a)) for a, b in zip(few, many, strict=True))
 
 
-def _by_blocks(policy: Any, batch: Batch, setting: Setting) -> list[int]:
-    """Most bytes until the gradient has left the last block, and from then on."""
+def _by_blocks(policy: Any, batch: Batch, setting: Setting, least: int = 2) -> list[int]:
+    """Most bytes until the gradient has left the last block, and from then on; `least`: how many blocks of a kind are
+    run, and one more of each."""
     kinds = _kinds(layers_of(policy))
-    first = sorted(place for places in kinds for place in places[:2])
+    first = sorted(place for places in kinds for place in places[:least])
     most = _rehearse(policy, first, batch, setting)
     growth = [0] * len(most)
     for places in kinds:
-        if len(places) > 2:
-            more = _rehearse(policy, sorted([*first, places[2]]), batch, setting)
-            growth = [g + (len(places) - 2) * (b - a) for g, a, b in zip(growth, most, more, strict=True)]
+        if len(places) > least:
+            more = _rehearse(policy, sorted([*first, places[least]]), batch, setting)
+            growth = [g + (len(places) - least) * (b - a) for g, a, b in zip(growth, most, more, strict=True)]
     return [a + g for a, g in zip(most, growth, strict=True)]
 
 
@@ -124,6 +126,8 @@ def _rehearse(policy: Any, places: Sequence[int], batch: Batch, setting: Setting
     with _quiet_torch(), FakeTensorMode(allow_non_fake_inputs=True):
         _give_shapes(policy, stacks)
         live = Live(policy, bound=MOST_OPERATIONS)
+        for block in blocks:
+            block.register_forward_pre_hook(live.begin)
         if len(blocks):
             blocks[-1].register_forward_pre_hook(live.watch)
         with live, Between(live):
@@ -132,6 +136,7 @@ def _rehearse(policy: Any, places: Sequence[int], batch: Batch, setting: Setting
                     parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             with torch.autocast("cpu", torch.bfloat16) if setting.on_gpu else contextlib.nullcontext():
                 loss = _loss(causal, batch, setting)
+            live.begun = None
             torch.autograd.backward(loss)  # Tensor's own method would be one operation to Between
     return live.most[0], live.most[1]
 
@@ -273,6 +278,7 @@ class Live(TorchDispatchMode):
     def __init__(self, policy: Any, bound: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.bound, self.operations = bound, 0
+        self.begun: int | None = None  # how many there were when the block began whose forward pass is on
         self.inside = False  # an operation that Python has called
         self.now = 0
         self.most = [0, 0]
@@ -299,6 +305,8 @@ class Live(TorchDispatchMode):
         """Raises TooLong where there were more operations than are waited for."""
         if self.bound is not None and self.operations > self.bound:
             raise TooLong(f"a step of a few blocks takes more than {self.bound:,} operations")
+        if self.begun is not None and self.operations > self.begun + MOST_IN_A_BLOCK:
+            raise TooLong(f"the forward pass of one block takes more than {MOST_IN_A_BLOCK:,} operations")
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -312,6 +320,10 @@ class Live(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
+
+    def begin(self, block: Any, args: tuple[Any, ...]) -> None:
+        """Before a block's forward pass: its operations are counted by themselves."""
+        self.begun = self.operations
 
     def watch(self, block: Any, args: tuple[Any, ...]) -> None:
         """Before a block's forward pass: the second phase begins when the gradient comes out of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from finetune_kit.models.adapters import REWARD_HEADS, is_adapter
 from finetune_kit.models.folder import check_files, check_weights
 from finetune_kit.models.provenance import BASE_RECORD, check_base
 from finetune_kit.models.reward import is_classifier, load_saved, load_scorer, score_rows
-from finetune_kit.models.source import OFFLINE_DEFAULT, hub_name, load_model_config, public_name
+from finetune_kit.models.source import OFFLINE_DEFAULT, file_of, hub_name, load_model_config, public_name
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.rewards.settings import KNOWN, RewardConfig
+from finetune_kit.run_folder.fetch import fetch
 from finetune_kit.run_folder.lineage import model_of
 from finetune_kit.settings.aliases import near_path
+from finetune_kit.settings.checks import is_hub_name
 from finetune_kit.settings.schema import ModelConfig
 from finetune_kit.system import parsing
 
@@ -28,16 +31,30 @@ QUANTISED = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 A_MODEL = "Name the folder or Hub id of a reward model, such as that of a reward_model run."
 
 
+def place_of(source: str) -> Path:
+    """The folder of a reward model: a local one as it is, that of an adapter on the Hub once its files are here; for a
+    whole model on the Hub, its id."""
+    folder = Path(source).expanduser()
+    if folder.is_dir() or _is_local(source) or not is_hub_name(source):
+        return folder
+    return folder if file_of(ModelConfig(name_or_path=source), NAME) is None else fetch(source)
+
+
+def _is_local(source: str) -> bool:
+    """Whether a name can be that of a folder alone; runs/reward beside other runs is no Hub id."""
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return True
+    return "/" in source and Path(source).expanduser().parent.is_dir()
+
+
 def check_judge(setting: str, source: str, policy: ModelConfig) -> None:
     """Raises SettingsError where `source`, which `setting` names, is no reward model: its config is read, no weights.
 
     `policy`: the base of an adapter may be the policy's own.
     """
-    folder = Path(source).expanduser()
+    folder = place_of(source)
     adapted = (folder / NAME).is_file()
-    # runs/reward beside other runs is no Hub id
-    local = source.startswith((".", "/", "~")) or source.count("/") > 1 or ("/" in source and folder.parent.is_dir())
-    if not adapted and not (folder / "config.json").is_file() and (local or folder.is_dir()):
+    if not adapted and not (folder / "config.json").is_file() and (_is_local(source) or folder.is_dir()):
         raise SettingsError(
             f"{setting}: {source}: no reward model there (adapter_config.json or config.json).",
             f"{near_path(source)}{KNOWN}" if setting == "reward.sources" else f"{near_path(source)}{A_MODEL}",
@@ -82,7 +99,7 @@ def model_score(
     `policy`, of settings `model`: an adapter on the same base goes into it (see load_rewards). Raises SettingsError
     where it is no such model, or did not pass its gate.
     """
-    folder = Path(source).expanduser()
+    folder = place_of(source)
     check_gate(folder, config.ignore_gate)
     score_together = None
     if policy is not None and shares_base(folder, model, policy):
@@ -150,8 +167,8 @@ def score_beside(policy: Any, folder: Path) -> Callable[[Any, Sequence[Sequence[
 
 def load_judge(source: str, policy: ModelConfig, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """(reward model in evaluation mode, its tokenizer) from a run's folder, a model's folder or the Hub."""
-    folder = Path(source).expanduser()
-    adapted = (folder / "adapter_config.json").is_file()
+    folder = place_of(source)
+    adapted = (folder / NAME).is_file()
     base = _base_of(folder, policy) if adapted else ModelConfig(name_or_path=source)
     if not adapted:
         _check_classifier(source, load_model_config(base))
@@ -174,11 +191,15 @@ def _check_classifier(source: str, config: Any, setting: str = "reward.sources")
 
 def _base_of(folder: Path, policy: ModelConfig) -> ModelConfig:
     """The base of an adapter: from its run.yaml, else by its name, which the policy's base may have."""
+    own = (public_name(policy.name_or_path), hub_name(policy.name_or_path))
     if (folder / "run.yaml").is_file():
         named = model_of(folder / "run.yaml")
-        return ModelConfig(**{name: named[name] for name in ("name_or_path", "revision", *QUANTISED)})
+        base = ModelConfig(**{name: named[name] for name in ("name_or_path", "revision", *QUANTISED)})
+        if not Path(base.name_or_path).is_dir() and base.name_or_path.removeprefix("./") in own:  # as it was pushed
+            return replace(base, name_or_path=policy.name_or_path, revision=policy.revision)
+        return base
     saved = read_adapter_config(folder)
     name = saved["base_model_name_or_path"]
-    if name in (public_name(policy.name_or_path), hub_name(policy.name_or_path)):
+    if name in own:
         return ModelConfig(name_or_path=policy.name_or_path, revision=policy.revision)
     return ModelConfig(name_or_path=name, revision=saved.get("revision"))

@@ -20,7 +20,7 @@ from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, Sett
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.rewards.function import bind, import_function, numbers_of, raised, read_from_turns
 from finetune_kit.rewards.limits import Ended
-from finetune_kit.rewards.models import check_gate, check_judge, model_score
+from finetune_kit.rewards.models import check_gate, check_judge, model_score, place_of
 from finetune_kit.rewards.settings import KNOWN, RewardConfig
 from finetune_kit.settings.aliases import near_path
 from finetune_kit.settings.schema import ModelConfig
@@ -163,7 +163,7 @@ def check_sources(config: RewardConfig, rows: Sequence[str], policy: ModelConfig
             _function_file(path)
         else:
             check_judge("reward.sources", source, policy)
-            check_gate(Path(source).expanduser(), config.ignore_gate)
+            check_gate(place_of(source), config.ignore_gate)
 
 
 def _part(source: str, weight: float, config: RewardConfig, data: Data, model: ModelConfig, policy: Any) -> Part:

@@ -11,17 +11,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-from finetune_kit.errors import ResourceError, SettingsError
+from finetune_kit.errors import SettingsError
 from finetune_kit.evaluation.intervals import spread_of
 from finetune_kit.models.folder import check_files
+from finetune_kit.run_folder.fetch import fetch
 from finetune_kit.run_folder.identity import versions
-from finetune_kit.run_folder.upload import FILES, Push, answer_of, is_listed, plain_errors, refuse_leaks, send
+from finetune_kit.run_folder.upload import FILES, Push, is_listed, refuse_leaks, send
 from finetune_kit.runs.redact import is_here, without_paths
 from finetune_kit.settings import values
 from finetune_kit.settings.checks import is_hub_name
 from finetune_kit.settings.load import to_yaml
 from finetune_kit.settings.schema import HubConfig, RecipeConfig
-from finetune_kit.system.network import hub_reachable
 from finetune_kit.system.parsing import read_object
 
 
@@ -71,37 +71,6 @@ def folder_of(word: str, revision: str | None = None) -> Path:
             raise SettingsError(f"--revision has no effect: {word} is not from the Hub.", "Leave it out.")
         return local
     return fetch(word, revision)
-
-
-def fetch(repo_id: str, revision: str | None = None) -> Path:
-    """The folder with the FILES of a pushed run, in the Hub's cache. Raises ResourceError, SettingsError."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    wanted: dict[str, Any] = {"allow_patterns": list(FILES), "local_files_only": not hub_reachable()}
-    with plain_errors(repo_id):
-        try:
-            return Path(snapshot_download(repo_id, revision=revision, **wanted))
-        except GatedRepoError:
-            fix = f"Accept its terms on https://huggingface.co/{repo_id}, then: hf auth login"
-            raise ResourceError(f"{repo_id} is gated.", fix) from None
-        except RevisionNotFoundError:
-            raise SettingsError(f"{repo_id} has no revision {revision}.", "Give a branch, tag or commit.") from None
-        except RepositoryNotFoundError:
-            raise ResourceError(
-                f"{repo_id}: no such folder here, and no repository on the Hub that this token may read.",
-                "Where it is private: hf auth login, or set HF_TOKEN.",
-            ) from None
-        except LocalEntryNotFoundError as error:
-            if answer_of(error) is not None:
-                raise
-            what = f"The Hub cannot be reached, and {repo_id} is neither a local folder nor in the local cache."
-            raise ResourceError(what, "Try again with a network.") from None
 
 
 def _shareable(config: RecipeConfig) -> RecipeConfig:

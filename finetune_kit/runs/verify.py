@@ -37,7 +37,7 @@ from finetune_kit.models import device as devices
 from finetune_kit.models import language
 from finetune_kit.models.adapters import is_adapter
 from finetune_kit.models.classifier import definition
-from finetune_kit.models.coverage import without_wrappers
+from finetune_kit.models.coverage import changed_in_place, without_wrappers
 from finetune_kit.models.device import weight_dtype
 from finetune_kit.models.precision import as_loaded
 from finetune_kit.models.source import resolve_name
@@ -77,7 +77,8 @@ tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 rewards = given["kind"] == "AutoModelForSequenceClassification"
 quantise = transformers.BitsAndBytesConfig
 # HERE STACKS
-with packing(lambda empty: given["stacks"]) if given["stacks"] else contextlib.nullcontext():
+stacks, kept = given["stacks"], given["kept"]
+with packing(lambda empty: stacks, lambda empty: kept) if stacks else contextlib.nullcontext():
     model = getattr(transformers, given["kind"]).from_pretrained(
         base,
         **({"num_labels": 1} if rewards else {}),
@@ -334,6 +335,7 @@ def prove(model: Any, config: ModelConfig, folder: Path, probe: list[int], expec
                 base=base,
                 quantised=quantised,
                 stacks=stacks_of(model) if quantised else [],
+                kept=changed_in_place(model) if quantised else [],
                 kind=auto_class(model),
                 class_code=definition(model.config) if auto_class(model) == REWARDS else "",
             )
@@ -393,6 +395,7 @@ def reload_logits(
     base: str = "",
     quantised: str = "",
     stacks: Sequence[str] = (),
+    kept: Sequence[str] = (),
     kind: str = language.CAUSAL,
     class_code: str = "",
 ) -> torch.Tensor:
@@ -416,6 +419,7 @@ def reload_logits(
             "attention": model.attn_implementation or None,
             "quantised": quantised,
             "stacks": list(stacks),
+            "kept": list(kept),
             "dtype": _name(dtype),
             "device": str(device),
             "kind": kind,

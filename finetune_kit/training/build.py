@@ -96,9 +96,6 @@ def build(
         found = [settle_head(one, getattr(trainer, "temperature", 1.0), forward.HEAD_OUTPUTS) for one in models]
         if wrong := found[-1]:
             console.print(f"note: losses are computed from all logits: {wrong}")
-    if getattr(trainer, "aux_loss_enabled", False) and not _gives_router_loss(policy):
-        trainer.aux_loss_enabled = False  # TRL goes by the config alone, and would multiply what is not there
-        console.print("note: trained without a router's loss: TRL cannot compute it for this architecture")
     if tokenises:
         trainer.train_dataset = rows
     distributed.barrier()
@@ -115,6 +112,9 @@ def build(
     announce(config, policy, data)
     if config.train.padding_free and (reason := padded_because(config, policy, data)):
         console.print(f"note: padded batches: {reason}")
+    if getattr(trainer, "aux_loss_enabled", False) and not _gives_router_loss(policy):
+        trainer.aux_loss_enabled = False  # TRL goes by the config alone, and would multiply what is not there
+        console.print("note: trained without a router's loss: TRL cannot compute it for this architecture")
     if (way := forward.packing_of(policy)) is not None and way.chosen:
         console.print(f"note: {way.chosen}", markup=False)
     from finetune_kit.training.collate import plan_in_collator  # which needs torch when it is imported
@@ -139,12 +139,15 @@ def _gives_router_loss(policy: Any) -> bool:
     if distributed.sharding():  # whose layers are not whole yet
         return counted and "output_router_logits" in inspect.signature(type(causal).forward).parameters
     ids = torch.ones((1, 4), dtype=torch.long, device=causal.device)
-    asked = {"labels": ids, "fused_lm_head": True, "output_router_logits": True}
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "output_router_logits": True}
     try:
         with evaluation_mode(policy):
-            found = policy(input_ids=ids, attention_mask=torch.ones_like(ids), **asked)
+            found = policy(**given, labels=ids, fused_lm_head=True)
+            own = policy(**given)
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
         return False
+    if (way := forward.packing_of(policy)) is not None and getattr(own, "aux_loss", None) is None:
+        way.own_head = False  # Llama 4's own forward pass gives no router's loss, TRL's head makes one
     return getattr(found, "aux_loss", None) is not None
 
 

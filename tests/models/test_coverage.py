@@ -9,7 +9,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from finetune_kit.errors import SettingsError
 from finetune_kit.models.adapters import attach, covered, find_targets
-from finetune_kit.models.coverage import OUTSIDE, READ_PAST, ROUTER, matrices
+from finetune_kit.models.coverage import LOST, OUTSIDE, READ_PAST, ROUTER, matrices
 from finetune_kit.settings.schema import LoraConfig
 from tests.models.architectures import empty_model, tiny_config
 
@@ -115,6 +115,18 @@ def test_what_peft_refuses_on_state_space_models_is_left_out_and_said() -> None:
     assert found.reasons["out_proj"] == READ_PAST
     with pytest.raises(SettingsError, match="'out_proj' cannot be adapted"):
         find_targets(empty_model("nemotron_h"), LoraConfig(target_modules=["out_proj"]))
+
+
+def test_a_layer_whose_adapter_peft_would_read_under_another_name_is_left_out() -> None:
+    model = empty_model("laguna")  # PEFT reads `shared_experts` as `shared_experts.`
+    lost = {matrix.name for matrix in matrices(model) if matrix.reason == LOST}
+    assert lost == {f"model.layers.1.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
+    assert "model.layers.0.mlp.gate_proj" in find_targets(model, LoraConfig()).matched
+
+
+def test_a_head_that_is_called_decoder_is_not_taken_for_the_layers() -> None:
+    found = {matrix.name for matrix in matrices(empty_model("modernbert-decoder")) if matrix.reason}
+    assert found == {"lm_head.dense"}
 
 
 @pytest.mark.parametrize(("name", "value"), [("lora_dropout", 0.1), ("use_dora", True)])

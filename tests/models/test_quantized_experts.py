@@ -8,10 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from finetune_kit.models.adapters import covered
+from finetune_kit.models.coverage import changed_in_place
 from finetune_kit.models.load import load_base, load_dequantised, load_policy
+from finetune_kit.models.quantization import layers, stacked
 from finetune_kit.models.quantized_experts import Weight4bit, compute_in_own_type, freeze, pack
 from finetune_kit.settings.schema import LoraConfig, ModelConfig
-from tests.models.architectures import write_small
+from tests.models.architectures import empty_model, write_small
 
 IDS = torch.arange(5, 45)[None]
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -111,3 +113,10 @@ def test_in_16_bits_a_module_computes_in_its_own_type_and_answers_in_that_of_its
         logits = model(IDS).logits  # hidden states in float32 meet experts in bfloat16
     assert logits.dtype == torch.float32
     assert torch.isfinite(logits).all()
+
+
+def test_a_layer_whose_weight_the_code_around_it_changes_stays_as_it_is_and_the_plan_knows_it() -> None:
+    model = empty_model("gemma3n_text")  # a training pass clamps it in place
+    kept = {name.rsplit(".", 1)[-1] for name in changed_in_place(model)}
+    assert kept == {"prediction_coefs"}
+    assert not any("prediction_coefs" in name for name in [*layers(model), *stacked(model)])

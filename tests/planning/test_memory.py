@@ -286,10 +286,10 @@ def test_a_loop_over_the_tokens_of_long_rows_is_told_from_short_ones_within_5_pe
     with torch.device("meta"):
         policy = AutoModelForCausalLM.from_config(config)
     monkeypatch.setattr(fake_step, "SHORT", (8, 16))
-    monkeypatch.setattr(fake_step, "MOST_OPERATIONS", 9000)
+    monkeypatch.setattr(fake_step, "MOST_IN_A_BLOCK", 1000)
     found = step_bytes(policy, batch, Setting(False, False, on_gpu=False))
     assert (
-        "activations are those of rows of 8 and 16 tokens, drawn out: a step of a few blocks takes more than 9,000"
+        "activations are those of rows of 8 and 16 tokens, drawn out: the forward pass of one block takes more than"
         in caplog.text
     )
     assert found == pytest.approx(alive(config, batch), rel=0.05)

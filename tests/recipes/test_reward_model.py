@@ -16,11 +16,12 @@ from finetune_kit.data.load import load_data
 from finetune_kit.data.records import Prompt
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.evaluation.reward_gate import measure_rewards
+from finetune_kit.models.adapter_config import NAME
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.reward import load_saved, score_rows
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.planning.plan import plan
-from finetune_kit.rewards.models import shares_base
+from finetune_kit.rewards.models import check_judge, shares_base
 from finetune_kit.rewards.settings import RewardConfig
 from finetune_kit.rewards.sources import load_rewards
 from finetune_kit.run_folder import upload
@@ -357,6 +358,20 @@ class TestWhereTransformersHasNoClass:
         capsys.readouterr()
         exec(compile(code, "the card", "exec"), {})
         assert float(capsys.readouterr().out)
+
+    def test_pushed_it_is_a_reward_by_its_name_on_the_hub(self, own_run: Artifact, hub: Hub) -> None:
+        upload.send(kit_hub.prepare(own_run.folder, "ada/own", open_run(own_run.folder, []).config))
+        base = ModelConfig(str(own_run.folder.parent / "lfm2"))  # in the pushed run.yaml it is ./lfm2
+        check_judge("reward.sources", "ada/own", base)
+        data = SimpleNamespace(score=None, chat_template_kwargs={}, train_records=[], held_out_records=[])
+        given = (["say 1"], ["good"], [Prompt("", [{"role": "user", "content": "say 1"}])])
+        sources = ("ada/own", str(own_run.folder))
+        configs = [RewardConfig([source], ignore_gate=True) for source in sources]
+        there, here = (load_rewards(config, data, base)(*given)[0] for config in configs)
+        assert there == here
+        hub.add("ada/writes", {NAME: b'{"peft_type": "LORA", "task_type": "CAUSAL_LM"}'})
+        with pytest.raises(SettingsError, match="ada/writes is an adapter that writes text: no reward model"):
+            check_judge("reward.sources", "ada/writes", base)
 
     def test_merged_it_is_a_whole_model_with_the_same_scores_and_its_card_shows_the_class(
         self, own_run: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
