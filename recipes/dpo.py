@@ -47,11 +47,11 @@ class Config(RecipeConfig):
     trainer_config: ClassVar[str] = "trl.DPOConfig"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-5, warmup_steps=0.1)
-    beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, 10]")
+    beta: float = setting(0.1, "how strongly the policy is kept close to the reference", within="(0, 10]")
     loss_type: list[str] = setting(["sigmoid"], "loss by TRL's name, or several added up: sigmoid, ipo, hinge, sft, …")
-    loss_weights: list[float] = setting([], "of several losses; unset: 1 each", within="[0, inf)")
+    loss_weights: list[float] = setting([], "weights of several losses; unset: 1 each", within="[0, inf)")
     label_smoothing: float = setting(
-        0.0, "share of pairs that may be the wrong way round; of loss_type=[robust]", "share", within="[0, 0.5)"
+        0.0, "share of pairs that may be the wrong way round; for loss_type=[robust]", "share", within="[0, 0.5)"
     )
     precompute_ref_log_probs: bool = setting(True, "compute the reference's log-probabilities once and keep them")
 

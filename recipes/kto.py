@@ -45,7 +45,7 @@ class Config(RecipeConfig):
     trainer_config: ClassVar[str] = "trl.KTOConfig"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-5, warmup_steps=0.1, per_device_train_batch_size=16)
-    beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, 10]")
+    beta: float = setting(0.1, "how strongly the policy is kept close to the reference", within="(0, 10]")
     desirable_weight: float = setting(1.0, "weight of the liked answers", within="(0, 10]")
     undesirable_weight: float = setting(1.0, "weight of the others", within="(0, 10]")
 

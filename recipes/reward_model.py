@@ -50,7 +50,7 @@ class Config(RecipeConfig):
     center_rewards_coefficient: float = setting(
         0.01, "weight of mean (r(chosen) + r(rejected))^2, which keeps scores around 0; 0: off", within="[0, inf)"
     )
-    margins: bool = setting(False, "ask for a difference as large as the labels' margin; every row must have one")
+    margins: bool = setting(False, "train for a difference as large as the labels' margin; every row must have one")
 
 
 def run(config: Config) -> Artifact:

@@ -55,9 +55,9 @@ class Config(RecipeConfig):
     reward: RewardConfig = section(RewardConfig)
     num_generations: int = setting(8, "completions of each prompt, judged against each other", within="[2, inf)")
     max_completion_length: int = setting(64, "longest completion", "tokens", within="[1, inf)")
-    temperature: float = setting(1.0, "of sampling and of every log-probability", within="(0, inf)")
+    temperature: float = setting(1.0, "temperature of sampling and of every log-probability", within="(0, inf)")
     beta: float = setting(0.05, "price of one nat away from the reference; 0: no reference", within="[0, inf)")
-    epsilon: float = setting(0.2, "ratio to the sampling policy beyond which nothing is gained", within="(0, 1)")
+    epsilon: float = setting(0.2, "clip range of the ratio to the sampling policy", within="(0, 1)")
     num_iterations: int = setting(1, "passes over each step's completions", within="[1, inf)")
 
     def check_itself(self) -> None:
