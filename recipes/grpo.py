@@ -1,9 +1,9 @@
 """GRPO: several completions of each prompt, and each is judged against the others; no value model.
 
 What it does
-    Samples num_generations completions of each prompt, scores them, and makes those likelier that scored above their
-    group's mean. With an adapter (the default) only that is trained; lora.r=0 trains all weights. The rewards, prompts
-    and report are those of ppo; the trainer is TRL's.
+    Samples num_generations completions of each prompt, scores them, and makes those above their group's mean likelier.
+    By default only an adapter is trained; lora.r=0 trains all weights. Rewards, prompts and report are those of ppo;
+    the trainer is TRL's.
 
 Objective
     A = (score - mean of the group) / (standard deviation of the group)        the same for all tokens of a completion
@@ -16,8 +16,9 @@ Artifact out
     an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.
 
 What to watch
-    reward rises. frac_reward_zero_std is the share of groups that score alike and teach nothing: high means prompts too
-    easy or too hard, or a temperature too low. completions/clipped_ratio near 1: answers that do not end.
+    reward rises. frac_reward_zero_std is the share of groups that score alike and teach nothing. If it is high, the
+    prompts are too easy or too hard, or the temperature is too low. If completions/clipped_ratio is near 1, answers
+    don't end.
 
 Paper
     GRPO: Shao et al. 2024 (arXiv 2402.03300); the loss over all tokens of a step: DAPO, Yu et al. 2025 (2503.14476).

@@ -1,9 +1,9 @@
 """RLOO: several completions of each prompt, each judged against the mean of the others; REINFORCE without a value.
 
 What it does
-    Samples num_generations completions of each prompt and makes those likelier that scored above the mean of the other
-    ones. With an adapter (the default) only that is trained; lora.r=0 trains all weights. The rewards, prompts and
-    report are those of ppo; the trainer is TRL's.
+    Samples num_generations completions of each prompt and makes those above the mean of the others likelier. By default
+    only an adapter is trained; lora.r=0 trains all weights. Rewards, prompts and report are those of ppo; the trainer
+    is TRL's.
 
 Objective
     A = R - mean of R of the group's other completions        R = score - beta * log(p / p_reference), of a completion
@@ -16,8 +16,8 @@ Artifact out
     an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.
 
 What to watch
-    reward rises, kl stays small. frac_reward_zero_std is the share of groups that score alike and teach nothing: high
-    means prompts too easy or too hard. completions/clipped_ratio near 1: answers that do not end.
+    reward rises, kl stays small. frac_reward_zero_std is the share of groups that score alike and teach nothing. If it
+    is high, the prompts are too easy or too hard. If completions/clipped_ratio is near 1, answers don't end.
 
 Paper
     RLOO: Ahmadian et al. 2024 (arXiv 2402.14740).
