@@ -1,4 +1,4 @@
-"""Direct preference optimisation: answers that people chose become likelier than those they rejected.
+"""Direct preference optimisation: chosen answers become likelier than rejected ones.
 
 What it does
     Trains a policy on pairs of answers, without a reward model and without sampling. The reference is the policy at the

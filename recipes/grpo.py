@@ -1,4 +1,4 @@
-"""GRPO: several completions of each prompt, and each is judged against the others; no value model.
+"""GRPO: several completions of each prompt, each judged against the others; no value model.
 
 What it does
     Samples num_generations completions of each prompt, scores them, and makes those above their group's mean likelier.
@@ -10,7 +10,7 @@ Objective
     maximise  min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A) - beta * KL(p || p_reference), per token
 
 Data in
-    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which scores them, too.
+    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which also scores them.
 
 Artifact out
     an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.

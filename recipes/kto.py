@@ -1,4 +1,4 @@
-"""KTO: single answers, each liked or not, make a policy likelier to write the liked ones.
+"""KTO: single answers, each liked or not, teach a policy to write the kind that is liked.
 
 What it does
     Trains a policy on answers with one label each, such as thumbs up or down; it needs no pairs. The reference is the

@@ -1,4 +1,4 @@
-"""ORPO: supervised fine-tuning and preference in one, without a reference model.
+"""ORPO: supervised fine-tuning and preference learning in one stage, without a reference model.
 
 What it does
     Trains a policy on the chosen answers as lora_sft would, and at the same time shifts the odds from the rejected

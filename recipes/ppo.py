@@ -11,7 +11,7 @@ Objective
     minus vf_coef * max((V - R)^2, (clip(V, V_old -+ cliprange_value) - R)^2) / 2;   docs/ppo.md has all of it.
 
 Data in
-    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which scores them, too.
+    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which also scores them.
 
 Artifact out
     adapter_model.safetensors, adapter_config.json (model.safetensors with lora.r=0), tokenizer, report, card;

@@ -1,4 +1,4 @@
-"""Reward model: one number for a whole answer, higher for the answer that people would choose.
+"""Reward model: one score for a whole answer, higher for the answer that people would prefer.
 
 What it does
     Puts a head with a single output on a language model and trains it, with an adapter or in full, to give the chosen

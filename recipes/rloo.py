@@ -1,4 +1,4 @@
-"""RLOO: several completions of each prompt, each judged against the mean of the others; REINFORCE without a value.
+"""RLOO: several completions of each prompt, each judged against the mean of the others; REINFORCE without a value model.
 
 What it does
     Samples num_generations completions of each prompt and makes those above the mean of the others likelier. By default
@@ -10,7 +10,7 @@ Objective
     maximise  min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)        ratio: of a whole completion
 
 Data in
-    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which scores them, too.
+    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which also scores them.
 
 Artifact out
     an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.
