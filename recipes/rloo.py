@@ -1,4 +1,4 @@
-"""RLOO: several completions of each prompt, each judged against the mean of the others; REINFORCE without a value model.
+"""RLOO: several completions of each prompt, each judged against the mean of the others; REINFORCE, no value model.
 
 What it does
     Samples num_generations completions of each prompt and makes those above the mean of the others likelier. By default
