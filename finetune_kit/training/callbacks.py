@@ -41,8 +41,8 @@ COUNTED = ("_globalstep_last_logged", "_total_loss_scalar", "_total_train_tokens
 
 
 class CheckpointCallback:
-    """Writes, commits, rotates and restores checkpoints: transformers' own files, and the state of the record, the watch
-    and the trainer's log.
+    """Writes, commits, rotates and restores checkpoints: transformers' own files, and the state of the record, the
+    watch and the trainer's log.
 
     `trained`: the checkpoint that the run resumes from is its last one.
     """

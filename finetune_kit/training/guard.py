@@ -128,7 +128,7 @@ class Guard:
         console.print(f"note: step {step} is skipped{back}: a gradient is not finite. {self.rows()}", markup=False)
 
     def _roll_back(self, folder: Path) -> None:
-        """Restores weights and optimizer from a checkpoint of this run, checked against its manifest; keeps the rates."""
+        """Restores weights and optimizer from a checkpoint of this run, checked against its manifest; keeps rates."""
         if reason := checkpoint.broken(folder):
             raise NumericsError(f"{folder}, to go back to after a gradient that is not finite, is broken: {reason}.")
         trainer = self.trainer
