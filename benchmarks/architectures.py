@@ -363,17 +363,17 @@ def line_of(model_type: str, result: dict[str, Any]) -> str:
 HEAD = """# Models: what was tried, and what came of it
 
 `python benchmarks/architectures.py` makes this page. It takes each architecture of transformers {version} that
-`AutoModelForCausalLM` makes, and each that reads images besides and has a language model in it; makes a random model
-of it with hidden size 64 and each kind of layer once; and runs the commands on it, each with one step of training, on
-a CPU. What was saved is loaded by plain libraries and must give the same outputs; what was merged must give the
-adapter's. So the page says that a way works, not how good a model gets by it. With TRL {trl} and PEFT {peft}.
+`AutoModelForCausalLM` makes, and each that also reads images and contains a language model. It builds a small random
+model with hidden size 64 and one layer of each kind, and runs the commands on it on a CPU, with one training step each.
+Plain libraries load what was saved and must give the same outputs; a merged model must give the adapter's outputs. So
+the page says which combinations work, not how good the models get. With TRL {trl} and PEFT {peft}.
 
-Run from {first} to {last}: {count} of {every} architectures. Of those {made} could be made small, and of
-those {all_of} do everything below. Read a cell so: **yes**: done and proven; **no**: refused with a message that says
-why; **fails**: an error that the project has no message for.
-*rows*: whether samples go through the layers packed or padded; *coverage*: what share of the weights of the language
-model's layers `lora.target_modules=all-linear` adapts. What is left out, and why, is listed below the table, as are the
-reasons of each **no** and **fails**. *seconds*: of CPU, all the cells together.
+Run from {first} to {last}: {count} of {every} architectures. Of those, {made} could be made small, and {all_of} of
+these do everything below. In a cell, **yes** means done and proven, **no** refused with a message that says why, and
+**fails** an error that the project has no message for.
+*rows*: whether samples go through the layers packed or padded. *coverage*: the share of the weights in the language
+model's layers that `lora.target_modules=all-linear` adapts. *seconds*: CPU time of all the cells together. Below the
+table is what is left out, and the reason for each **no** and **fails**.
 
 {table}
 

@@ -176,7 +176,7 @@ def is_sharded(model: Any) -> bool:
 
 
 def fails_first(code: int) -> bool:
-    """To be asked by a process that is about to end with `code`: whether it is the first, whose message counts."""
+    """Call just before exiting with `code`: whether this process is the first to fail, whose message counts."""
     if count() == 1 or "MASTER_ADDR" not in os.environ:
         return True
     try:

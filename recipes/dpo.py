@@ -1,9 +1,9 @@
-"""Direct preference optimisation: answers that people chose become likelier than those they rejected.
+"""Direct preference optimisation: chosen answers become likelier than rejected ones.
 
 What it does
-    Trains a policy on pairs of answers, without a reward model and without sampling. The reference is the policy as it
-    starts: its log-probabilities are computed once and kept. With an adapter (the default) only that is trained;
-    lora.r=0 trains all weights.
+    Trains a policy on pairs of answers, without a reward model and without sampling. The reference is the policy at the
+    start: its log-probabilities are computed once and kept. By default only an adapter is trained; lora.r=0 trains all
+    weights.
 
 Objective
     reward(x, y) = beta * (log p(y | x) - log p_reference(y | x))
@@ -18,10 +18,10 @@ Artifact out
     an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.
 
 What to watch
-    rewards/accuracies rises above 0.5 and rewards/margins grow. logps/chosen falling a little is usual; the report says
-    so in words, and falling with worse answers means: a smaller learning_rate, a larger beta, or
-    loss_type=[sigmoid,sft], which holds the chosen answers up. Answers that grow longer without being better are the
-    length bias of the pairs.
+    rewards/accuracies rises above 0.5 and rewards/margins grows. It is normal for logps/chosen to fall a little; the
+    report says so in words. If it falls and the answers get worse, use a smaller learning_rate, a larger beta, or
+    loss_type=[sigmoid,sft], which keeps the chosen answers likely. If answers grow longer without getting better, they
+    show the length bias of the pairs.
 
 Paper
     DPO: Rafailov et al. 2023 (arXiv 2305.18290). The other losses carry TRL's names.
@@ -47,11 +47,11 @@ class Config(RecipeConfig):
     trainer_config: ClassVar[str] = "trl.DPOConfig"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-5, warmup_steps=0.1)
-    beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, 10]")
+    beta: float = setting(0.1, "how strongly the policy is kept close to the reference", within="(0, 10]")
     loss_type: list[str] = setting(["sigmoid"], "loss by TRL's name, or several added up: sigmoid, ipo, hinge, sft, …")
-    loss_weights: list[float] = setting([], "of several losses; unset: 1 each", within="[0, inf)")
+    loss_weights: list[float] = setting([], "weights of several losses; unset: 1 each", within="[0, inf)")
     label_smoothing: float = setting(
-        0.0, "share of pairs that may be the wrong way round; of loss_type=[robust]", "share", within="[0, 0.5)"
+        0.0, "share of pairs that may be the wrong way round; for loss_type=[robust]", "share", within="[0, 0.5)"
     )
     precompute_ref_log_probs: bool = setting(True, "compute the reference's log-probabilities once and keep them")
 

@@ -1,8 +1,8 @@
 """Full supervised fine-tuning: every weight learns the answers in your data.
 
 What it does
-    Continues training all weights of a causal language model on prompts with their completions, on conversations, or on
-    plain text. Only the assistant's words and the token that ends its turn are learned; plain text is learned whole.
+    Continues training all weights of a causal language model on prompts with completions, on conversations, or on plain
+    text. It learns only the assistant's words and the token that ends its turn; plain text is learned whole.
 
 Objective
     minimise  - (1 / N) * sum over supervised tokens t of log p(token_t | tokens before t)
@@ -15,10 +15,10 @@ Artifact out
     model.safetensors, config.json, generation_config.json, tokenizer, chat template, report, card.
 
 What to watch
-    loss falls quickly, then slowly; a loss that bounces or rises means too high a learning_rate. Held-out loss that
-    turns up while training loss falls means too many epochs. A general-text loss that rises by more than a few percent
-    means the model forgets: lower the learning_rate, or use lora_sft. Few answers that end by themselves mean that the
-    end token was not learned.
+    loss falls quickly, then slowly. If it bounces or rises, the learning_rate is too high. If held-out loss rises while
+    training loss falls, there are too many epochs. If general-text loss rises by more than a few percent, the model is
+    forgetting: lower the learning_rate, or use lora_sft. If few answers end by themselves, the model hasn't learned the
+    end token.
 
 Paper
     Instruction tuning: Wei et al. 2021 (arXiv 2109.01652); Ouyang et al. 2022 (arXiv 2203.02155).

@@ -1,8 +1,8 @@
-"""KTO: single answers, each liked or not, make a policy likelier to write the liked ones.
+"""KTO: single answers, each liked or not, teach a policy to write the kind that is liked.
 
 What it does
-    Trains a policy on answers that carry one label each, as thumbs up and down do; no pairs are needed. The reference
-    is the policy as it starts. With an adapter (the default) only that is trained; lora.r=0 trains all weights.
+    Trains a policy on answers with one label each, such as thumbs up or down; it needs no pairs. The reference is the
+    policy at the start. By default only an adapter is trained; lora.r=0 trains all weights.
 
 Objective
     reward(x, y) = beta * (log p(y | x) - log p_reference(y | x))        z = beta * KL(p || p_reference), of the batch
@@ -16,9 +16,9 @@ Artifact out
     an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.
 
 What to watch
-    rewards/chosen rises above rewards/rejected. kl near 0 for long: a higher learning_rate. Many more of one label than
-    of the other: bring desirable_weight * liked to 1 to 4/3 of undesirable_weight * disliked. Batches below 8 rows make
-    a noisy z.
+    rewards/chosen rises above rewards/rejected. If kl stays near 0, raise the learning_rate. If one label is much more
+    frequent, bring desirable_weight * liked to 1 to 4/3 of undesirable_weight * disliked. Batches below 8 rows make
+    z noisy.
 
 Paper
     KTO: Ethayarajh et al. 2024 (arXiv 2402.01306).
@@ -45,7 +45,7 @@ class Config(RecipeConfig):
     trainer_config: ClassVar[str] = "trl.KTOConfig"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-5, warmup_steps=0.1, per_device_train_batch_size=16)
-    beta: float = setting(0.1, "how strongly the policy is held to the reference", within="(0, 10]")
+    beta: float = setting(0.1, "how strongly the policy is kept close to the reference", within="(0, 10]")
     desirable_weight: float = setting(1.0, "weight of the liked answers", within="(0, 10]")
     undesirable_weight: float = setting(1.0, "weight of the others", within="(0, 10]")
 

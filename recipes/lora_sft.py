@@ -1,8 +1,8 @@
 """LoRA supervised fine-tuning: a small adapter learns the answers, the base model stays as it is.
 
 What it does
-    Freezes a causal language model and trains low-rank updates beside its linear layers. The artifact is a few
-    megabytes, the base is shared, and switching the adapter off gives the base back exactly.
+    Freezes a causal language model and trains low-rank updates for its linear layers. The artifact is a few megabytes,
+    adapters share the base, and switching the adapter off gives exactly the base.
 
 Objective
     W' = W + (lora_alpha / r) * B A        A: (r, inputs), B: (outputs, r), B = 0 at the start
@@ -15,10 +15,10 @@ Artifact out
     adapter_model.safetensors, adapter_config.json, tokenizer, chat template, report, card.
 
 What to watch
-    loss falls within the first tens of steps; if it stays, the learning_rate is too low (an adapter wants ten times
-    that of full_sft and more) or r is too small for the data. grad_norm above max_grad_norm at every step means too
-    high a rate. Held-out loss turning up means too many epochs. Few answers that end by themselves mean that the end
-    token was not learned.
+    loss falls within the first few dozen steps. If it doesn't, the learning_rate is too low (an adapter wants at least
+    ten times that of full_sft) or r is too small for the data. If grad_norm is above max_grad_norm at every step, the
+    rate is too high. If held-out loss rises, there are too many epochs. If few answers end by themselves, the model
+    hasn't learned the end token.
 
 Paper
     LoRA: Hu et al. 2021 (arXiv 2106.09685); which layers and rates: "LoRA Without Regret" (Thinking Machines, 2025).

@@ -1,8 +1,8 @@
-"""ORPO: supervised fine-tuning and preference in one, without a reference model.
+"""ORPO: supervised fine-tuning and preference learning in one stage, without a reference model.
 
 What it does
-    Trains a policy on the chosen answers as lora_sft would, and at the same time moves the odds from the rejected to
-    the chosen ones. There is no reference: one model, one stage. lora.r=0 trains all weights.
+    Trains a policy on the chosen answers as lora_sft would, and at the same time shifts the odds from the rejected
+    answers to the chosen ones. There is no reference: one model, one stage. lora.r=0 trains all weights.
 
 Objective
     odds(y | x) = p / (1 - p)        p: geometric mean of the answer's token probabilities
@@ -17,8 +17,8 @@ Artifact out
     an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.
 
 What to watch
-    nll_loss falls as in supervised training, log_odds_chosen rises. If the answers are learned and the odds are not, a
-    larger beta. The loss counts the prompt's tokens, as the authors' code does.
+    nll_loss falls as in supervised training, and log_odds_chosen rises. If the answers are learned but the odds aren't,
+    use a larger beta. The loss counts the prompt's tokens, as the authors' code does.
 
 Paper
     ORPO: Hong et al. 2024 (arXiv 2403.07691). The trainer is in trl.experimental.

@@ -1,9 +1,9 @@
 """PPO: the policy writes, a reward judges, and what scored better than expected becomes more likely.
 
 What it does
-    In each update samples completions, scores them at their last token, charges every token for its distance from the
+    Each update samples completions, scores them at their last token, charges every token for its distance from the
     reference, estimates advantages with a learned value, and takes several clipped steps. Policy, reference and value
-    share one base: the reference is the adapter switched off, the value a head on the policy's trunk.
+    share one base: the reference is the base with the adapter off, the value is a head on the policy's trunk.
 
 Objective
     maximise  E[ score - kl_coef * sum over tokens of (log p - log p_reference) ]  through, per token,
@@ -11,17 +11,17 @@ Objective
     minus vf_coef * max((V - R)^2, (clip(V, V_old -+ cliprange_value) - R)^2) / 2;   docs/ppo.md has all of it.
 
 Data in
-    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which scores them, too.
+    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which also scores them.
 
 Artifact out
     adapter_model.safetensors, adapter_config.json (model.safetensors with lora.r=0), tokenizer, report, card;
     value.safetensors, the value's weights.
 
 What to watch
-    objective/scores rises while objective/kl stays in the tens; objective/kl in the hundreds with rising scores is a
-    reward being fooled: raise kl_coef. policy/clipfrac_avg above 0.3 or val/ratio away from 1 means too high a
-    learning_rate. val/explained_variance below 0 means a value that misleads. completions/ended falling means answers
-    that never stop: raise missing_eos_penalty.
+    objective/scores rises while objective/kl stays in the tens. If objective/kl reaches the hundreds with rising
+    scores, the policy is fooling the reward: raise kl_coef. If policy/clipfrac_avg is above 0.3 or val/ratio is away
+    from 1, the learning_rate is too high. If val/explained_variance is below 0, the value misleads. If
+    completions/ended falls, answers don't stop: raise missing_eos_penalty.
 
 Paper
     PPO: Schulman et al. 2017 (arXiv 1707.06347); for language: Ouyang et al. 2022 (arXiv 2203.02155), Huang et al.

@@ -2,8 +2,8 @@
 
 What it does
     Loads a causal language model with its linear layers quantised to 4 bits, freezes it, and trains low-rank updates in
-    float32 beside them. A model of 8 billion parameters trains on a GPU with 12 GB. On a CPU it runs, and saves memory
-    for big models, but each step takes longer than lora_sft's.
+    float32 on top. A model of 8 billion parameters trains on a GPU with 12 GB. It also runs on a CPU and saves memory
+    for big models there, but each step takes longer than with lora_sft.
 
 Objective
     W' = dequantise(Q) + (lora_alpha / r) * B A        Q: NF4, 64 weights a block, the blocks' scales quantised as well
@@ -14,11 +14,11 @@ Data in
 
 Artifact out
     adapter_model.safetensors, adapter_config.json, tokenizer, chat template, report, card. The adapter belongs to the
-    4-bit base: to get a plain model of it, merge it with the command of that name, which measures what merging costs.
+    4-bit base. To get a plain model, use the merge command, which measures what merging costs.
 
 What to watch
-    as in lora_sft. The loss starts a little higher than lora_sft's: that is the price of 4 bits, and the adapter learns
-    to undo part of it. "before" in the report is the 4-bit base, so that only the training is credited.
+    as in lora_sft. The loss starts a little higher: that is the price of 4 bits, and the adapter learns to undo part of
+    it. "before" in the report is the 4-bit base, so the report credits only the training.
 
 Paper
     QLoRA: Dettmers et al. 2023 (arXiv 2305.14314).

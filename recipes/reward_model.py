@@ -1,9 +1,9 @@
-"""Reward model: one number for a whole answer, higher for the answer that people would choose.
+"""Reward model: one score for a whole answer, higher for the answer that people would prefer.
 
 What it does
-    Puts a head with a single output on a language model and trains it, with an adapter or in full, so that of two
-    answers to one prompt the chosen one gets the higher score. PPO maximises that score, so the report says whether it
-    is good enough: better than chance, and better than judging by length alone.
+    Puts a head with a single output on a language model and trains it, with an adapter or in full, to give the chosen
+    one of two answers the higher score. PPO maximises that score, so the report says whether it is good enough: better
+    than chance, and better than judging by length alone.
 
 Objective
     Bradley-Terry: p(chosen beats rejected) = sigmoid(r(chosen) - r(rejected)), r read at the end token
@@ -17,9 +17,9 @@ Artifact out
     adapter_model.safetensors with the head (or model.safetensors with lora.r=0), tokenizer, report with its gate, card.
 
 What to watch
-    accuracy rises from 0.5 and loss falls from ln 2 = 0.693. Training accuracy near 1 with a held-out loss that rises:
-    too many epochs, rewards get sure of themselves. Held-out accuracy no better than the length rule's: it has learned
-    length. Real preferences are noisy: 0.6 to 0.75 is what small models reach on them.
+    accuracy rises from 0.5 and loss falls from ln 2 = 0.693. If training accuracy nears 1 while held-out loss rises,
+    there are too many epochs and the rewards get overconfident. If held-out accuracy is no better than the length
+    rule's, the model has learned length. Real preferences are noisy: small models reach 0.6 to 0.75 on them.
 
 Paper
     Ouyang et al. 2022 (arXiv 2203.02155), Touvron et al. 2023 (arXiv 2307.09288: margins), Eisenstein et al. 2023
@@ -50,7 +50,7 @@ class Config(RecipeConfig):
     center_rewards_coefficient: float = setting(
         0.01, "weight of mean (r(chosen) + r(rejected))^2, which keeps scores around 0; 0: off", within="[0, inf)"
     )
-    margins: bool = setting(False, "ask for a difference as large as the labels' margin; every row must have one")
+    margins: bool = setting(False, "train for a difference as large as the labels' margin; every row must have one")
 
 
 def run(config: Config) -> Artifact:

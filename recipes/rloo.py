@@ -1,23 +1,23 @@
-"""RLOO: several completions of each prompt, each judged against the mean of the others; REINFORCE without a value.
+"""RLOO: several completions of each prompt, each judged against the mean of the others; REINFORCE, no value model.
 
 What it does
-    Samples num_generations completions of each prompt and makes those likelier that scored above the mean of the other
-    ones. With an adapter (the default) only that is trained; lora.r=0 trains all weights. The rewards, prompts and
-    report are those of ppo; the trainer is TRL's.
+    Samples num_generations completions of each prompt and makes those above the mean of the others likelier. By default
+    only an adapter is trained; lora.r=0 trains all weights. Rewards, prompts and report are those of ppo; the trainer
+    is TRL's.
 
 Objective
     A = R - mean of R of the group's other completions        R = score - beta * log(p / p_reference), of a completion
     maximise  min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A)        ratio: of a whole completion
 
 Data in
-    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which scores them, too.
+    kind prompt: questions or conversations that wait for an answer, or reasoning_gym/<task>, which also scores them.
 
 Artifact out
     an adapter (adapter_model.safetensors, adapter_config.json) or a whole model; tokenizer, template, report, card.
 
 What to watch
-    reward rises, kl stays small. frac_reward_zero_std is the share of groups that score alike and teach nothing: high
-    means prompts too easy or too hard. completions/clipped_ratio near 1: answers that do not end.
+    reward rises, kl stays small. frac_reward_zero_std is the share of groups that score alike and teach nothing. If it
+    is high, the prompts are too easy or too hard. If completions/clipped_ratio is near 1, answers don't end.
 
 Paper
     RLOO: Ahmadian et al. 2024 (arXiv 2402.14740).
@@ -55,9 +55,9 @@ class Config(RecipeConfig):
     reward: RewardConfig = section(RewardConfig)
     num_generations: int = setting(8, "completions of each prompt, judged against each other", within="[2, inf)")
     max_completion_length: int = setting(64, "longest completion", "tokens", within="[1, inf)")
-    temperature: float = setting(1.0, "of sampling and of every log-probability", within="(0, inf)")
+    temperature: float = setting(1.0, "temperature of sampling and of every log-probability", within="(0, inf)")
     beta: float = setting(0.05, "price of one nat away from the reference; 0: no reference", within="[0, inf)")
-    epsilon: float = setting(0.2, "ratio to the sampling policy beyond which nothing is gained", within="(0, 1)")
+    epsilon: float = setting(0.2, "clip range of the ratio to the sampling policy", within="(0, 1)")
     num_iterations: int = setting(1, "passes over each step's completions", within="[1, inf)")
 
     def check_itself(self) -> None:

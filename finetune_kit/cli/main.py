@@ -118,7 +118,7 @@ def _say_error(message: str, fix: str, what: str = "error") -> None:
 def doctor(debug: Debug = False) -> None:
     """Is this installation fit to train?
 
-    Versions, known-bad combinations, devices, and one tiny run from end to end. Exit code 5 where something is wrong.
+    Versions, known-bad combinations, devices, and one tiny run from end to end. Exit code 5 if something is wrong.
     """
     from finetune_kit.cli.doctor import examine
 

@@ -18,11 +18,11 @@ from finetune_kit.system.versions import check_floors
 
 out = Console(highlight=False, soft_wrap=True, quiet=not distributed.is_main())
 RecipeWord = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A built-in's name, or a path to a .py or .yaml file.")
+    str, typer.Argument(metavar="RECIPE", help="A built-in recipe, or a path to a .py or .yaml file.")
 ]
 Words = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as learning_rate=1e-4.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file with settings.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a user's mistake, too.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Also show the traceback for user mistakes.")]
 
 
 def read_settings(word: str, config_file: Path | None, words: list[str] | None) -> tuple[recipes.Recipe, RecipeConfig]:
@@ -41,9 +41,9 @@ def import_heavy() -> None:
     import transformers  # noqa: F401
 
 
-RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="A run's folder, or user/name of a pushed one.")]
+RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="A run's folder, or user/name of a pushed run.")]
 RecipeFile = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="FILE.py", help="The run's recipe, where it is a file of yours."),
+    typer.Option("--recipe", metavar="FILE.py", help="The run's recipe, if it is your own file."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a run on the Hub.")]

@@ -23,7 +23,7 @@ def list_recipes() -> None:
 def show(word: RecipeWord, words: Words = None, config: ConfigFile = None, debug: Debug = False) -> None:
     """What a recipe does, and all its settings.
 
-    Each with its value, unit, origin (the recipe, a file's line or the command line) and meaning.
+    Each setting has its value, unit, origin (the recipe, a file's line or the command line) and meaning.
     """
     recipe, settings = read_settings(word, config, words)
     out.print((recipe.module.__doc__ or "").strip(), markup=False)
@@ -59,9 +59,9 @@ def _print_settings(settings: RecipeConfig) -> None:
 
 
 def copy_recipe(word: RecipeWord, target: Path) -> None:
-    """Copy a recipe to a file of yours.
+    """Copy a recipe to your own file.
 
-    It runs unchanged.
+    The copy runs unchanged.
     """
     path = recipes.copy(word, target)
     name = path if "/" in str(path) else f"./{path}"

@@ -20,9 +20,9 @@ def evaluate(
     folder: RunFolder,
     words: Words = None,
     adapter: Annotated[
-        list[Path] | None, typer.Option("--adapter", help="Another adapter of the same base, beside the run's; repeat.")
+        list[Path] | None, typer.Option("--adapter", help="Also measure another adapter of the same base; repeatable.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="The report as data.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     revision: Revision = None,
     recipe: RecipeFile = None,
     debug: Debug = False,
@@ -59,9 +59,9 @@ def evaluate(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")], debug: Debug = False
 ) -> None:
-    """Prove a finished run once more.
+    """Prove a finished run again.
 
-    A fresh process loads its folder with plain libraries and must give the same outputs; the report keeps the result.
+    A fresh process loads its folder with plain libraries and must give the same outputs. The report keeps the result.
     """
     from finetune_kit.runs.saved import open_run, verify_run
 
@@ -79,24 +79,31 @@ def verify(
 
 def generate(
     folder: RunFolder,
-    prompt: Annotated[str | None, typer.Argument(help="What to ask; left out: a conversation, or stdin.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask. Leave it out for a conversation, or to read stdin.")
+    ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help='JSONL with a "prompt" or "messages" a line.')
+        Path | None, typer.Option(metavar="FILE", help='JSONL with a "prompt" or "messages" per line.')
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSONL for their answers; what it has is not asked again.")
+        Path | None,
+        typer.Option(metavar="FILE", help="JSONL for the answers; prompts already answered there are skipped."),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer, too.")] = False,
-    system: Annotated[str | None, typer.Option(help="System turn, in place of the run's own.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 256,
-    temperature: Annotated[float | None, typer.Option(help="0: greedy, the default; above: samples.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens with this share.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer too.")] = False,
+    system: Annotated[str | None, typer.Option(help="System turn, instead of the run's own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float | None, typer.Option(help="0 (the default): greedy; above 0: sample.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens that add up to this probability.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Sample tokens of this share of the likeliest one's.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that were there get rarer.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the samples; unset: 0.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeat.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Of --prompts, answered together; unset: 32.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Sample tokens with at least this share of the top probability.")
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: make repeated tokens less likely.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling; unset: 0.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="How many of --prompts to answer together; unset: 32.")] = None,
     revision: Revision = None,
     recipe: RecipeFile = None,
     debug: Debug = False,
@@ -163,9 +170,10 @@ def _tell(text: str) -> None:
 
 def merge(
     folder: RunFolder,
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The model's folder: a new or an empty one.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder for the model.")],
     candidate: Annotated[
-        str, typer.Option(help="After 4-bit training, merge into the base, the dequantised base, or the better (auto).")
+        str,
+        typer.Option(help="After 4-bit training: merge into the base, the dequantised base, or the better one (auto)."),
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB or 500MB.")] = "5GB",
     size: Annotated[int | None, typer.Option(help="Held-out rows to measure candidates on; unset: all.")] = None,
@@ -173,9 +181,9 @@ def merge(
     recipe: RecipeFile = None,
     debug: Debug = False,
 ) -> None:
-    """Make a plain model of a run's adapter.
+    """Merge a run's adapter into a plain model.
 
-    It loads without this package and without PEFT. What merging changed is measured, and written into its card.
+    The model loads without this package and without PEFT. Its card says what merging changed, as measured.
     """
     from rich.table import Table
 
@@ -196,13 +204,13 @@ def merge(
 
 def diff(
     one: Annotated[Path, typer.Argument(metavar="A", help="A run's folder.")],
-    other: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
-    json_: Annotated[bool, typer.Option("--json", help="The same as data.")] = False,
+    other: Annotated[Path, typer.Argument(metavar="B", help="Another run's folder.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Name what differs between two runs.
+    """Show what differs between two runs.
 
-    Settings with where each came from, data, versions, results.
+    Settings and where each came from, data, versions, results.
     """
     from finetune_kit.runs.diff import difference, print_difference
 
@@ -217,16 +225,16 @@ def diff(
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, or a merged model's.")],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the Hub.")],
-    public: Annotated[bool, typer.Option("--public", help="For everybody to see; else a private one is made.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public; default: private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; unset: main.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask for confirmation.")] = False,
     recipe: RecipeFile = None,
     debug: Debug = False,
 ) -> None:
     """Push a finished run to the Hugging Face Hub.
 
-    The files are shown first. Private unless --public is given; pushed again, it is updated.
+    It shows the files first. The repository is private unless you give --public. Push again to update it.
     """
     from finetune_kit.runs import hub
     from finetune_kit.runs.saved import open_run

@@ -20,20 +20,27 @@ def check(
     word: RecipeWord,
     words: Words = None,
     config: ConfigFile = None,
-    json_: Annotated[bool, typer.Option("--json", help="The same as data.")] = False,
-    measure: Annotated[bool, typer.Option("--measure", help="Train two steps to measure the time of one.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train two real steps to measure time and memory.")
+    ] = False,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="What there is, such as 24GiB: exit 5 and say what fits instead.")
+        str | None,
+        typer.Option(
+            "--memory", help="Memory available, such as 24GiB. If it is too small: exit 5 and show what fits."
+        ),
     ] = None,
-    devices: Annotated[int, typer.Option(min=1, help="How many will share the run, each with that memory.")] = 1,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Number of devices that share the run, each with that memory.")
+    ] = 1,
     on: Annotated[
-        str | None, typer.Option("--device", help="Plan for cuda, cpu or mps; unset: what this machine has.")
+        str | None, typer.Option("--device", help="Plan for cuda, cpu or mps; unset: this machine's device.")
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Plan a run: data, masks, memory, steps.
 
-    Reads the data, shows what is trained in them, and counts. Nothing is trained.
+    Reads the data, shows which tokens would be trained, and counts. It doesn't train.
     """
     if on not in (None, "cuda", "cpu", "mps"):
         raise SettingsError(f"--device {on}: expected cuda, cpu or mps.")
@@ -97,17 +104,17 @@ def run(
         str | None, typer.Option("--require", help="improved: exit 4 unless the result is better.")
     ] = None,
     allow_changed: Annotated[
-        str | None, typer.Option(metavar="KEY,…", help="Settings in which an unfinished run may go on changed.")
+        str | None, typer.Option(metavar="KEY,…", help="Settings that may change when a run resumes.")
     ] = None,
     strict_resume: Annotated[
-        bool, typer.Option("--strict-resume", help="A broken checkpoint is an error, not passed over.")
+        bool, typer.Option("--strict-resume", help="Treat a broken checkpoint as an error instead of skipping it.")
     ] = False,
     debug: Debug = False,
 ) -> None:
     """Train, and report what it changed.
 
-    The same held-out rows are measured before and after. Stopped or killed, the same command goes on from the newest
-    whole checkpoint, as if nothing had happened.
+    The same held-out rows are measured before and after. If the run is stopped or killed, run the same command: it
+    resumes from the newest complete checkpoint, as if nothing had happened.
     """
     if require not in (None, "improved"):
         raise SettingsError(f"--require {require}: expected improved.")

@@ -35,10 +35,10 @@ MARGIN = 8  # tokens beyond the longest held-out answer before a generation is c
 
 @dataclass
 class Measurement:
-    """What one model did on the held-out rows. Lists named alike have one entry a row, in the order of the data.
+    """What one model did on the held-out rows: parallel lists, one entry per row, in the order of the data.
 
-    Of pairs and labelled answers `nll` and `tokens` are those of the chosen (liked) answers; `paired`: the rejected
-    ones' lists have the same rows, so that a row is a pair.
+    For pairs and labelled answers `nll` and `tokens` are those of the chosen (liked) answers; `paired`: the rejected
+    ones' lists have the same rows, so a row is a pair.
     """
 
     metrics: dict[str, list[float]] = field(default_factory=dict)  # scores of the answers, the main one first

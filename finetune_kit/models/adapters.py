@@ -283,7 +283,7 @@ def continue_adapter(model: Any, lora: LoraConfig, folder: Path) -> PeftModel:
 def set_adapter_weights(model: Any, lora: LoraConfig, folder: Path) -> PeftModel:
     """A reward model that starts as the backbone of the causal language model with the adapter of `folder`.
 
-    The adapter of a reward model goes on, its head included; of another one the language-model head stays behind.
+    A reward model's adapter keeps its head; other adapters lose their LM head.
     Raises SettingsError where a weight of the adapter has no place in the model.
     """
     import peft

@@ -29,37 +29,37 @@ class PPOSettings(RecipeConfig):
     num_mini_batches: int = setting(4, "optimizer steps in one pass over the update's completions", within="[1, inf)")
     num_ppo_epochs: int = setting(4, "passes over the update's completions", within="[1, inf)")
     max_new_tokens: int = setting(64, "longest completion", "tokens", within="[1, inf)")
-    temperature: float = setting(1.0, "of sampling and of every log-probability", within="(0, inf)")
+    temperature: float = setting(1.0, "temperature of sampling and of every log-probability", within="(0, inf)")
     missing_eos_penalty: float = setting(
         1.0, "taken off the score of a completion that does not end", within="[0, inf)"
     )
     kl_coef: float = setting(0.05, "price of one nat away from the reference", within="[0, inf)")
     kl_estimator: Literal["k1", "k3"] = setting("k1", "k1: log p - log q, unbiased; k3: never negative, less noise")
     adaptive_kl_target: float | None = setting(
-        None, "steer kl_coef towards this KL a completion; unset: fixed", "nats", within="(0, inf)"
+        None, "steer kl_coef towards this KL per completion; unset: fixed", "nats", within="(0, inf)"
     )
     adaptive_kl_horizon: int = setting(10_000, "completions in which kl_coef may move by 20 %", within="[1, inf)")
     gamma: float = setting(1.0, "discount of later rewards", within="[0, 1]")
     lam: float = setting(0.95, "GAE: 0 trusts the value one token ahead, 1 only the rewards", within="[0, 1]")
     whiten_rewards: bool = setting(False, "scale each update's token rewards to variance 1")
     whiten_advantages: bool = setting(True, "scale each update's advantages to mean 0 and variance 1")
-    cliprange: float = setting(0.2, "ratio to the sampling policy beyond which nothing is gained", within="(0, 1)")
-    cliprange_value: float = setting(0.2, "the same for the value, as a distance", within="(0, inf)")
+    cliprange: float = setting(0.2, "clip range of the ratio to the sampling policy", within="(0, 1)")
+    cliprange_value: float = setting(0.2, "clip range of the value, as a distance", within="(0, inf)")
     vf_coef: float = setting(0.1, "weight of the value's loss", within="[0, inf)")
-    entropy_coef: float = setting(0.0, "weight of the bonus for entropy", within="[0, inf)")
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus", within="[0, inf)")
     target_kl: float | None = setting(
-        None, "an update's epochs stop where the policy is this far from the sampling one", "nats a token", "(0, inf)"
+        None, "stop an update's epochs once the policy is this far from the sampling one", "nats a token", "(0, inf)"
     )
     value_model: Literal["shared", "adapter", "separate"] = setting(
-        "shared", "value: a head on the policy's trunk, on an adapter of its own, or on a model of its own"
+        "shared", "the value: a head on the policy's trunk, on its own adapter, or on its own model"
     )
     value_init_from: str | None = setting(None, "folder of a reward model that the value starts from")
     use_vllm: bool = setting(False, "sample with vLLM (a GPU, a LoRA policy, one process)")
     vllm_gpu_memory_utilization: float = setting(0.3, "share of the GPU's memory that vLLM takes", within="(0, 1)")
-    max_kl: float = setting(100.0, "KL a completion past which the run stops", "nats", within="(0, inf)")
+    max_kl: float = setting(100.0, "KL per completion above which the run stops", "nats", within="(0, inf)")
     min_entropy: float = setting(1e-3, "entropy below which the run stops", "nats a token", within="[0, inf)")
-    min_length: float = setting(1.2, "mean length, end token counted, below which it stops", "tokens", "[0, inf)")
-    max_constant_updates: int = setting(5, "updates with all scores alike after which it stops", within="[1, inf)")
+    min_length: float = setting(1.2, "mean length, end token included, below which the run stops", "tokens", "[0, inf)")
+    max_constant_updates: int = setting(5, "updates with all scores alike after which the run stops", within="[1, inf)")
 
     def check_itself(self) -> None:
         check_settings(self, distributed.count())

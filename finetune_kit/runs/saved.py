@@ -41,7 +41,7 @@ from finetune_kit.system.versions import check_floors
 
 log = logging.getLogger(__name__)
 
-OF_ITS_BASE = ("model.name_or_path", "model.trust_remote_code")  # what may be said of it again
+OF_ITS_BASE = ("model.name_or_path", "model.trust_remote_code")  # settings that may be overridden
 BASE = "base"  # its column among the adapters
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 
 def setting(default: Any, help: str, unit: str = "", within: str = "") -> Any:
-    """A dataclass field with its one line of help, its unit, and the interval its numbers must lie in, such as [0, 1).
+    """A dataclass field with its one line of help, its unit, and the interval for its numbers, such as [0, 1).
 
     Mutable defaults are copied.
     """
@@ -43,13 +43,13 @@ class ModelConfig:
     attn_implementation: str | None = setting(None, "attention kernel by transformers' name; unset: its own choice")
     load_in_4bit: bool = setting(False, "keep the linear layers' weights in 4 bits (bitsandbytes); for adapters only")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "the 16 values of a 4-bit weight")
-    bnb_4bit_use_double_quant: bool = setting(True, "quantise the blocks' scales, too: 0.37 bit a weight less")
+    bnb_4bit_use_double_quant: bool = setting(True, "quantise the blocks' scales too: saves 0.37 bit per weight")
 
 
 @dataclass
 class LoraConfig:
     r: int = setting(
-        16, "rank of the adapter; 0, not for lora_sft: no adapter, all weights are trained", within="[0, inf)"
+        16, "rank of the adapter; 0 (not in lora_sft): no adapter, all weights are trained", within="[0, inf)"
     )
     lora_alpha: int = setting(
         32, "the update is scaled by lora_alpha / r (/ sqrt(r) with use_rslora)", within="[1, inf)"
@@ -57,13 +57,13 @@ class LoraConfig:
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", "share", within="[0, 1)")
     target_modules: str | list[str] = setting(
         "all-linear",
-        "module names to adapt, or all-linear: every linear layer of the layers, experts, no router, no head",
+        "module names to adapt, or all-linear: every linear layer and expert of the decoder, no router, no head",
     )
     target_parameters: list[str] = setting([], "stacked experts to adapt by PEFT's names, such as experts.down_proj")
     modules_to_save: list[str] = setting([], "modules trained and saved in full, such as lm_head")
     use_rslora: bool = setting(False, "rank-stabilised scaling (arXiv 2312.03732)")
     use_dora: bool = setting(False, "weight-decomposed LoRA (arXiv 2402.09353)")
-    init_from: str | None = setting(None, "folder of an adapter to go on from; its rank and modules are kept")
+    init_from: str | None = setting(None, "folder of an adapter to continue from; keeps its rank and modules")
 
 
 @dataclass
@@ -72,12 +72,12 @@ class DataConfig:
         "reasoning_gym/word_sequence_reversal", "file, folder, Hub id or reasoning_gym/<task>; a list mixes them"
     )
     weights: list[float] = setting(
-        [], "with several paths: their shares of the training rows; unset: as they are", within="[0, inf)"
+        [], "with several paths: their shares of the training rows; unset: all rows", within="[0, inf)"
     )
     name: str | None = setting(None, "configuration of the Hub data set")
     split: str = setting("train", "split of the Hub data set to train on")
     revision: str | None = setting(None, "commit, tag or branch of the Hub data set")
-    columns: dict[str, str] = setting({}, "what your columns are: {your_column: question, other: answer}")
+    columns: dict[str, str] = setting({}, "your columns and what they are: {your_column: question, other: answer}")
     options: dict[str, Any] = setting({}, "settings of a reasoning_gym task, such as {min_words: 3}")
     size: int | None = setting(None, "rows to train on; unset: all of a file, 256 of a task", "rows", within="[1, inf)")
     held_out_path: str | None = setting(None, "rows to evaluate on; unset: split off before anything else")
@@ -90,7 +90,9 @@ class DataConfig:
     max_length: int = setting(
         1024, "longest sample; longer ones are cut at the end and counted", "tokens", within="[1, inf)"
     )
-    packing: bool | None = setting(None, "several samples in one row, unable to see each other; unset: plain text only")
+    packing: bool | None = setting(
+        None, "several samples in one row, which can't see each other; unset: plain text only"
+    )
     pairs: Literal["best_worst", "all"] = setting(
         "best_worst", "of several scored answers: the best against the worst, or all pairs"
     )
@@ -101,11 +103,12 @@ class DataConfig:
     apply_chat_template: bool = setting(True, "put prompt and completion strings into the model's chat template")
     chat_template_kwargs: dict[str, Any] = setting({}, "passed to the chat template, such as {enable_thinking: false}")
     special_tokens_in_text: Literal["text", "refuse", "keep"] = setting(
-        "text", "<|im_end|> and the like in a row's text: written as text; such rows dropped; or taken for the tokens"
+        "text",
+        "special tokens such as <|im_end|> in a row's text; text: plain text, refuse: drop the row, keep: tokens",
     )
-    merge_turns: bool = setting(False, "join user turns in a row by a blank line; else such a row is refused")
+    merge_turns: bool = setting(False, "join consecutive user turns with a blank line; false: refuse such rows")
     skip_bad_rows: int = setting(
-        0, "rows that cannot be read which are left out and counted, before one is refused", "rows", within="[0, inf)"
+        0, "unreadable rows to skip and count before one stops the run", "rows", within="[0, inf)"
     )
     max_lost: float = setting(0.05, "largest share of rows dropped before the run refuses", "share", within="[0, 1]")
 
@@ -114,13 +117,13 @@ class DataConfig:
 class TrainConfig:
     output_dir: str | None = setting(None, "the run's folder; unset: runs/<recipe>, or the next free -2, -3, …")
     learning_rate: float = setting(2e-5, "peak learning rate", within="[0, 1]")
-    per_device_train_batch_size: int = setting(8, "in one forward pass on one device", "rows", within="[1, inf)")
-    gradient_accumulation_steps: int = setting(1, "forward passes in one optimizer step", within="[1, inf)")
+    per_device_train_batch_size: int = setting(8, "rows per forward pass and device", "rows", within="[1, inf)")
+    gradient_accumulation_steps: int = setting(1, "forward passes per optimizer step", within="[1, inf)")
     max_tokens_per_batch: int | None = setting(
-        None, "most in one forward pass, padding counted; a step keeps its rows and is cut anew", "tokens", "[1, inf)"
+        None, "limit per forward pass, padding included; a step keeps its rows, cut differently", "tokens", "[1, inf)"
     )
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = setting(
-        "random", "order of the rows; group_by_length: rows of about one length in a step"
+        "random", "order of the rows; group_by_length: rows of similar length share a step"
     )
     num_train_epochs: float = setting(1.0, "passes over the training rows", "epochs", within="(0, inf)")
     max_steps: int = setting(-1, "optimizer steps; above 0 it overrides num_train_epochs", "steps", within="[-1, inf)")
@@ -136,7 +139,7 @@ class TrainConfig:
     )
     neftune_noise_alpha: float | None = setting(None, "noise on embeddings (arXiv 2310.05914)", within="[0, inf)")
     padding_free: bool = setting(
-        True, "no padding through the layers, shared beginnings once, the head only at labels: the same numbers, sooner"
+        True, "skip padding, compute shared beginnings once and the head only at labels: the same numbers, faster"
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory, about 1.3x the time")
     logging_steps: int = setting(5, "between two lines of metrics.jsonl", "steps", within="[1, inf)")
@@ -147,13 +150,15 @@ class TrainConfig:
         500, "between two checkpoints, and one at the end of training; null: none", "steps", within="[1, inf)"
     )
     save_total_limit: int = setting(
-        2, "checkpoints kept; the newest and the best one are kept in any case", within="[1, inf)"
+        2, "checkpoints to keep; the newest and the best are always kept", within="[1, inf)"
     )
     early_stopping_patience: int | None = setting(
         None, "held-out losses without improvement before the run stops", "evaluations", within="[1, inf)"
     )
-    metric_for_best_model: str = setting("loss", "what best and stopping go by: loss, or a metric of the report")
-    seed: int = setting(0, "of the adapter's start, the order of rows and dropout", within="[0, 4294967295]")
+    metric_for_best_model: str = setting(
+        "loss", "what decides the best checkpoint and when to stop: loss, or a metric of the report"
+    )
+    seed: int = setting(0, "seed of the adapter's start, the order of rows and dropout", within="[0, 4294967295]")
     report_to: list[str] = setting([], "trackers by transformers' name: tensorboard, trackio, wandb, …")
     extra: dict[str, Any] = setting({}, "any other argument of the trainer, checked against its own dataclass")
 
@@ -162,7 +167,7 @@ class TrainConfig:
 class EvaluateConfig:
     size: int = setting(128, "held-out prompts answered before and after; 0: none", "rows", within="[0, inf)")
     metrics: list[str] = setting(
-        [], "scores of the answers: task_score, exact_match, final_number, rouge, bleu; unset: what the data allow"
+        [], "scores of the answers: task_score, exact_match, final_number, rouge, bleu; unset: what the data allows"
     )
     reward_model: str | None = setting(None, "a reward model's run or Hub id that scores the answers before and after")
     max_new_tokens: int | None = setting(
@@ -178,9 +183,9 @@ class EvaluateConfig:
 class HubConfig:
     model_id: str | None = setting(None, "where the run is pushed to: user/name")
     push: bool = setting(False, "push the finished run; token and rights are checked before training")
-    private: bool = setting(True, "make the repository a private one; false: for everybody to see")
+    private: bool = setting(True, "make the repository private; false: public")
     strategy: Literal["end", "every_save"] = setting(
-        "end", "push at the end alone, or each checkpoint's weights, too, into checkpoint-N/"
+        "end", "push only at the end, or also each checkpoint's weights into checkpoint-N/"
     )
 
 
@@ -204,8 +209,7 @@ class RecipeConfig:
     `kind`: the kind of record that it trains on (data/records.py). `trainer_config`: the dataclass of the trainer's own
     arguments, such as trl.SFTConfig, which check and run look through before anything is read. `recipe` names it for
     people, `recipe_word` finds it again: a built-in's name, or a path. `origins` maps a dotted key to where its value
-    came from; absent: the recipe. `allow_changed`: settings in which it may differ from the unfinished run that goes
-    on.
+    came from; absent: the recipe. `allow_changed`: settings that may change on resume.
     """
 
     kind: ClassVar[str] = "prompt_completion"

@@ -41,10 +41,10 @@ COUNTED = ("_globalstep_last_logged", "_total_loss_scalar", "_total_train_tokens
 
 
 class CheckpointCallback:
-    """A checkpoint of transformers made whole: what the record, the watch and the trainer's own log count goes into it,
-    it is committed, and older ones are deleted. And back.
+    """Writes, commits, rotates and restores checkpoints: transformers' own files, and the state of the record, the
+    watch and the trainer's log.
 
-    `trained`: the checkpoint that the run goes on from is its last one.
+    `trained`: the checkpoint that the run resumes from is its last one.
     """
 
     def __init__(self, trainer: Any, train: TrainConfig, record: Record, watch: EvaluationCallback) -> None:

@@ -128,7 +128,7 @@ class Guard:
         console.print(f"note: step {step} is skipped{back}: a gradient is not finite. {self.rows()}", markup=False)
 
     def _roll_back(self, folder: Path) -> None:
-        """Weights and optimizer of a checkpoint of this run, whose files are those of its manifest; rates go on."""
+        """Restores weights and optimizer from a checkpoint of this run, checked against its manifest; keeps rates."""
         if reason := checkpoint.broken(folder):
             raise NumericsError(f"{folder}, to go back to after a gradient that is not finite, is broken: {reason}.")
         trainer = self.trainer
