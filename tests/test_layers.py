@@ -37,7 +37,7 @@ OWNERS = {
     "evaluate": ("finetune_kit/evaluation/metrics.py",),
     "trl": ("recipes/", "finetune_kit/planning/fake_step.py", "finetune_kit/packing/head.py"),  # its head
     "accelerate": ("finetune_kit/training/", "finetune_kit/rl/ppo.py", "finetune_kit/distributed.py"),
-    "huggingface_hub": ("finetune_kit/models/", "finetune_kit/run_folder/upload.py", "finetune_kit/runs/hub.py"),
+    "huggingface_hub": ("finetune_kit/models/", "finetune_kit/run_folder/", "finetune_kit/runs/hub.py"),
 }
 HEAVY = (
     "torch",
