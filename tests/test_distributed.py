@@ -162,7 +162,7 @@ def test_a_process_that_ends_while_it_looks_out_for_the_others_keeps_its_exit_co
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ends = (
         "import sys, time\nimport torch.distributed\nfrom finetune_kit import distributed\n"
-        "processes.POLL = 0  # it is always looking\nprocesses._watch()\ntime.sleep(0.5)\nsys.exit(3)"
+        "distributed.POLL = 0  # it is always looking\ndistributed._watch()\ntime.sleep(0.5)\nsys.exit(3)"
     )
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": "1", "WORLD_SIZE": "2"}
     done = subprocess.run([sys.executable, "-c", ends], cwd=ROOT, env={**os.environ, **where}, check=False)

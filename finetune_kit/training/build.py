@@ -185,7 +185,7 @@ def announce(config: RecipeConfig, policy: Any, data: Data) -> None:
     planned = steps(config, data, distributed.count())
     console.print(rows_in_words(data))
     budget = config.train.max_tokens_per_batch
-    counted = "completions" if hasattr(config, "num_generations") else "rows"
+    counted = "rows" if config.num_generations is None else "completions"
     cut = f" in {planned['passes_in_a_step']} passes of at most {budget:,} tokens" if budget else ""
     console.print(
         f"{trained:,} of {total:,} parameters trained, {planned['steps']} steps of {planned['rows_in_a_step']} "

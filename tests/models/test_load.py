@@ -30,7 +30,7 @@ def copied(tiny_model: Path, tmp_path: Path) -> Path:
     [
         ({"hidden_act": "zzz"}, r"config\.json: hidden_act is 'zzz', which transformers does not know"),
         ({"rope_parameters": {"rope_type": "zzz"}}, r"config\.json: .*rope_type is 'zzz', which transformers does not"),
-        ({"num_attention_heads": 0}, r"copied cannot be loaded"),
+        ({"num_attention_heads": 0}, r"config\.json: num_attention_heads is 0; expected 1 or more"),
         ({"hidden_size": "x"}, r"copied cannot be loaded: .*hidden_size"),
     ],
 )

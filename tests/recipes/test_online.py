@@ -132,7 +132,9 @@ def test_rewards_that_once_told_something_apart_are_told_and_the_run_goes_on(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "rewards.py").write_text(
-        "def score(completions, trainer_state): return [i * (trainer_state.global_step < 1) for i in range(16)]"
+        "def score(completions, trainer_state=None):\n"
+        "    varied = trainer_state is None or trainer_state.global_step < 1\n"
+        "    return [number * varied for number in range(len(completions))]"
     )
     run = fit_only("grpo", home, rewarded(home), *SMALL, "max_steps=7")
     assert len([line for line in run.history if "reward" in line]) == 7
