@@ -71,7 +71,7 @@ def test_the_page_has_a_row_for_each_with_what_came_of_it_and_why_not(benchmark:
     assert "- a router: `gate` (2)" in said
     assert "- `c`: ValueError: too large" in said
     assert (
-        f"from 2026-11-01 to 2026-11-01: 3 of {len(benchmark.every())} architectures. Of those 2 could be made small"
+        f"from 2026-11-01 to 2026-11-01: 3 of {len(benchmark.every())} architectures. Of those, 2 could be made small"
         in said
     )
 
