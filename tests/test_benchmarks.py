@@ -47,6 +47,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, cache: Path, words: list[st
     monkeypatch.setattr(sys, "argv", ["a benchmark", *words])
 
 
+@pytest.mark.long
 def test_the_comparison_of_a_cpu_says_speed_losses_and_where_the_time_went_of_each_side(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from finetune_kit import recipe as recipes
 from finetune_kit.planning.measured_step import measure_step
 from tests.fixtures_training import settings
 
 
+@pytest.mark.long
 def test_two_steps_are_timed_and_neither_settings_nor_folders_change(home: Path) -> None:
     words = ("max_steps=100", "eval_steps=1", "early_stopping_patience=1", "metric_for_best_model=exact_match")
     config = settings("lora_sft", home, *words, "evaluate.size=2", "save_steps=1", "logging_steps=50")

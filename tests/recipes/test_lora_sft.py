@@ -116,6 +116,7 @@ def test_plain_text_is_trained_packed_and_its_perplexity_falls(home: Path) -> No
     assert report.main == "held_out_loss"
 
 
+@pytest.mark.long
 def test_a_run_that_learns_nothing_on_4_rows_is_not_judged_and_does_not_pass_require_improved(home: Path) -> None:
     config = settings("lora_sft", home)
     words = [

@@ -86,6 +86,7 @@ def test_an_update_at_the_small_rate_2e_5_moves_every_element_of_the_adapter(hom
             assert float((weight != trained.start[name]).float().mean()) > 0.99
 
 
+@pytest.mark.long
 def test_loading_in_4_bits_never_holds_the_513_mib_of_the_model_in_float32_not_even_30_percent_of_them() -> None:
     """Anonymous memory (pages of the mapped file left out) of a fresh process while SmolLM2-135M loads."""
     if not Path("/proc/self/status").exists():
@@ -116,6 +117,7 @@ def test_a_device_without_4_bit_kernels_is_refused_and_a_cpu_is_told_what_it_lac
     assert "paged optimizers act as plain ones" in note
 
 
+@pytest.mark.long
 def test_4_bit_training_goes_on_from_its_own_adapter(home: Path) -> None:
     first = train("qlora_sft", home, "max_steps=3", "learning_rate=1e-2")
     second = train("qlora_sft", home, f"lora.init_from={first.folder}")

@@ -601,7 +601,7 @@ class TestARunThatGoesOn:
         begin(made.config, made.tokenizer, made.data)
         return made
 
-    @pytest.mark.parametrize("value", ["shared", "adapter"])
+    @pytest.mark.parametrize("value", [pytest.param("shared", marks=pytest.mark.long), "adapter"])
     @pytest.mark.parametrize("step", [1, 3, 4], ids=["mid-epoch", "past an epoch's border", "last step"])
     def test_cut_after_an_update_it_is_the_uninterrupted_run_to_the_bit(
         self, home: Path, step: int, value: str

@@ -390,6 +390,7 @@ def test_a_run_that_is_to_be_pushed_asks_for_token_and_rights_before_it_begins(
     assert [path for _, path, _, _ in hub.requests] == ["/api/whoami-v2"]
 
 
+@pytest.mark.long
 def test_a_run_from_the_hub_is_pushed_with_its_checkpoints_fetched_and_measured_again_with_the_same_numbers(
     hub: Hub, at_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,12 @@ def passes_of(run: Trained) -> list[tuple[int, torch.Tensor]]:
     return seen
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+LONG = ("reward_model", "qlora_sft", "kto", "orpo")  # beside lora_sft, full_sft and dpo they try the same rows
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in RECIPES]
+)
 def test_every_number_of_a_run_is_the_same_to_the_bit_with_the_trial_and_without(
     home: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,9 +84,10 @@ def test_the_last_step_has_its_line_whatever_logging_steps_is(home: Path) -> Non
 
 def test_without_a_terminal_a_long_measurement_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     said = io.StringIO()
-    monkeypatch.setattr(progress, "console", Console(file=said, width=200))
+    monkeypatch.setattr(progress_bar, "console", Console(file=said, width=200))
+    monkeypatch.setattr(progress_bar, "GAP", 3.0)  # tests/conftest.py has none of it said
     now = iter(range(0, 1000, 2))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: float(next(now)))
     tell = progress_bar.progress_bar("before")
     for done in range(13):
         tell("answers", done, 12)
