@@ -168,6 +168,7 @@ def _open(
     above = next(path for path in out.absolute().parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise SettingsError(f"{out} cannot be made: {above} is no folder that can be written to.")
+    _reported(folder / "report.json")  # the card quotes it: one that is broken is told before the work
     return run
 
 

@@ -419,6 +419,15 @@ class TestBadInput:
                 merge(head_run.folder, out)
         assert (tmp_path / "out" / "mine").read_text() == "x"
 
+    def test_a_broken_report_is_told_before_the_work(
+        self, head_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = Path(shutil.copytree(head_run.folder, tmp_path / "broken"))
+        (folder / "report.json").write_text('{"verdict": ')
+        monkeypatch.setattr(merging, "tokenizer_of", lambda run: pytest.fail("the work began"))
+        with pytest.raises(SettingsError, match=r"broken/report\.json"):
+            merge(folder, tmp_path / "out")
+
     def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
         self, head_run: FinishedRun, tmp_path: Path
     ) -> None:
