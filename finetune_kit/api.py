@@ -107,7 +107,10 @@ class Run:
         """
         from finetune_kit.runs import answering
 
-        given = decoding | ({"stop": tuple(decoding["stop"])} if "stop" in decoding else {})
+        if batch_size < 1:
+            raise SettingsError(f"generate: batch_size={batch_size}; expected 1 or more.")
+        stop = decoding.get("stop") or ()
+        given = decoding | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)}
         known = {field.name for field in dataclasses.fields(answering.Decoding)}
         if unknown := sorted(set(given) - known):
             raise SettingsError(f"generate: no setting {unknown[0]}.", f"Known: {', '.join(sorted(known))}")
@@ -158,13 +161,17 @@ def run(recipe: str | Path, *, config: str | Path | None = None, **settings: Any
 
     `recipe`: a built-in's name, or the path of a recipe or a settings file. `config`: a YAML file with settings.
     `settings`: the recipe's, each by its own name or as a section: learning_rate=1e-4, data={"path": "mine.jsonl"}.
-    An unfinished run of the same settings goes on. Raises FinetuneKitError.
+    An unfinished run of the same settings resumes; hub={"push": True, …} pushes the result. Raises FinetuneKitError.
     """
     from finetune_kit.runs.train import train
 
     loaded, resolved = _read(recipe, config, settings)
     claim(resolved)
     artifact = train(loaded, resolved)
+    if resolved.hub.push:
+        from finetune_kit.runs.hub import push_run
+
+        push_run(artifact.folder, resolved)
     return Run(artifact.folder, recipe=None if loaded.word in recipes.BUILTIN else str(loaded.path))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import finetune_kit as ft
 from finetune_kit import api
-from finetune_kit.runs import save, saved
+from finetune_kit.runs import answering, save, saved
 from finetune_kit.runs.verify import Proof
 from finetune_kit.settings.schema import KEYWORD, ModelConfig
 from tests.fixtures_cli import ROOT, python
@@ -67,6 +67,30 @@ def test_one_prompt_gives_a_text_a_list_gives_a_list_and_a_conversation_is_one_p
     assert run.generate([], max_new_tokens=4) == []
     with pytest.raises(ft.FinetuneKitError, match="no setting temperatur"):
         run.generate("1?", temperatur=1)
+    with pytest.raises(ft.FinetuneKitError, match="batch_size=0; expected 1 or more"):
+        run.generate("1?", batch_size=0)
+
+
+@pytest.mark.parametrize(("stop", "meant"), [("END", ("END",)), (["a", "b"], ("a", "b")), (None, ())])
+def test_a_text_to_stop_at_is_one_text_and_not_its_letters(
+    namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stop: Any, meant: tuple[str, ...]
+) -> None:
+    seen, prepare = [], answering.prepare
+    monkeypatch.setattr(answering, "prepare", lambda run, how, system: seen.append(how) or prepare(run, how, system))
+    namespace["run"].generate("1?", max_new_tokens=1, stop=stop)
+    assert seen[0].stop == meant
+
+
+def test_a_run_that_is_to_be_pushed_is_pushed_with_its_settings(
+    namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished, sent = namespace["run"], []
+    monkeypatch.setattr("finetune_kit.runs.train.train", lambda recipe, settings: finished)
+    monkeypatch.setattr("finetune_kit.runs.hub.push_run", lambda folder, settings: sent.append(settings.hub.model_id))
+    ft.run("lora_sft", data={"path": "mine.jsonl"}, output_dir="runs/kept")
+    assert sent == []
+    ft.run("lora_sft", data={"path": "mine.jsonl"}, output_dir="runs/sent", hub={"push": True, "model_id": "ada/sums"})
+    assert sent == ["ada/sums"]
 
 
 def test_a_loss_of_one_s_own_is_what_is_trained(namespace: dict[str, Any]) -> None:
