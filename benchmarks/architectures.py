@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shutil
 import sys
 import traceback
@@ -178,7 +179,7 @@ def covered_share(folder: Path) -> dict[str, Any]:
     return {"share": found.share, "left_out": found.reasons}
 
 
-def in_a_fork(program: str, argument: str, environment: dict[str, str]) -> tuple[int, str]:
+def in_a_fork(program: Path, argument: str, environment: dict[str, str]) -> tuple[int, str]:
     """What verify.in_a_fresh_process does, in a fork, so that the libraries need not be imported again."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -192,7 +193,7 @@ def in_a_fork(program: str, argument: str, environment: dict[str, str]) -> tuple
     try:
         os.environ.update(environment)
         sys.argv = ["-c", argument]
-        exec(program, {"__name__": "__main__"})  # the script's own text, as `python -c` runs it
+        runpy.run_path(str(program), run_name="__main__")
         code = 0
     except BaseException:
         os.write(writer, traceback.format_exc().encode())

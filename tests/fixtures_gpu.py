@@ -24,11 +24,11 @@ def bfloat16_gpu() -> Iterator[None]:
 def reloading_here(seen: list[dict[str, Any]]) -> Iterator[None]:
     """The fresh process's own program runs in this one, which takes a tenth of its time; `seen`: what it was given."""
 
-    def run(program: str, argument: str, _: dict[str, str]) -> tuple[int, str]:
+    def run(program: Path, argument: str, _: dict[str, str]) -> tuple[int, str]:
         seen.append(json.loads(argument))
         argv, path = mock.patch.object(sys, "argv", ["-c", argument]), mock.patch.object(sys, "path", [*sys.path])
         with argv, path, mock.patch.dict(sys.modules):
-            exec(compile(program, "reload", "exec"), {"__name__": "__main__"})  # our own text
+            exec(compile(program.read_text(), str(program), "exec"), {"__name__": "__main__"})  # our own text
         return 0, ""
 
     with mock.patch.object(verify, "in_a_fresh_process", run):

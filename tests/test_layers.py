@@ -32,7 +32,7 @@ LEVELS = (
 # the library: where it may be imported
 OWNERS = {
     "datasets": ("finetune_kit/data/",),
-    "peft": ("finetune_kit/models/",),
+    "peft": ("finetune_kit/models/", "finetune_kit/runs/reload.py"),  # which runs without this package
     "bitsandbytes": ("finetune_kit/models/",),
     "evaluate": ("finetune_kit/evaluation/metrics.py",),
     "trl": ("recipes/", "finetune_kit/planning/fake_step.py", "finetune_kit/packing/head.py"),  # its head
@@ -53,7 +53,7 @@ HEAVY = (
 )
 HEAVY_AT_START = (*HEAVY, "huggingface_hub", "rich.markdown", "rich.progress", "jinja2", "tokenizers", "requests")
 # the setting, which only the user may give (settings/checks.py), and its text in the process that loads a run again
-SAID_BY_THE_USER = ("False", "model.trust_remote_code", "trusted == 'True'")
+SAID_BY_THE_USER = ("False", "model.trust_remote_code", "given['trusted']")
 RUNS_STRANGERS_CODE = ("pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal")
 FILES = sorted([*(ROOT / "finetune_kit").rglob("*.py"), *(ROOT / "recipes").glob("*.py")])
 

@@ -32,7 +32,7 @@ for line in sys.stdin:
         sys.argv = ["-c", given["argument"]]
         code = 0
         try:
-            exec(compile(given["program"], "<string>", "exec"), {"__name__": "__main__"})
+            exec(compile(open(given["program"]).read(), given["program"], "exec"), {"__name__": "__main__"})
         except SystemExit as stop:
             code = stop.code or 0
         except BaseException:
@@ -52,7 +52,7 @@ class Warm:
         self.server: subprocess.Popen[str] | None = None
         self.hub: dict[str, str] = {}
 
-    def __call__(self, program: str, argument: str, environment: dict[str, str]) -> tuple[int, str]:
+    def __call__(self, program: Path, argument: str, environment: dict[str, str]) -> tuple[int, str]:
         # what huggingface_hub reads when it is imported
         hub = {name: value for name, value in environment.items() if name.startswith("HF_")}
         if self.server is None:
@@ -70,7 +70,7 @@ class Warm:
         assert self.server.stdout is not None
         with tempfile.NamedTemporaryFile() as said:
             given = {
-                "program": program,
+                "program": str(program),
                 "argument": argument,
                 "environment": environment,
                 "cwd": str(Path.cwd()),

@@ -40,13 +40,13 @@ from finetune_kit.runs import merge_rewards
 from finetune_kit.runs.card import card_metadata, how_to_use
 from finetune_kit.runs.redact import without_paths
 from finetune_kit.runs.saved import FinishedRun, open_run, tokenizer_of
+from finetune_kit.runs.saved_tensors import check_saved_tensors
 from finetune_kit.runs.verify import (
     PROBE,
     TOLERANCE,
     NotMade,
     Proof,
     auto_class,
-    check_files,
     judged,
     outputs,
     probe_logits,
@@ -116,7 +116,7 @@ def merge(
         kind, code = auto_class(model), definition(model.config) if run.is_reward_model else ""
         with doing("saving the merged model"):
             _save(model, tokenizer, run, whole, max_shard_size)
-            check_files(model, whole)
+            check_saved_tensors(model, whole)
         del model
         release()
         named = str(dtype).removeprefix("torch.")

@@ -23,11 +23,11 @@ from finetune_kit.run_folder.identity import versions
 from finetune_kit.run_folder.lineage import ANCESTRY, ancestors
 from finetune_kit.runs.card import card, card_entry
 from finetune_kit.runs.redact import without_paths
+from finetune_kit.runs.saved_tensors import check_saved_tensors
 from finetune_kit.runs.verify import (
     REWARDS,
     Outputs,
     auto_class,
-    check_files,
     computed_in,
     outputs,
     probe_of,
@@ -101,7 +101,7 @@ def _save(
 ) -> Artifact:
     folder = Path(config.train.output_dir or "")
     save_weights(model, tokenizer, config, data.end_token_ids, folder, weights)
-    check_files(model, folder, weights)
+    check_saved_tensors(model, folder, weights)
     proof = prove(model, config.model, folder, probe_of(model, data), expected)
     if proof.reason:
         console.print(

@@ -1,9 +1,8 @@
-"""Is what lies in a run's folder what was trained? Two proofs.
+"""Does what was saved give what was trained? A fresh process loads the folder, and the outputs are compared.
 
-Bit for bit: every trained tensor in memory is in the files, equal in type and in every bit; a comparison of files with
-memory, which always fits. By outputs: a fresh process, without this package, loads the folder with plain transformers
-and PEFT, and gives what the model in memory gives. Both compute in the same arithmetic: the type that the weights were
-loaded in, no mixed precision, no packed rows, nothing compiled, the same attention, the same device.
+It runs reload.py, without this package, with plain transformers and PEFT. Both sides compute in the same arithmetic:
+the type that the weights were loaded in, no mixed precision, no packed rows, nothing compiled, the same attention, the
+same device. That the files hold every trained bit is shown apart from this, by saved_tensors.py.
 
 How far outputs may be apart depends on that type. float32: 1e-4. In 16 bits each of the two additions of each layer
 rounds the state by up to u of its size (2^-8 in bfloat16, 2^-11 in float16), as do the last norm and the head. Such
@@ -15,8 +14,6 @@ chance; and where the best token leads by more than 8 r, it must be the same one
 from __future__ import annotations
 
 import gc
-import importlib
-import inspect
 import json
 import math
 import os
@@ -25,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +46,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # largest difference of a float32 logit or score after saving and loading
 PROBE = 64  # tokens
-STACKS = "finetune_kit.models.quantized_experts"
+EXPERTS = Path(devices.__file__).with_name("quantized_experts.py")  # which needs bitsandbytes when it is imported
 ROUNDINGS = 8  # of 16 bits: as many times the rounding of a logit
 REWARDS = "AutoModelForSequenceClassification"
 # what a launcher tells its processes: the fresh one is alone
@@ -57,63 +54,7 @@ LAUNCHER = re.compile(r"ACCELERATE_|FSDP_|TORCHELASTIC_|(RANK|LOCAL_RANK|WORLD_S
 # of the allocators of CUDA, torch, Python and C++
 SHORT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "MemoryError", "std::bad_alloc")
 
-PACKING = "# HERE STACKS"  # experts in 4 bits, which transformers cannot do: models/quantized_experts.py's own text
-CLASS = "# HERE A CLASS"  # that transformers lacks is defined, as the card shows it
-# Run as `python -c` in a fresh process, so that nothing of this package can help the weights along.
-RELOAD = """
-from __future__ import annotations
-import contextlib
-import json
-import sys
-given = json.loads(sys.argv[1])
-sys.path[:] = given["path"]
-sys.modules["finetune_kit"] = None
-import torch
-import transformers
-from safetensors.torch import load_file, save_file
-# HERE A CLASS
-folder, base, trusted, quantised, device = (given[k] for k in ("folder", "base", "trusted", "quantised", "device"))
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-rewards = given["kind"] == "AutoModelForSequenceClassification"
-quantise = transformers.BitsAndBytesConfig
-# HERE STACKS
-stacks, kept = given["stacks"], given["kept"]
-with packing(lambda empty: stacks, lambda empty: kept) if stacks else contextlib.nullcontext():
-    model = getattr(transformers, given["kind"]).from_pretrained(
-        base,
-        **({"num_labels": 1} if rewards else {}),
-        revision=given["revision"],
-        trust_remote_code=trusted == "True",
-        attn_implementation=given["attention"],
-        quantization_config=quantise.from_dict(json.loads(quantised)) if quantised else None,
-        dtype=getattr(torch, given["dtype"]),
-        device_map={"": device},
-        use_safetensors=True,
-    )
-if type(model).__name__ == "Llama4ForConditionalGeneration":  # it asks its text for pictures (transformers 5.24)
-    def without_pictures(module, args, output):
-        output.image_outputs = None
-    model.language_model.register_forward_hook(without_pictures)
-for module in model.modules():  # bitsandbytes would round to bfloat16 on some CPUs
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
-if rewards:  # its head is trained in float32, whatever the other weights are in
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.score.float().register_forward_pre_hook(lambda head, given: (given[0].float(),))
-if given["stacks"]:
-    freeze(model)
-elif quantised:  # as in training: what is not quantised computes in float32
-    from peft import prepare_model_for_kbit_training
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-if base != folder:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, folder)
-model = model.eval()
-ids = load_file(given["probe"])["ids"].to(device)
-with torch.inference_mode():
-    logits = model(input_ids=ids).logits.float().cpu()
-save_file({"logits": logits.contiguous()}, given["probe"] + ".out")
-"""
+RELOAD = Path(__file__).with_name("reload.py")
 
 
 class NotMade(ResourceError):
@@ -167,78 +108,6 @@ def sentence(results: dict[str, Any]) -> str:
         "After saving, every trained tensor was compared with memory, bit for bit, and a fresh process loaded this "
         f"folder with plain libraries and reproduced its outputs to {difference:.1e} ({told['dtype']})."
     )
-
-
-def check_files(model: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> int:
-    """Compare every trained tensor in memory with the one in the folder's safetensors files; how many there are.
-
-    `weights`: those of a model that is cut into shards, gathered. Raises NumericsError naming a tensor that is missing,
-    or differs in type, shape or a bit.
-    """
-    from safetensors import safe_open
-
-    adapter = is_adapter(model)
-    files = [folder / "adapter_model.safetensors"] if adapter else sorted(folder.glob("model*.safetensors"))
-    where: dict[str, Any] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            where |= dict.fromkeys(file.keys(), path)
-    wrong = []
-    expected = list(_trained(model, weights) if adapter else _whole(model, weights))
-    for names, tensor in expected:
-        found = [name for name in names if name in where]
-        if not found:
-            wrong.append(f"{names[0]} is not in it")
-        for name in found:
-            with safe_open(where[name], framework="pt") as file:
-                if not _same_bits(file.get_tensor(name), tensor):
-                    wrong.append(f"{name} is another one")
-    if wrong or not expected:
-        raise NumericsError(
-            f"What was saved in {folder} is not what was trained: of {len(expected)} trained tensors {len(wrong)} "
-            f"differ; {(wrong or ['there is none'])[0]}.",
-            "The folder is kept for inspection. Please report this with its run.yaml.",
-        )
-    return len(expected)
-
-
-def _trained(model: Any, weights: dict[str, torch.Tensor] | None) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """(names in the file, tensor) of every trained tensor of a model with an adapter: its own, and whole modules."""
-    adapter = re.escape(model.active_adapter)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            saved = re.sub(rf"\.modules_to_save\.{adapter}\.", ".", name)
-            saved = re.sub(rf"\.(lora_\w+)\.{adapter}(?=\.|$)", r".\1", saved)
-            saved = saved.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # PEFT's for DoRA
-            yield [saved], parameter.detach() if weights is None else weights[name]
-
-
-def _whole(model: Any, weights: dict[str, torch.Tensor] | None) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """The same of a model that was trained in full: tied weights have several names, of which the file has one or all.
-
-    transformers writes some layers (experts) otherwise than it holds them; by its own function they are made so here.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    first: dict[Any, torch.Tensor] = {}  # of tied weights, which may get other names, one tensor stands for all
-    given = model.state_dict() if weights is None else weights
-    one = {name: first.setdefault(parameters.get(name, name), tensor) for name, tensor in given.items()}
-    tensors = revert_weight_conversion(model, one)
-    tied: dict[Any, list[str]] = {}
-    for name, tensor in tensors.items():
-        tied.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), []).append(name)
-    for names in tied.values():
-        yield names, tensors[names[0]]
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    import torch
-
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    ours, theirs = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other))
-    return torch.equal(ours, theirs)
 
 
 def auto_class(model: Any) -> str:
@@ -408,18 +277,21 @@ def reload_logits(
     from safetensors.torch import load_file, save_file
 
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "probe.safetensors"
+        path, definition = Path(scratch) / "probe.safetensors", Path(scratch) / "definition.py"
         save_file({"ids": torch.tensor([probe])}, path)
+        definition.write_text(class_code, encoding="utf-8")
         given = {
             "path": packages(),
             "folder": str(folder),
             "base": base or str(folder),
             "revision": model.revision or None,
-            "trusted": str(model.trust_remote_code),
+            "trusted": model.trust_remote_code,
             "attention": model.attn_implementation or None,
             "quantised": quantised,
             "stacks": list(stacks),
             "kept": list(kept),
+            "experts": str(EXPERTS),
+            "definition": str(definition) if class_code else "",
             "dtype": _name(dtype),
             "device": str(device),
             "kind": kind,
@@ -427,26 +299,19 @@ def reload_logits(
         }
         # the base was loaded a moment ago, so that the cache has it
         alone = {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)}
-        program = RELOAD.replace(CLASS, class_code).replace(PACKING, _stacks_code() if stacks else "")
-        code, said = in_a_fresh_process(program, json.dumps(given), {**alone, "HF_HUB_OFFLINE": "1"})
+        code, said = in_a_fresh_process(RELOAD, json.dumps(given), {**alone, "HF_HUB_OFFLINE": "1"})
         if code:
             raise _failure(code, said, folder)
         logits: torch.Tensor = load_file(f"{path}.out")["logits"]
     return logits
 
 
-def in_a_fresh_process(program: str, argument: str, environment: dict[str, str]) -> tuple[int, str]:
-    """Exit code and standard error of a Python of its own that runs `program` with one argument."""
+def in_a_fresh_process(program: Path, argument: str, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and standard error of a Python of its own that runs the file `program` with one argument."""
     done = subprocess.run(
-        [sys.executable, "-I", "-c", program, argument], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-I", str(program), argument], capture_output=True, text=True, check=False, env=environment
     )
     return done.returncode, done.stderr
-
-
-def _stacks_code() -> str:
-    """The text of models/quantized_experts.py without its first import, which has to stand first in a program."""
-    source = inspect.getsource(importlib.import_module(STACKS))
-    return source.replace("from __future__ import annotations\n", "", 1)
 
 
 def packages() -> list[str]:

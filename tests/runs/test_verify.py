@@ -18,7 +18,8 @@ from finetune_kit.models.precision import as_loaded, plain_forward
 from finetune_kit.runs import verify
 from finetune_kit.runs.save import Artifact, save, save_weights
 from finetune_kit.runs.saved import open_run, verify_run
-from finetune_kit.runs.verify import NotMade, Outputs, check_files, judged, outputs, prove
+from finetune_kit.runs.saved_tensors import check_saved_tensors
+from finetune_kit.runs.verify import NotMade, Outputs, judged, outputs, prove
 from finetune_kit.settings.schema import LoraConfig, ModelConfig
 from tests.fixtures_cli import python
 from tests.fixtures_gpu import reloading_here
@@ -47,7 +48,7 @@ class TestBits:
         model = load_policy(ModelConfig(name_or_path=str(tiny_model)), LoraConfig(**KINDS[kind]))
         model.save_pretrained(tmp_path, **({"save_embedding_layers": False} if KINDS[kind]["r"] else {}))
         count = sum(parameter.requires_grad for parameter in model.parameters())
-        assert check_files(model, tmp_path) == count
+        assert check_saved_tensors(model, tmp_path) == count
         path = next(path for path in tmp_path.glob("*.safetensors"))
         whole = load_file(path)
         for name in [*whole][:: max(1, len(whole) // 4)]:
@@ -55,11 +56,11 @@ class TestBits:
             flipped[name].view(torch.int32).flatten()[0] ^= 1
             save_file(flipped, path, metadata={"format": "pt"})
             with pytest.raises(NumericsError, match=f"1 differ; {name} is another one"):
-                check_files(model, tmp_path)
+                check_saved_tensors(model, tmp_path)
         kept = {key: tensor for key, tensor in whole.items() if key != name}
         save_file(kept, path, metadata={"format": "pt"})
         with pytest.raises(NumericsError, match="is not in it"):
-            check_files(model, tmp_path)
+            check_saved_tensors(model, tmp_path)
 
     def test_a_tensor_of_another_type_is_another_one(self, tiny_model: Path, tmp_path: Path) -> None:
         model = load_base(ModelConfig(name_or_path=str(tiny_model)), trained_in_full=True)
@@ -67,7 +68,7 @@ class TestBits:
         tensors = {key: tensor.bfloat16() for key, tensor in load_file(tmp_path / "model.safetensors").items()}
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(NumericsError, match="is another one"):
-            check_files(model, tmp_path)
+            check_saved_tensors(model, tmp_path)
 
 
 class TestOutputs:
@@ -224,10 +225,9 @@ class TestChild:
         listed = said.out.split("'")[1::2]
         assert str(own) in listed
         assert str(here) not in listed
-        given = {"path": listed, "folder": str(lora_run.folder), "base": str(tmp_path), "probe": ""}
-        program = verify.RELOAD.split("tokenizer =")[0] + "\nimport finetune_kit"
-        rest = dict.fromkeys(("revision", "trusted", "attention", "quantised", "dtype", "device", "kind"), "")
-        blocked = python("-I", "-c", program, json.dumps({**rest, **given}), cwd=here)
+        (tmp_path / "own.py").write_text("import finetune_kit")
+        given = {"path": listed, "definition": str(tmp_path / "own.py")}
+        blocked = python("-I", str(verify.RELOAD), json.dumps(given), cwd=here)
         assert blocked.err.strip().splitlines()[-1].startswith("ModuleNotFoundError: import of finetune_kit halted")
 
     def test_a_package_that_only_pythonpath_has_reaches_the_fresh_process(
