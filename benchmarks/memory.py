@@ -177,13 +177,16 @@ def measure(recipe: str, *words: str) -> dict[str, int]:
     from trl import SFTConfig, SFTTrainer
 
     from finetune_kit.models.load import load_policy
+    from finetune_kit.training.begin import begin
     from finetune_kit.training.build import build
     from finetune_kit.training.fit import fit
 
     config, tokenizer, data = prepared(recipe, words)
     lora = getattr(config, "lora", None)
     policy = load_policy(config.model, lora, trained_in_full=lora is None)
-    fit(build(SFTTrainer, SFTConfig, config, policy, tokenizer, data), config.train, dict)
+    trainer = build(SFTTrainer, SFTConfig, config, policy, tokenizer, data)
+    begin(config, tokenizer, data, policy)
+    fit(trainer, config.train, dict)
     if policy.device.type == "cuda":
         import torch
 

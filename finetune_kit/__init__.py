@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from finetune_kit.rewards.sources import load_rewards
     from finetune_kit.rl.ppo import PPOTrainer
     from finetune_kit.runs.save import Artifact, save
+    from finetune_kit.training.begin import begin
     from finetune_kit.training.build import build
     from finetune_kit.training.fit import fit
 
@@ -41,6 +42,7 @@ __all__ = [
     "FinetuneKitError",
     "PPOTrainer",
     "Run",
+    "begin",
     "build",
     "fit",
     "load_data",
@@ -65,6 +67,7 @@ _HOME = {
     "rewards.sources": ("load_rewards",),
     "rl.ppo": ("PPOTrainer",),
     "runs.save": ("Artifact", "save"),
+    "training.begin": ("begin",),
     "training.build": ("build",),
     "training.fit": ("fit",),
 }

@@ -36,6 +36,7 @@ from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 from finetune_kit.training.reference import frozen_copy, set_reference
@@ -85,6 +86,7 @@ def run(config: Config) -> Artifact:
         disable_dropout=not config.lora.lora_dropout,
         precompute_ref_log_probs=config.precompute_ref_log_probs,
     )
+    begin(config, tokenizer, pairs, policy)
     set_reference(trainer, config, pairs)
     evaluator = Evaluator(tokenizer, pairs, config.evaluate, beta=config.beta)
     before = evaluator.measure(policy, "before")

@@ -43,6 +43,7 @@ from finetune_kit.rl.online import (
 )
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 
@@ -95,6 +96,7 @@ def run(config: Config) -> Artifact:
         epsilon=config.epsilon,
         num_iterations=config.num_iterations,
     )
+    begin(config, tokenizer, data, policy)
     evaluator = Evaluator(tokenizer, data, config.evaluate, judge=rewards.judge)
     before = evaluator.measure(policy, "before")
     history = fit(trainer, config.train, evaluator.scores)

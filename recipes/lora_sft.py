@@ -33,6 +33,7 @@ from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section
+from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 
@@ -52,6 +53,7 @@ def run(config: Config) -> Artifact:
     data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
     trainer = build(SFTTrainer, SFTConfig, config, policy, tokenizer, data)
+    begin(config, tokenizer, data, policy)
     evaluator = Evaluator(tokenizer, data, config.evaluate)
     before = evaluator.measure(policy, "before")
     history = fit(trainer, config.train, evaluator.scores)

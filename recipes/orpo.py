@@ -34,6 +34,7 @@ from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 
@@ -69,6 +70,7 @@ def run(config: Config) -> Artifact:
         beta=config.beta,
         disable_dropout=not config.lora.lora_dropout,
     )
+    begin(config, tokenizer, pairs, policy)
     evaluator = Evaluator(tokenizer, pairs, config.evaluate, beta=config.beta)
     before = evaluator.measure(policy, "before")
     history = fit(trainer, config.train, evaluator.scores)

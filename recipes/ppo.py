@@ -39,7 +39,7 @@ from finetune_kit.rewards.sources import load_rewards
 from finetune_kit.rl.settings import PPOSettings
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, TrainConfig, section
-from finetune_kit.training.checkpoint import begin
+from finetune_kit.training.begin import begin
 
 
 @dataclass
@@ -61,7 +61,7 @@ def run(config: Config) -> Artifact:
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
     rewards = load_rewards(config.reward, data, config.model, policy)
     trainer = PPOTrainer(policy, tokenizer, data, rewards, config)
-    begin(config, tokenizer, data)
+    begin(config, tokenizer, data, policy)
     evaluator = Evaluator(tokenizer, data, config.evaluate, judge=rewards.judge)
     before = evaluator.measure(policy, "before")
     history = trainer.train()

@@ -36,6 +36,7 @@ from finetune_kit.models.reward import load_reward_model
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
 from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 
@@ -71,6 +72,7 @@ def run(config: Config) -> Artifact:
         center_rewards_coefficient=config.center_rewards_coefficient or None,
         disable_dropout=not config.lora.lora_dropout,  # TRL would switch the adapter's dropout off, too
     )
+    begin(config, tokenizer, data, model)
     evaluator = RewardEvaluator(tokenizer, data, config.evaluate)
     before = evaluator.measure(model, "before")
     history = fit(trainer, config.train, evaluator.scores)

@@ -19,8 +19,8 @@ from finetune_kit.settings.schema import ModelConfig, RecipeConfig
 from finetune_kit.system.terminal import format_bytes
 from finetune_kit.training.arguments import check_train
 from finetune_kit.training.batching import check_batches, padded_share, plan_batches
-from finetune_kit.training.build import steps
-from finetune_kit.training.checkpoint import check_measurable
+from finetune_kit.training.begin import check_measurable
+from finetune_kit.training.steps import steps
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,27 +22,20 @@ from finetune_kit import distributed
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
-from finetune_kit.models.adapters import covered, is_adapter
 from finetune_kit.models.completion_rows import Rows, make_rows
 from finetune_kit.models.device import computes_in_bfloat16, device
 from finetune_kit.packing import forward
 from finetune_kit.rewards.sources import Rewards
 from finetune_kit.rl import math as ppo
-from finetune_kit.rl.checkpoint import Snapshot, load_optimizer, optimizer_tensors, read_checkpoint, write_checkpoint
+from finetune_kit.rl.checkpoint import Snapshot, load_optimizer, optimizer_tensors, read_checkpoint
+from finetune_kit.rl.loop import Loop
 from finetune_kit.rl.rollout import Reference, Sampled, passes, sample, shuffled, token_stats
 from finetune_kit.rl.settings import PPOSettings, check_prompts, check_settings
 from finetune_kit.rl.value import NAME, build_value, value_parameters
-from finetune_kit.rl.watch import CAUSES, collapse
-from finetune_kit.run_folder.identity import read_identity
-from finetune_kit.run_folder.naming import is_unfinished
 from finetune_kit.system.terminal import doing
-from finetune_kit.training import checkpoint, resources, stopping
-from finetune_kit.training.build import rows_in_words
 from finetune_kit.training.guard import CAUSES as NOT_FINITE
 from finetune_kit.training.guard import MOST_IN_A_ROW, said_rows
-from finetune_kit.training.progress import Record, peak_memory_gib
-
-Result = TypeVar("Result")
+from finetune_kit.training.progress import Record
 
 
 @dataclass
@@ -71,17 +63,6 @@ class Rollout:
 def copied(tensor: Tensor, beside: bool) -> Tensor:
     """One copy: beside the tensor, or on the CPU."""
     return tensor.clone() if beside or tensor.device.type == "cpu" else tensor.cpu()
-
-
-def fits_beside(state: Snapshot, device: torch.device) -> bool:
-    """Whether a GPU has room for two such states beside the most that this process has taken so far, with a tenth left
-    for what differs between updates."""
-    if device.type != "cuda":
-        return False
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
-    return 2 * size < 0.9 * (total - others - torch.cuda.max_memory_allocated(device))
 
 
 class PPOTrainer:
@@ -129,7 +110,6 @@ class PPOTrainer:
         self.logged: dict[str, list[float]] = {}  # what reward functions gave to log_metric in this update
         self.states: list[Snapshot] = []  # the last good one, and the one that the update began with
         self.beside: bool | None = None  # whether they are kept on the GPU; None: no update has shown its peak yet
-        self.disk = resources.Disk(Path(config.train.output_dir or ""))
 
     def _sampler(self) -> Any:
         """What draws the completions: rollout.sample, or vLLM in its place."""
@@ -148,107 +128,11 @@ class PPOTrainer:
     def train(self) -> list[dict[str, float]]:
         """All updates, from the newest whole checkpoint in the run's folder, or from where this trainer is.
 
-        The value is saved beside the policy, which is left without it.
-
-        Raises NumericsError (not finite, or a watchdog) and DataError (a reward), the last good state in a checkpoint;
-        Stopped after a signal.
+        The value is saved beside the policy, which is left without it. Raises as Loop.run does.
         """
-        folder, train = self.record.path.parent, self.config.train
-        folder.mkdir(parents=True, exist_ok=True)
-        self._go_on()
-        if self.is_main:
-            self._announce()
-        resources.check_start(self.model, train, folder)
-        if train.save_steps:
-            with doing("trying to save"):
-                distributed.from_main(lambda: resources.rehearse_save(self.model, folder))
-        if self.is_main:
-            self.record.on_train_begin(None, SimpleNamespace(global_step=self.step, max_steps=self.updates), None)
-        try:
-            self.states = 2 * [self.snapshot()]
-            with stopping.finishing_steps():
-                if self.step < self.updates:
-                    with doing("trying the longest rows"):
-                        self._fitting(self._try_longest)
-                while self.step < self.updates and self.constant < self.config.max_constant_updates:
-                    try:
-                        line = self._fitting(self.update)
-                        self._log(line)
-                        if (reason := self._why_stop(line)) is not None:
-                            raise NumericsError(f"{reason}, at update {self.step}.", CAUSES)
-                    except (NumericsError, DataError) as error:
-                        # what is wrong with a state shows in what it samples: the one ahead of it is the last good
-                        raise type(error)(f"{error.message} {self._leave(self.states[0])}", error.fix) from None
-                    del self.states[0]
-                    if self.beside is None:
-                        self.beside = fits_beside(self.states[0], self.model.device)
-                    self.states.append(self.snapshot())
-                    if stopping.asked(self.accelerator):
-                        self._keep(self.states[-1])
-                        raise stopping.stopped(folder)
-                    if train.save_steps and self.step % train.save_steps == 0:
-                        self._keep(self.states[-1])
-            if self.constant >= self.config.max_constant_updates:
-                self.record.say(f"All completions of {self.constant} updates scored alike: nothing more to learn.")
-            if train.save_steps:
-                self._keep(self.states[-1])
-        finally:
-            self.record.close()
-        self._put_value_aside(folder)
-        return self.record.history
+        return Loop(self).run()
 
-    def _go_on(self) -> None:
-        """From the newest whole checkpoint of the run begun in the folder, unless this trainer is past its start."""
-        folder = self.record.path.parent
-        if self.step or not is_unfinished(folder):
-            return
-        found = distributed.from_main(lambda: checkpoint.newest_whole(folder))
-        if found is None:
-            self.record.restore({})
-            return
-        checkpoint.check_steps(found, self.updates)
-        snapshot = read_checkpoint(found)
-        self.restore(snapshot)
-        self.record.restore(snapshot.record)
-        then, now = checkpoint.read_manifest(found)["settings"], self._facts()["settings"]
-        if then != now:
-            checkpoint.reopen(self.optimizer, self.scheduler, then, now)
-
-    def _facts(self) -> dict[str, Any]:
-        folder = self.record.path.parent
-        return read_identity(folder) if is_unfinished(folder) else {}
-
-    def _fitting(self, act: Callable[[], Result]) -> Result:
-        """What `act` gives, an update; where it runs out of memory it is made again: without the states that were kept
-        on the device, then with half as many rows in a forward pass."""
-        while True:
-            try:
-                return act()
-            except (RuntimeError, MemoryError) as error:
-                if not resources.out_of_memory(error):
-                    raise
-            # here, where no traceback holds its tensors any more
-            self.optimizer.zero_grad()
-            train, before = self.config.train, self.states[-1]
-            if self.beside and self.accelerator.num_processes == 1:
-                self.beside = False
-                for state in self.states:
-                    state.tensors.update({name: tensor.cpu() for name, tensor in state.tensors.items()})
-                resources.empty_cache()
-                self.restore(before)
-                continue
-            rows = train.per_device_train_batch_size
-            if rows == 1 or self.accelerator.num_processes > 1:
-                raise resources.too_large(rows, train.gradient_checkpointing, self.model)
-            train.per_device_train_batch_size = resources.fewer(rows)
-            resources.empty_cache()
-            if self.is_main:
-                taken = train.per_device_train_batch_size
-                self.record.say(f"note: {rows} rows at once do not fit into memory: going on with {taken}")
-                self.record.write({"step": before.numbers["step"], "per_device_train_batch_size": taken})
-            self.restore(before)
-
-    def _try_longest(self) -> None:
+    def try_longest(self) -> None:
         """Forward and backward of the longest prompts with completions as long as can be, as many rows as go through
         the model at once, beside the optimizer's state: what does not fit into memory shows before the first update.
         Nothing is moved, and no random number drawn."""
@@ -513,13 +397,6 @@ class PPOTrainer:
         distributed.stop_together(failed)
         return torch.tensor(scores, device=where), {k: torch.tensor(v, device=where) for k, v in parts.items()}
 
-    def _why_stop(self, line: dict[str, float]) -> str | None:
-        """The watchdogs' word on an update; scores that once differed and now are all alike are no error."""
-        alike = line["objective/scores_std"] == 0 and self.config.batch_size > 1
-        self.constant = self.constant + 1 if alike else 0
-        self.varied = self.varied or not alike
-        return collapse(line, self.config, 0 if self.varied else self.constant)
-
     def _next_prompts(self) -> list[int]:
         """Rows of this process's prompts of this update."""
         first = self.step * self.config.batch_size + self.accelerator.process_index * self.share
@@ -552,71 +429,6 @@ class PPOTrainer:
         finally:
             for layer in layers:
                 layer.training = False
-
-    def _announce(self) -> None:
-        count = sum(parameter.numel() for parameter in self.trained.values())
-        self.record.say(rows_in_words(self.data))
-        self.record.say(
-            f"{self.updates} updates of {self.config.batch_size} completions; "
-            f"{count:,} parameters of policy and value trained, on {distributed.where(self.model)}"
-        )
-        if is_adapter(self.model):
-            for line in covered(self.model).in_words():
-                self.record.say(line)
-        if self.padded_because and self.config.train.padding_free:
-            self.record.say(f"note: padded batches: {self.padded_because}")
-        if len(self.prompts) < self.config.batch_size:
-            times = self.config.batch_size / len(self.prompts)
-            self.record.say(
-                f"note: fewer prompts than batch_size={self.config.batch_size}: each is in an update {times:.3g} times"
-            )
-        for note in self.data.ledger.notes:
-            self.record.say(f"note: {note}")
-
-    def _log(self, line: dict[str, float]) -> None:
-        self.record.last_tokens = line["tokens"]
-        if not self.is_main:
-            return
-        if self.step == 1 or self.step == self.updates or self.step % self.config.train.logging_steps == 0:
-            seconds = round(time.perf_counter() - self.record.started, 2)
-            self.record.write({**line, "seconds": seconds, "peak_memory_gib": round(peak_memory_gib(), 3)})
-        self.record.say(
-            f"update {self.step}/{self.updates}  score {line['objective/scores']:.3f}  KL {line['objective/kl']:.2f}  "
-            f"entropy {line['policy/entropy_avg']:.2f}  length {line['completions/mean_length']:.0f}  "
-            f"ended {line['completions/ended']:.0%}  {line['time/update']:.1f} s"
-        )
-        self.record.on_step_end(None, SimpleNamespace(global_step=self.step), None)
-
-    def _keep(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint, by one process, if the disk has room for it."""
-
-        def write() -> None:
-            if self.is_main:
-                write_checkpoint(self.record.path.parent, snapshot, self._facts())
-
-        with self.record.beside(f"saving checkpoint-{snapshot.numbers['step']}"):
-            written = self.disk.write(self.model, self.accelerator, write)
-        if written and self.is_main:
-            checkpoint.rotate(self.record.path.parent, self.config.train.save_total_limit)
-
-    def _leave(self, good: Snapshot) -> str:
-        """The last good state in a checkpoint, and none that is newer; says where it is. By the main process alone: the
-        others may not have met what ends the run."""
-        folder = self.record.path.parent
-        if not self.is_main:
-            return ""
-        try:
-            kept = write_checkpoint(folder, good, self._facts())
-        except Exception as error:
-            if not resources.is_full_disk(error):
-                raise
-            resources.remove_halves(folder)
-            return f"The last good state could not be kept: {resources.first_line(error)}."
-        for newer in checkpoint.checkpoints(folder):
-            if checkpoint.step_of(newer) > checkpoint.step_of(kept):
-                checkpoint.discard(newer)
-        checkpoint.rotate(folder, self.config.train.save_total_limit)
-        return f"The last good checkpoint is {kept}."
 
     def snapshot(self) -> Snapshot:
         """Everything that the updates to come depend on, copied once: on its device where `beside`, else to the CPU."""
@@ -662,7 +474,7 @@ class PPOTrainer:
         self.restore(snapshot)
         self.record.last_tokens = snapshot.record.get("tokens", 0.0)
 
-    def _put_value_aside(self, folder: Path) -> None:
+    def put_value_aside(self, folder: Path) -> None:
         """The value into value.safetensors, its adapter out of the policy: what is left is what is served."""
         from safetensors.torch import save_file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import sys
@@ -72,3 +73,12 @@ def peak_memory() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().peak_wset)
+
+
+def sha256(path: Path, sync: bool = False) -> str:
+    """A file's SHA-256 in hexadecimal; with `sync`, of what has reached the disk."""
+    writes = sync and sys.platform == "win32"  # where a file that is only read cannot be written out
+    with path.open("r+b" if writes else "rb", buffering=0) as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,8 @@
-"""Make a TRL trainer from our settings, announce the run, and begin its folder."""
+"""Make a TRL trainer from our settings."""
 
 from __future__ import annotations
 
 import inspect
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +12,20 @@ from finetune_kit import distributed
 from finetune_kit.data.load import Data
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.data.trl_columns import placeholder
-from finetune_kit.errors import DataError, SettingsError
-from finetune_kit.models.adapters import covered, is_adapter, parameter_counts
+from finetune_kit.errors import SettingsError
+from finetune_kit.models.adapters import is_adapter
 from finetune_kit.models.inference import evaluation_mode
 from finetune_kit.packing import forward
 from finetune_kit.packing.proof import PROOF_ROWS, settle_head
 from finetune_kit.settings.schema import RecipeConfig
 from finetune_kit.system.terminal import doing
 from finetune_kit.training.arguments import check_parts, make_arguments
-from finetune_kit.training.batching import check_loader, micro_batch
+from finetune_kit.training.batching import check_loader
 from finetune_kit.training.callbacks import pushes_checkpoints
-from finetune_kit.training.checkpoint import begin
 from finetune_kit.training.compiling import compile_where_it_pays
 from finetune_kit.training.guard import Guard, guard_callback
 from finetune_kit.training.progress import console
+from finetune_kit.training.steps import steps
 
 
 def build(
@@ -101,7 +100,6 @@ def build(
     distributed.barrier()
     if distributed.is_main():
         shutil.rmtree(scratch, ignore_errors=True)
-    begin(config, tokenizer, data)
     trainer.remove_callback(PrinterCallback)  # it prints the logs as a dict; progress.py says them
     if config.hub.strategy == "every_save":
         trainer.add_callback(pushes_checkpoints(config))
@@ -109,7 +107,6 @@ def build(
     for parameter, weights in trained:  # TRL rounds adapters of quantised models to bfloat16
         if parameter.dtype != weights.dtype:
             parameter.data = weights
-    announce(config, policy, data)
     if config.train.padding_free and (reason := padded_because(config, policy, data)):
         console.print(f"note: padded batches: {reason}")
     if getattr(trainer, "aux_loss_enabled", False) and not _gives_router_loss(policy):
@@ -177,76 +174,3 @@ def first_rows(config: RecipeConfig, data: Data) -> list[list[int]]:
     count = max(PROOF_ROWS, config.train.per_device_train_batch_size)
     first = [data.train[index] for index in range(min(len(data.train), count))]
     return [list(ids) for row in first for ids, _ in sequences(row).values()]
-
-
-def announce(config: RecipeConfig, policy: Any, data: Data) -> None:
-    """Say what is about to be trained, on what, and what the ledger noted."""
-    trained, total = parameter_counts(policy)
-    planned = steps(config, data, distributed.count())
-    console.print(rows_in_words(data))
-    budget = config.train.max_tokens_per_batch
-    counted = "rows" if config.num_generations is None else "completions"
-    cut = f" in {planned['passes_in_a_step']} passes of at most {budget:,} tokens" if budget else ""
-    console.print(
-        f"{trained:,} of {total:,} parameters trained, {planned['steps']} steps of {planned['rows_in_a_step']} "
-        f"{counted}{cut}, on {distributed.where(policy)}"
-    )
-    if is_adapter(policy):
-        for line in covered(policy).in_words():
-            console.print(line, markup=False)
-    for note in data.ledger.notes:
-        console.print(f"note: {note}", markup=False)
-
-
-def rows_in_words(data: Data) -> str:
-    """How many rows are trained on and held out, and how many of their tokens."""
-    counts = data.ledger.train
-    rows = "prompts" if data.kind == "prompt" else "rows"
-    tokens = f"{counts.supervised_tokens:,} of {counts.tokens:,} tokens are trained on"
-    return (
-        f"{counts.rows:,} training {rows} ({counts.truncated} truncated, {counts.lost} dropped), "
-        f"{len(data.held_out):,} held out; {f'{counts.tokens:,} tokens' if data.kind == 'prompt' else tokens}"
-    )
-
-
-def steps(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, int]:
-    """Rows and optimizer steps, as the trainer counts them.
-
-    A step of PPO is an update of `batch_size` prompts. GRPO and RLOO count the completions of a prompt as rows, and
-    leave out the last step of an epoch where it would not be whole. Raises DataError where none is.
-    """
-    train = config.train
-    group = config.num_generations
-    rows = len(data.train) * (group or 1)
-    if isinstance(update := config.batch_size, int):
-        updates = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * rows / update)
-        an_epoch = math.ceil(rows / update)
-        return {"rows_in_an_epoch": rows, "rows_in_a_step": update, "steps_in_an_epoch": an_epoch, "steps": updates}
-    if data.packed:  # best-fit packing comes within a few percent of full rows
-        rows = math.ceil(data.ledger.train.tokens / config.data.max_length)
-    together = train.per_device_train_batch_size * train.gradient_accumulation_steps * processes
-    an_epoch = rows // together if group else math.ceil(rows / together)
-    if group and not an_epoch:
-        raise _no_whole_step(config, len(data.train), group, together, processes)
-    total = train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * an_epoch)
-    return {
-        "rows_in_an_epoch": rows,
-        "rows_in_a_step": together,
-        "passes_in_a_step": micro_batch(train, data, processes)[1],
-        "steps_in_an_epoch": an_epoch,
-        "steps": total,
-    }
-
-
-def _no_whole_step(config: RecipeConfig, prompts: int, group: int, together: int, processes: int) -> DataError:
-    """The error of a trainer of groups that would leave every step out, and train nothing."""
-    train = config.train
-    passes = train.gradient_accumulation_steps * processes
-    whole = group // math.gcd(group, train.gradient_accumulation_steps)
-    fits = prompts * group // passes // whole * whole
-    fewer = f"Set train.per_device_train_batch_size={fits}, or give" if fits else "Give"
-    return DataError(
-        f"{prompts} training prompts have {prompts * group} completions (num_generations={group}), and a step takes "
-        f"{together}: none would be whole, and nothing trained.",
-        f"{fewer} {-(-together // group)} prompts or more.",
-    )

@@ -9,6 +9,7 @@ from finetune_kit import distributed
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.models.adapters import restore
 from finetune_kit.models.precision import plain_forward
+from finetune_kit.run_folder.naming import is_unfinished
 from finetune_kit.settings.schema import TrainConfig
 from finetune_kit.system.terminal import doing
 from finetune_kit.training import checkpoint, resources, stopping
@@ -35,8 +36,12 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
             f"train.eval_steps puts the best weights back at the end, which {sharding} has in shards.",
             "Leave it out: held-out rows are measured before and after.",
         )
-    set_batches(trainer, train)
     folder = Path(trainer.args.output_dir)
+    if not is_unfinished(folder):
+        raise SettingsError(
+            f"{folder} holds no run that has begun.", "Call begin(config, tokenizer, data, policy) before fit."
+        )
+    set_batches(trainer, train)
     record = Record(folder)
     watch = EvaluationCallback(trainer, train, score, record)
     kept = CheckpointCallback(trainer, train, record, watch)

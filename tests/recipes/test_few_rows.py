@@ -10,7 +10,8 @@ from finetune_kit.data.records import LabelledCompletion, Record
 from finetune_kit.data.split import split_off
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.models.tokenizer import load_tokenizer
-from finetune_kit.training.build import rows_in_words, steps
+from finetune_kit.training.begin import rows_in_words
+from finetune_kit.training.steps import steps
 from tests.fixtures_data import assistant, user
 from tests.fixtures_training import fit_only, prepare, settings, write_rows
 

@@ -9,7 +9,7 @@ import torch
 
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.generation import decoding
-from finetune_kit.training.build import steps
+from finetune_kit.training.steps import steps
 from tests.fixtures_training import fit_only, prepare, train, write_rows
 from tests.rl.fixtures import write_home
 

@@ -19,13 +19,14 @@ from finetune_kit.models.completion_rows import make_rows
 from finetune_kit.models.reward import load_reward_model
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.rewards.sources import Part, Rewards
-from finetune_kit.rl import ppo
+from finetune_kit.rl import loop, ppo
 from finetune_kit.rl.checkpoint import read_checkpoint
 from finetune_kit.rl.ppo import PPOTrainer
 from finetune_kit.rl.rollout import token_stats
 from finetune_kit.rl.watch import collapse
 from finetune_kit.settings.schema import LoraConfig, ModelConfig
-from finetune_kit.training.checkpoint import MANIFEST, begin, checkpoints, read_manifest
+from finetune_kit.training.begin import begin
+from finetune_kit.training.checkpoint import MANIFEST, checkpoints, read_manifest
 from finetune_kit.training.stopping import stop_on_signals
 from tests.fixtures_cli import ROOT
 from tests.fixtures_training import largest_file, limit_files
@@ -488,7 +489,7 @@ def test_an_update_copies_weights_and_optimizer_once_and_a_restore_never(
 def test_a_failure_leaves_the_state_ahead_of_the_one_that_it_began_with_wherever_states_are_kept(
     home: Path, monkeypatch: pytest.MonkeyPatch, beside: bool
 ) -> None:
-    monkeypatch.setattr(ppo, "fits_beside", lambda state, device: beside)
+    monkeypatch.setattr(loop, "fits_beside", lambda state, device: beside)
     updates = itertools.count(1)
 
     def failing(*given: Any) -> list[float]:
@@ -509,7 +510,7 @@ def test_a_failure_leaves_the_state_ahead_of_the_one_that_it_began_with_wherever
 def test_what_does_not_fit_beside_the_states_on_the_device_moves_those_first_and_keeps_its_rows(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ppo, "fits_beside", lambda state, device: True)
+    monkeypatch.setattr(loop, "fits_beside", lambda state, device: True)
     plain, made = (trainer(home, "max_steps=3", f"output_dir={home / name}") for name in ("plain", "tight"))
     loss, tried = made._loss, []
 
@@ -530,7 +531,7 @@ def test_what_does_not_fit_beside_the_states_on_the_device_moves_those_first_and
 
 def test_the_longest_rows_are_tried_first_and_what_does_not_fit_shows_before_the_first_update(home: Path) -> None:
     plain, made = (trainer(home, "max_steps=2", f"output_dir={home / name}") for name in ("plain", "tried"))
-    plain._try_longest = lambda: None  # type: ignore[method-assign]
+    plain.try_longest = lambda: None  # type: ignore[method-assign]
     loss, tried = made._loss, []
 
     def short(rollout: Any, rows: Any) -> Any:
@@ -552,7 +553,7 @@ def test_the_longest_rows_are_tried_first_and_what_does_not_fit_shows_before_the
 
 def test_the_trial_of_the_longest_rows_changes_no_bit(home: Path) -> None:
     plain, made = (trainer(home, "max_steps=2", f"output_dir={home / name}") for name in ("plain", "tried"))
-    plain._try_longest = lambda: None  # type: ignore[method-assign]
+    plain.try_longest = lambda: None  # type: ignore[method-assign]
     plain.train()
     made.train()
     assert all(torch.equal(weight, plain.trained[name]) for name, weight in made.trained.items())
@@ -598,7 +599,7 @@ class TestARunThatGoesOn:
     @staticmethod
     def begun(home: Path, *words: str, score: Any = lower) -> Any:
         made = trainer(home, *words, score=score)
-        begin(made.config, made.tokenizer, made.data)
+        begin(made.config, made.tokenizer, made.data, made.model)
         return made
 
     @pytest.mark.parametrize("value", [pytest.param("shared", marks=pytest.mark.long), "adapter"])
@@ -661,5 +662,5 @@ class TestARunThatGoesOn:
         config.allow_changed = ("train.learning_rate", "train.max_steps")
         policy, tokenizer, data = parts(config)
         made = PPOTrainer(policy, tokenizer, data, Rewards((Part("lower", 1.0, lower),)), config)
-        begin(config, tokenizer, data)
+        begin(config, tokenizer, data, policy)
         assert [line["learning_rate"] for line in made.train()] == [1e-2, 1e-2, 1e-3, 1e-3]

@@ -30,7 +30,7 @@ from finetune_kit.runs.merge import (
 from finetune_kit.runs.save import Artifact, save_weights
 from finetune_kit.runs.saved import FinishedRun, compare_run, model_of, open_run
 from finetune_kit.runs.verify import TOLERANCE
-from finetune_kit.training.checkpoint import begin
+from finetune_kit.training.begin import begin
 from tests.fixtures_cli import cli
 from tests.fixtures_training import fit_only, settings
 
@@ -73,7 +73,7 @@ def adapter_run(home: Path, *words: str, recipe: str = "lora_sft", noise: float 
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.data += noise * torch.randn_like(parameter)
-    folder = begin(config, tokenizer, data)
+    folder = begin(config, tokenizer, data, policy)
     (folder / IDENTITY).unlink()  # as a run that was pushed and fetched again
     save_weights(policy, tokenizer, config, data.end_token_ids, folder)
     return open_run(folder, [])

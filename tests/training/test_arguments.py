@@ -13,7 +13,7 @@ from finetune_kit.errors import FinetuneKitError, ResourceError, SettingsError
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.settings.schema import TrainConfig
 from finetune_kit.training.arguments import INERT, make_arguments, training_arguments
-from finetune_kit.training.build import steps
+from finetune_kit.training.steps import steps
 from tests.fixtures_training import fit_only, prepare, settings
 
 # A value other than FAST's and the default for every field of TrainConfig.

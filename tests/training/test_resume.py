@@ -233,9 +233,9 @@ def test_a_setting_that_is_opened_acts_from_the_checkpoint_on(home: Path, word: 
     run.config.allow_changed = (key,)
     shutil.rmtree(run.folder)
     (home / f"opened-{key}").rename(run.folder)
-    from finetune_kit.training.checkpoint import begin
+    from finetune_kit.training.begin import begin
 
-    begin(run.config, run.tokenizer, run.data)
+    begin(run.config, run.tokenizer, run.data, run.model)
     finish(run)
     before, after = (
         [line for line in run.history if (line["step"] <= 5) is early and "loss" in line] for early in (True, False)
