@@ -546,7 +546,7 @@ def most_of_training(recipe: Any, config: Any) -> float:
     from finetune_kit.training.progress import peak_memory_gib
 
     class Enough(Exception):
-        """The steps are done: what follows, saving and the proof, is no part of the prediction."""
+        """The steps are done: what follows, saving and the proof, is not part of the prediction."""
 
     module, seen = recipe.module, dict[str, float]()
     real = module.fit

@@ -6,7 +6,7 @@ Each trial is a process of TRL's SFTTrainer on a random two-layer model, with an
 resumes with `resume_from_checkpoint=True`, as TRL's own scripts do, and is compared with one that nothing happened to.
 
 - kills: kill -9 when a file of the newest checkpoint appears, a file drawn anew each time;
-- cuts: the run ends after so many steps with a checkpoint, and goes on: inside a line of the log, mid-epoch, …;
+- cuts: the run ends after so many steps with a checkpoint, and continues: inside a line of the log, mid-epoch, …;
 - harm: each file of the newest of two checkpoints with a flipped bit, cut in half, emptied or deleted;
 - signal: SIGTERM in the middle.
 
@@ -67,7 +67,7 @@ if trainer.state.global_step == steps:
 
 
 def start(home: Path, folder: Path, save_steps: int = 1, stop: int = 0) -> subprocess.Popen[str]:
-    """A run of STEPS steps, or one that ends after `stop` of them; it goes on where the folder has a checkpoint."""
+    """A run of STEPS steps, or one that ends after `stop` of them; it continues where the folder has a checkpoint."""
     command = [sys.executable, "-c", SCRIPT, str(home), str(folder), *map(str, (STEPS, save_steps, stop))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -6,7 +6,7 @@
     run = ft.open_run("runs/mine")
 
 Settings are those of the command line (`python -m finetune_kit show dpo`), as keywords: a setting by its own name, or a
-section as a dict. A mistake raises FinetuneKitError; its text says what was found, what was expected and what mends it.
+section as a dict. A mistake raises FinetuneKitError; its text says what was found, what was expected and what fixes it.
 """
 
 from __future__ import annotations
@@ -228,7 +228,8 @@ def _word(key: str, value: Any) -> str:
         return f"{key}={json.dumps(value, default=_plain, ensure_ascii=False)}"
     except TypeError:
         raise SettingsError(
-            f"{key}: a {type(value).__name__} is no setting.", "Expected a number, a text, a list or a dict of these."
+            f"{key}: a {type(value).__name__} is not a setting.",
+            "Expected a number, a text, a list or a dict of these.",
         ) from None
 
 

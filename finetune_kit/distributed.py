@@ -111,7 +111,7 @@ def finish() -> None:
 
 
 def barrier() -> None:
-    """Go on when all are here."""
+    """Continue when all are here."""
     if count() > 1:
         _distributed().barrier()
 

@@ -6,16 +6,16 @@ FinetuneKitError
 ├── NumericsError     4   NaN, collapse, a result that does not hold
 ├── ResourceError     5   memory, disk, a package or a network that is not there
 ├── SecurityError     6   something that would run a stranger's code
-└── Stopped          75   ended by SIGTERM, and the same command goes on; else 143, or 130 after SIGINT
+└── Stopped          75   ended by SIGTERM, and the same command continues; else 143, or 130 after SIGINT
 
 0 is success. Any other exception is a bug of ours and keeps its traceback.
 """
 
 
 class FinetuneKitError(Exception):
-    """A mistake the user can mend.
+    """A mistake the user can fix.
 
-    `message` says what was found and what was expected; `fix` is the command or setting that mends it.
+    `message` says what was found and what was expected; `fix` is the command or setting that fixes it.
     """
 
     exit_code = 2

@@ -110,7 +110,7 @@ def find(word: str) -> tuple[Path, Path | None]:
     near = near or difflib.get_close_matches(word.replace("-", "_"), BUILTIN, n=1, cutoff=0.4)
     if word.lower().endswith((".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")):
         raise SettingsError(
-            f"'{word}' is no recipe; it looks like rows.", f"python -m finetune_kit run lora_sft data.path={word}"
+            f"'{word}' is not a recipe; it looks like rows.", f"python -m finetune_kit run lora_sft data.path={word}"
         )
     hint = f"Did you mean {near[0]}? " if near else ""
     own = f" A file of your own is written with its folder: ./{word}.py" if Path(f"{word}.py").is_file() else ""

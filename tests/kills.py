@@ -171,7 +171,7 @@ def assert_same_end(run: Path, expected: Path) -> None:
 def survive(home: Path, recipe: str, number: int, kills: int, seed: int) -> int:
     """Kill a run `kills` times, the last time at its end, run it again until it ends, and compare it.
 
-    Returns how often it was killed. Each time it goes on from a checkpoint no older than the last one that counted.
+    Returns how often it was killed. Each time it resumes from a checkpoint no older than the last one that counted.
     """
     draw, run, killed, kept = random.Random(f"{recipe} {seed}"), home / f"{recipe}-{number}", 0, -1
     steps = next(int(word.split("=")[1]) for word in (*RECIPES[recipe], *WORDS) if word.startswith("max_steps="))

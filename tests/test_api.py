@@ -137,7 +137,7 @@ def test_keywords_become_the_words_of_the_command_line(given: dict[str, Any], wo
 def test_a_keyword_is_the_user_s_own_word_and_a_mistake_in_it_is_told_as_that() -> None:
     with pytest.raises(ft.FinetuneKitError, match=rf"learning_rat: unknown setting \({KEYWORD}\)"):
         ft.run("lora_sft", learning_rat=1)
-    with pytest.raises(ft.FinetuneKitError, match="learning_rate: a list_iterator is no setting"):
+    with pytest.raises(ft.FinetuneKitError, match="learning_rate: a list_iterator is not a setting"):
         ft.run("lora_sft", learning_rate=iter([1]))
 
 

@@ -146,7 +146,7 @@ def test_an_error_of_one_process_ends_both_with_its_message_once_within_30_secon
         "    from pathlib import Path\n"
         "    from finetune_kit import distributed\n    from finetune_kit.errors import DataError\n"
         "    if distributed.rank() == 1:\n        Path('raised').touch()\n"
-        "        raise DataError('row 7 is broken.', 'Take it out.')\n"
+        "        raise DataError('row 7 is broken.', 'Remove it.')\n"
     )
     (home / "broken.py").write_text(text.replace("    history = fit(", f"{broken}    history = fit("))
     command = ("run", "./broken.py", "data.path=prompt_completion.jsonl", *QUICK, *QUIET, "output_dir=broken")

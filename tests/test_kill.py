@@ -36,7 +36,7 @@ def test_stopped_twice_and_killed_6_times_it_ends_as_the_run_that_nobody_stopped
     assert kill_when(start(home, "lora_sft", run.name), (run / "checkpoint-3").is_dir, signal.SIGTERM) == 75
     said, kept = (home / f"{run.name}.log").read_text(), checkpoints(run)[-1]
     assert broken(kept) == ""
-    line = f"stopped: by SIGTERM; {run.name}/{kept.name} is what it goes on from, with the same command: python -m"
+    line = f"stopped: by SIGTERM; {run.name}/{kept.name} is what it resumes from, with the same command: python -m"
     assert said.strip().splitlines()[-1].startswith(line)
     assert "Traceback" not in said
     process = start(home, "lora_sft", run.name)
@@ -45,7 +45,7 @@ def test_stopped_twice_and_killed_6_times_it_ends_as_the_run_that_nobody_stopped
     assert [broken(path) for path in checkpoints(run)] == [""] * len(checkpoints(run))
     assert step_of(checkpoints(run)[-1]) >= step_of(kept)
     assert survive(home, "lora_sft", 1, kills=6, seed=1) >= 5  # it may end before the last one
-    assert f"which goes on from step {kept.name.rpartition('-')[2]}." in (home / f"{run.name}.log").read_text()
+    assert f"which resumes from step {kept.name.rpartition('-')[2]}." in (home / f"{run.name}.log").read_text()
 
 
 def stopped_at_once(process: subprocess.Popen[str], moment: Callable[[], bool]) -> int | None:
@@ -98,7 +98,7 @@ def test_with_a_signal_on_the_second_of_two_processes_both_commit_and_end_with_7
     second().send_signal(signal.SIGTERM)
     assert process.wait() != 0  # the launcher has an exit code of its own
     said, kept = (home / "two.log").read_text(), checkpoints(run)[-1]
-    assert said.count(f"two/{kept.name} is what it goes on from") == 1
+    assert said.count(f"two/{kept.name} is what it resumes from") == 1
     assert "exitcode  : 75" in said
     assert broken(kept) == ""
     assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_0.json", "trainer_1.json"} <= read_manifest(kept)[

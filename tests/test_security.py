@@ -106,7 +106,7 @@ def test_a_link_out_of_a_run_s_folder_is_not_sent_read_or_written_by_any_command
         (folder / name).symlink_to(secret)
     else:
         os.mkfifo(folder / name)
-    said = f"{name} is a link to .*outside the" if kind == "link" else f"{name} is no plain file"
+    said = f"{name} is a link to .*outside the" if kind == "link" else f"{name} is not a plain file"
     for act in (
         lambda: hub.prepare(folder, "ada/theirs", None),
         lambda: open_run(folder, []),
@@ -119,21 +119,21 @@ def test_a_link_out_of_a_run_s_folder_is_not_sent_read_or_written_by_any_command
 def test_a_stranger_s_report_without_metrics_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("recipe: kto\n")
     (tmp_path / "report.json").write_text('{"metrics": [1], "verdict": 3}')
-    with pytest.raises(SettingsError, match=r"report\.json is no run's report"):
+    with pytest.raises(SettingsError, match=r"report\.json is not a run's report"):
         difference(tmp_path, tmp_path)
     (tmp_path / "report.json").write_text('{"metrics": [{"name": "a", "before": "x", "after": 1}]}')
-    with pytest.raises(SettingsError, match=r"report\.json is no run's report"):
+    with pytest.raises(SettingsError, match=r"report\.json is not a run's report"):
         difference(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("ledger.json", '{"train": 3}', "train is no object"),
-        ("ledger.json", '{"held_out": {"dropped": [1]}}', "held_out.dropped is no object"),
+        ("ledger.json", '{"train": 3}', "train is not an object"),
+        ("ledger.json", '{"held_out": {"dropped": [1]}}', "held_out.dropped is not an object"),
         ("ledger.json", "[1]", "expected a JSON object"),
-        ("run.yaml", "recipe: kto\nversions: 3\n", "versions is no object"),
-        ("run.yaml", "recipe: kto\norigins: [1]\n", "origins is no object"),
+        ("run.yaml", "recipe: kto\nversions: 3\n", "versions is not an object"),
+        ("run.yaml", "recipe: kto\norigins: [1]\n", "origins is not an object"),
     ],
 )
 def test_a_stranger_s_record_of_another_shape_is_a_message(name: str, content: str, said: str, tmp_path: Path) -> None:

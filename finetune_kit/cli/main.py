@@ -66,7 +66,7 @@ def main() -> NoReturn:
         _say_error(error.format_message(), _meant(sys.argv[1:]))
         sys.exit(getattr(error, "exit_code", 2))
     except BaseException as error:
-        # tokenizers' own; it is no Exception. Its library ends a search that would take forever by such a panic
+        # tokenizers' own; it is not an Exception. Its library ends a search that would take forever by such a panic
         if type(error).__name__ != "PanicException":
             raise
         if distributed.fails_first(SettingsError.exit_code):

@@ -69,7 +69,7 @@ def verify(
         run = open_run(folder, [])
     proof = verify_run(run)
     if proof.difference is None:
-        raise ResourceError(f"Nothing was proven: {proof.reason}.", "Free memory, or take a larger machine.")
+        raise ResourceError(f"Nothing was proven: {proof.reason}.", "Free memory, or use a larger machine.")
     out.print(
         f"A fresh process loaded it and gave the same outputs to {proof.difference:.1e}, "
         f"in {proof.dtype} on {proof.device} (rounding allows {proof.tolerance:.1e}).",
@@ -248,7 +248,7 @@ def push(
         upload.check_access(repo_id, not public)
     if not yes:
         if not sys.stdin.isatty():
-            raise SettingsError("Nothing was sent: there is nobody here to ask.", f"Go on: {pushed.command()}")
+            raise SettingsError("Nothing was sent: there is nobody here to ask.", f"Continue: {pushed.command()}")
         if not typer.confirm("Push these files?"):
             out.print("Nothing was sent.")
             return

@@ -200,7 +200,7 @@ def _render(
     except Exception as error:  # the template is a program that came with the model: its words are the message
         raise DataError(
             f"{where}: the model's chat template refuses this conversation: {error}",
-            f"Roles in order: {', '.join(turn['role'] for turn in messages)}. Mend the row, or take another template.",
+            f"Roles in order: {', '.join(turn['role'] for turn in messages)}. Fix the row, or use another template.",
         ) from None
 
 
@@ -221,7 +221,7 @@ def _turn(
         completion = full[len(prompt) :]
     else:
         probe = {"role": "assistant", "content": [{"type": "text", "text": "§"}] if dialect.parts else "§"}
-        # The probe keeps an answer that happens to go on like the prompt from being taken for the header.
+        # The probe keeps an answer that happens to continue like the prompt from being taken for the header.
         bare = _render(tokenizer, [*before, probe], tools, kwargs, False, where, dialect)
         shared = min(_shared_length(prompt, bare), _shared_length(prompt, full))
         completion = _after_other_prompt(
@@ -264,7 +264,7 @@ def _after_other_prompt(
     if "<think>" not in prompt_rest:
         raise DataError(
             f"{where}: the template's prompt ends in {prompt_rest!r}, but it writes the answer as {full_rest[:50]!r}.",
-            "Such a template cannot be trained on what it will serve; take another chat template.",
+            "Such a template cannot be trained on what it will serve; use another chat template.",
         )
     thought = reasoning or content.rpartition("</think>")[0].rpartition("<think>")[2]
     answer = full_rest.rpartition("</think>")[2].lstrip()
@@ -353,7 +353,7 @@ def _check_kept(messages: list[Message], text: str, where: str) -> None:
         if not any(_letters(form) in squeezed for form in forms):
             raise DataError(
                 f"{where}: the chat template leaves out turn {number} ({message['role']}): {content[:60]!r}.",
-                "Take the turn or the row out, or take another template.",
+                "Remove the turn or the row, or use another template.",
             )
 
 
@@ -368,7 +368,7 @@ def _verify(tokenizer: Any, sample: Sample, turns: list[Turn], show: Callable[[s
     ids = sample.input_ids
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         raise DataError(
-            f"{where}: the sample begins with two {tokenizer.bos_token}.", "Take one out of the chat template."
+            f"{where}: the sample begins with two {tokenizer.bos_token}.", "Remove one from the chat template."
         )
     for (start, stop), turn in zip(sample.turns, turns, strict=True):
         answer = show(_text(turn.message).rpartition("</think>")[2])
@@ -385,7 +385,7 @@ def _verify(tokenizer: Any, sample: Sample, turns: list[Turn], show: Callable[[s
             raise DataError(
                 f"{where}: the supervised text is not the answer of the data. Answer: {answer.strip()[:80]!r}; "
                 f"supervised: {tokenizer.decode(supervised)[:80]!r}.",
-                "The chat template changes what it is given; take another template.",
+                "The chat template changes what it is given; use another template.",
             )
 
 

@@ -139,7 +139,7 @@ def asked(row: Row, name: str, where: str) -> list[Message]:
         {"role": "user", "content": question_of(row, name, where)}
     ]  # fmt: skip
     if not isinstance(value, list) and not turns[0]["content"].strip():
-        raise DataError(f"{where}: the prompt is empty.", "Take the row out, or write the prompt.")
+        raise DataError(f"{where}: the prompt is empty.", "Remove the row, or write the prompt.")
     return with_system(with_history(turns, row, where) if name != HISTORY else turns, row)
 
 

@@ -73,7 +73,7 @@ def refuse(where: str, error: DataError) -> None:
 
 @contextmanager
 def row_at(where: str, bad: Bad) -> Iterator[None]:
-    """What is done with one row: a DataError in it is `bad`'s, which may raise it, or go on with the next row.
+    """What is done with one row: a DataError in it is `bad`'s, which may raise it, or continue with the next row.
 
     So is a value that no arithmetic of ours can hold: an integer of 400 digits as a score.
     """
@@ -85,7 +85,7 @@ def row_at(where: str, bad: Bad) -> Iterator[None]:
         bad(where, DataError(f"{where}: a number that is too large: {error}.", "Write a smaller one."))
     except (RecursionError, MemoryError) as error:
         said = "nested too deeply" if isinstance(error, RecursionError) else "too large for the memory"
-        bad(where, DataError(f"{where}: a value that is {said}.", "Mend the row, or take it out."))
+        bad(where, DataError(f"{where}: a value that is {said}.", "Fix the row, or remove it."))
 
 
 def read_jsonl(path: Path, bad: Bad = refuse) -> Numbered:
@@ -110,7 +110,7 @@ def _refuse_list(path: Path, first: str) -> None:
     except RecursionError:
         return  # told by whoever reads the row
     except ValueError:
-        pass  # the list goes on in the next line
+        pass  # the list continues in the next line
     name = path.with_suffix(".json").name
     raise DataError(f"{path}:1: one JSON list, not an object a line.", f"Name it {name}: mv {path.name} {name}")
 
@@ -227,8 +227,8 @@ def check_text(row: Row, where: str) -> None:
         bad = "\0" if "\0" in text else _surrogate(text)
         if bad:
             raise DataError(
-                f"{where}: {path}: character {text.index(bad) + 1} is U+{ord(bad):04X}, which is no text.",
-                "Take it out: it comes from broken bytes or from an emoji that was cut in half.",
+                f"{where}: {path}: character {text.index(bad) + 1} is U+{ord(bad):04X}, which is not text.",
+                "Remove it: it comes from broken bytes or from an emoji that was cut in half.",
             )
 
 

@@ -165,7 +165,7 @@ def layout_of(row: Row, kind: str) -> Format | None:
     columns = {name for name, value in row.items() if value is not None and (name != "label" or kind != "prompt")}
     fitting = [item for item in FORMATS if item.fits(columns, row)]
     own = [item for item in fitting if item.kind in ACCEPTED.get(kind, (kind,))]
-    # a question whose answer is missing is no prompt of its own
+    # a question whose answer is missing is not a prompt of its own
     return next((item for item in [*own, *fitting] if item.kind != "prompt" or kind == "prompt"), None)
 
 
@@ -188,7 +188,7 @@ def as_lists(rows: list[tuple[int, Row]], kind: str) -> list[tuple[int, Row]]:
         return rows
     names = _pair_of({name for _, row in rows for name, value in row.items() if value is not None})
     gathered = preferences.gathered(rows, *names) if names else rows
-    # for KTO a score is no word of liking; where it orders several answers to a prompt, the order says it
+    # for KTO a score is not a word of liking; where it orders several answers to a prompt, the order says it
     return rows if kind == "labelled_completion" and len(gathered) == len(rows) else gathered
 
 
@@ -270,7 +270,7 @@ def _conversation(messages: list[Message], row: Row, where: str, as_strings: boo
     if last_assistant(messages) < 0:
         raise DataError(
             f"{where}: no assistant turn, so nothing to learn; roles: {', '.join(m['role'] for m in messages)}.",
-            "Take the row out, or write the answer.",
+            "Remove the row, or write the answer.",
         )
     return [PromptCompletion(where, messages, _tools(row, where), as_strings=as_strings)]
 
@@ -290,7 +290,7 @@ def _turns_of(turns: Any, where: str) -> list[Message]:
         return transcript_of(turns, where)
     messages = messages_of(turns, where)
     if not messages:
-        raise DataError(f"{where}: only empty system turns.", "Take the row out.")
+        raise DataError(f"{where}: only empty system turns.", "Remove the row.")
     return messages
 
 
@@ -312,7 +312,7 @@ def _instance(row: Row, instance: dict[str, Any], where: str) -> list[Record]:
 
 def _two_turns(question: str, answer: str, where: str) -> list[Message]:
     if not question.strip():
-        raise DataError(f"{where}: the prompt is empty.", "Take the row out, or write the prompt.")
+        raise DataError(f"{where}: the prompt is empty.", "Remove the row, or write the prompt.")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -364,7 +364,7 @@ def _labelled(row: Row, where: str) -> list[Record]:
         turns = with_history(_turns_of(row.take(column or TURN_COLUMNS[0]), where), row, where)
         last = last_assistant(turns)
         if last < 1:
-            raise DataError(f"{where}: no answer to a question, which could be liked.", "Take the row out.")
+            raise DataError(f"{where}: no answer to a question, which could be liked.", "Remove the row.")
         prompt, completion = with_system(turns[:last], row), turns[last:]
     else:
         prompt = asked(row, names[0], where)

@@ -103,7 +103,7 @@ class Ledger:
                 known = tuple(f"dropped: {reason}" for reason, _ in dropped)
                 first = next(item for item in self.listed if item["split"] == name and item["what"].startswith(known))
                 enough = -(-lost * 100 // counts.rows) / 100
-                remedy = "Raise data.max_length" if "max_length" in reasons else "Mend the rows"
+                remedy = "Raise data.max_length" if "max_length" in reasons else "Fix the rows"
                 raise DataError(
                     f"{lost} of {counts.rows} {name.replace('_', '-')} rows would be lost "
                     f"({lost / counts.rows:.0%}, allowed {max_lost:.0%}): {reasons}. First: {first['where']}.",

@@ -137,12 +137,12 @@ def _check_known(tokenizer: Any, tokens: Tokens, config: DataConfig) -> None:
         raise DataError(
             f"data.path={_shown(config)}: {found / total:.0%} of the tokens are {tokenizer.unk_token}: the model's "
             f"tokenizer cannot write this text. First: {tokens.records[first].where}.",
-            "Take a model whose tokenizer knows the language or the characters: model.name_or_path=…",
+            "Use a model whose tokenizer knows the language or the characters: model.name_or_path=…",
         )
 
 
 def _warn(config: DataConfig, kind: str, trained: Tokens, held_out: Tokens, ledger: Ledger) -> None:
-    """Note what is no mistake and yet will disappoint. Raises DataError for disliked answers alone."""
+    """Note what is not a mistake and yet will disappoint. Raises DataError for disliked answers alone."""
     counts, measured = ledger.train, ledger.held_out.rows - ledger.held_out.dropped[REPEATED]
     if kind == "prompt_completion" and counts.truncated > 0.05 * counts.rows:
         ledger.note(

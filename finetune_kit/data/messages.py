@@ -39,7 +39,7 @@ MEDIA = (
     *("image", "images", "image_url", "image_urls", "image_path", "image_paths"),
     *("audio", "audios", "video", "videos"),
 )
-ONLY_TEXT = "Text alone is trained, of models that read pictures or sound, too: take the row out, or the part."
+ONLY_TEXT = "Text alone is trained, of models that read pictures or sound, too: remove the row, or the part."
 _MARKS = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
 
 
@@ -113,7 +113,7 @@ def in_turn(messages: list[Message], where: str, merge: bool) -> list[Message]:
         if message["role"] == "assistant" and not any(turn["role"] != "system" for turn in kept):
             raise DataError(
                 f"{where}: the conversation begins with an assistant turn, which answers nothing.",
-                "Write the user's turn before it, or take the row out.",
+                "Write the user's turn before it, or remove the row.",
             )
         if message["role"] == last == "user":
             if not merge:
@@ -194,8 +194,8 @@ def check_media(holder: dict[str, Any], where: str) -> None:
     name = next((name for name in holder if holder[name] and str(name).lower() in MEDIA), "")
     if name:
         raise DataError(
-            f"{where}: `{name}` holds what is no text, and without it the text says something else.",
-            f"Take the row out, or train on the text alone: data.columns='{{{name}: unused}}'",
+            f"{where}: `{name}` holds what is not text, and without it the text says something else.",
+            f"Remove the row, or train on the text alone: data.columns='{{{name}: unused}}'",
         )
 
 
@@ -208,7 +208,7 @@ def _content(content: Any, role: str, calls: bool, where: str) -> str:
                 or not isinstance(part.get("text"), str)
             ):
                 kind = part.get("type") if isinstance(part, dict) else describe(part)
-                raise DataError(f"{where} ({role}) has a part that is no text: {kind!r}.", ONLY_TEXT)
+                raise DataError(f"{where} ({role}) has a part that is not text: {kind!r}.", ONLY_TEXT)
         content = "".join(part["text"] for part in content)
     if content is None and calls:
         return ""
@@ -216,7 +216,7 @@ def _content(content: Any, role: str, calls: bool, where: str) -> str:
         return json.dumps(content, ensure_ascii=False)
     text = text_of(content, f"{where} ({role})")
     if role == "user" and not text.strip():
-        raise DataError(f"{where} ({role}) has empty content.", "Take the row out, or write the turn.")
+        raise DataError(f"{where} ({role}) has empty content.", "Remove the row, or write the turn.")
     return text
 
 
@@ -234,7 +234,7 @@ def text_of(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     found = "null or missing" if value is None else describe(value)
-    raise DataError(f"{where}: content is {found}; expected text.", "Take the row out, or write it as a string.")
+    raise DataError(f"{where}: content is {found}; expected text.", "Remove the row, or write it as a string.")
 
 
 def describe(value: Any) -> str:

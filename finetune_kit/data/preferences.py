@@ -1,6 +1,6 @@
 """Rows of any common preference layout to pairs: two answers, scored or ranked lists, two answers and votes on them.
 
-A row that is no pair (a tie, two equal answers, an empty one) becomes a record with its `defect`, so that the ledger
+A row that is not a pair (a tie, two equal answers, an empty one) becomes a record with its `defect`, so that the ledger
 counts it; a row that cannot be read is a DataError.
 """
 
@@ -73,7 +73,7 @@ def ranked(row: Row, where: str) -> list[Record]:
     answers = _scored(row, name or "", where)
     answers.sort(key=lambda answer: -answer[1])  # stable: of equal ones the first stays first
     if len(answers) < 2:
-        raise DataError(f"{where}: {name} holds {len(answers)} answers; a pair needs two.", "Take the row out.")
+        raise DataError(f"{where}: {name} holds {len(answers)} answers; a pair needs two.", "Remove the row.")
     pairs = sorted(combinations(range(len(answers)), 2), key=lambda pair: pair[0] - pair[1])
     records: list[Record] = []
     for number, (one, other) in enumerate(pairs, start=1):
@@ -191,7 +191,7 @@ def _pair(row: Row, chosen: Any, rejected: Any, where: str, margin: float | None
     if before and prompt and not _says(before, prompt):
         raise DataError(
             f"{where}: both sides begin with turns of their own that do not hold the prompt column's text.",
-            "Take the prompt column out, or give the answers alone.",
+            "Remove the prompt column, or give the answers alone.",
         )
     if before and prompt:
         row.used.add(column)  # the turns say it
@@ -279,7 +279,7 @@ def _votes(row: Row, endings: tuple[str, str], where: str) -> list[float]:
     if named is None:
         row.used.update(f"score{ending}" for ending in endings)
         if any(isinstance(score, bool) or not isinstance(score, int | float) for score in scores):
-            raise DataError(f"{where}: no vote and no two scores.", "Take the row out, or say which answer is better.")
+            raise DataError(f"{where}: no vote and no two scores.", "Remove the row, or say which answer is better.")
         return [float(scores[1] > scores[0]) - float(scores[1] < scores[0])]  # type: ignore[operator]  # checked
     value = row.take(named)
     if isinstance(value, dict) and all(isinstance(count, int) for count in value.values()):

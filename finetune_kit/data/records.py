@@ -57,7 +57,7 @@ class Prompt:
 class Preference:
     """Two answers to one prompt; `chosen` and `rejected` are the turns after it.
 
-    `margin`: by how much the chosen one is better, in the data's own unit. `defect`: why the row is no pair, in words.
+    `margin`: how much better the chosen one is, in the data's own unit. `defect`: why the row is not a pair, in words.
     """
 
     where: str

@@ -44,7 +44,7 @@ def task_rows(task: str, size: int, seed: int, options: dict[str, Any] | None = 
         where = f"{PREFIX}{task}:{number + 1}"
         if not isinstance(entry["answer"], str) or not entry["answer"].strip():
             raise DataError(
-                f"{where}: the task gives no answer to learn from.", f"Take another task than data.path={PREFIX}{task}."
+                f"{where}: the task gives no answer to learn from.", f"Use another task than data.path={PREFIX}{task}."
             )
         messages = [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": entry["answer"]}]
         rows.append(PromptCompletion(where, messages, metadata={"task": task, **entry}))
@@ -125,7 +125,7 @@ def _generator(task: str, size: int, seed: int, options: dict[str, Any]) -> Any:
     except ImportError:
         raise ResourceError(
             f"{PREFIX}{task} needs the package reasoning-gym, which is not installed.",
-            "Run: pip install 'finetune-kit[quickstart]'   (or set data.path to data of yours)",
+            "Run: pip install 'finetune-kit[quickstart]'   (or set data.path to your own data)",
         ) from None
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3)

@@ -98,7 +98,7 @@ def render(
 def _refused(what: str) -> SecurityError:
     return SecurityError(
         f"The model's chat template {what}.",
-        "Take another model: model.name_or_path=…, or give its tokenizer another chat_template.",
+        "Use another model: model.name_or_path=…, or give its tokenizer another chat_template.",
     )
 
 
@@ -169,7 +169,7 @@ def template_of(tokenizer: Any, tools: bool = False) -> str:
     except ValueError as error:
         raise DataError(
             f"The tokenizer has several chat templates and none for these conversations: {error}",
-            "Name one of them `default`, or take another model: model.name_or_path=…",
+            "Name one of them `default`, or use another model: model.name_or_path=…",
         ) from None
 
 
@@ -207,7 +207,7 @@ def _probe(tokenizer: Any, template: str, eos: str, kwargs_json: str) -> Dialect
         raise DataError(
             "The model's chat template does not render a user turn and an answer: "
             + _complaint(tokenizer, kwargs, template),
-            "Give the tokenizer a working chat_template, or take another model: model.name_or_path=…",
+            "Give the tokenizer a working chat_template, or use another model: model.name_or_path=…",
         )
     write = as_parts if parts else list
     system: Message = {"role": "system", "content": "ProbeSystem"}
@@ -432,7 +432,7 @@ def prepare_tokenizer(tokenizer: Any, conversations: bool) -> list[str]:
     if not tokenizer.eos_token:
         raise DataError(
             "The tokenizer has neither a chat template nor an end token: no answer would ever end.",
-            "Set tokenizer.eos_token in the model's folder, or take another model: model.name_or_path=…",
+            "Set tokenizer.eos_token in the model's folder, or use another model: model.name_or_path=…",
         )
     bos = "{{ bos_token }}" if bos_prefix(tokenizer) else ""
     tokenizer.chat_template = bos + FALLBACK_TEMPLATE

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     pass
 
 SAMPLES = 8  # answers kept in report.json: the first rows, whatever they show
-LARGEST_EXPONENT = 700.0  # exp(710) is no float: a model that far gone has a loss but no perplexity
+LARGEST_EXPONENT = 700.0  # exp(710) is not a float: a model that far gone has a loss but no perplexity
 
 
 @dataclass

@@ -85,8 +85,8 @@ def measure(
     model's mode, its generation settings and the random state are left as they were. `distributions`: of preferences,
     also keep the next-token distributions at some positions, for the KL divergence. `judge`: scores the answers, as
     metric "reward"; in its place evaluate.reward_model where that is set.
-    Raises SettingsError (a metric that cannot act), DataError (nothing to measure), NumericsError (a loss or a score
-    that is no number, with its row), ResourceError (memory, or a metric's package).
+    Raises SettingsError (a metric that has no effect), DataError (nothing to measure), NumericsError (a loss or a score
+    that is not a number, with its row), ResourceError (memory, or a metric's package).
     """
     started = time.perf_counter()
     with doing("measuring") if progress else contextlib.nullcontext():
@@ -185,7 +185,7 @@ def _limits(model: Any, lengths: list[int], longest: int, where: Sequence[str]) 
         raise DataError(
             f"{where[row]}: a prompt of {lengths[row]:,} tokens; the model has positions for {room:,}, and its answer "
             "needs some.",
-            "Take the row out, or answer no held-out prompts: evaluate.size=0",
+            "Remove the row, or answer no held-out prompts: evaluate.size=0",
         )
     if cut := sum(limit < longest for limit in limits):
         _say_once(

@@ -53,7 +53,7 @@ def choose_metrics(names: list[str], data: Any, hub_metrics: Sequence[str] = ())
     if "task_score" in names and data.score is None:
         raise SettingsError(
             "evaluate.metrics: task_score needs data with a scorer of their own (reasoning_gym/<task>).",
-            "Take another: " + ", ".join(name for name in BUILT_IN if name != "task_score"),
+            "Use another: " + ", ".join(name for name in BUILT_IN if name != "task_score"),
         )
     chosen = names or _what_the_data_allow(data)
     return [_metric(name, _row_score(name, data)) for name in chosen] + [_hub_metric(name) for name in hub_metrics]

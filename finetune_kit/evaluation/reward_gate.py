@@ -61,7 +61,7 @@ def measure_rewards(
     """Score all held-out pairs of `data`, and the first ones again in other company and without their end tokens.
 
     The model's mode is left as it was. Raises SettingsError (a metric of answers: there are none), DataError (no
-    held-out pair), NumericsError (a score that is no number, with its row), ResourceError (memory).
+    held-out pair), NumericsError (a score that is not a number, with its row), ResourceError (memory).
     """
     named = ", ".join([*config.metrics, *config.hub_metrics, *filter(None, [config.reward_model])])
     if named:

@@ -57,7 +57,7 @@ class Growing:
         self.model, self.cache, self.mask, self.positions, self.logits = model, cache, mask, positions, logits
 
     def step(self, tokens: Tensor) -> None:
-        """Go on by (b, 1) tokens."""
+        """Continue by (b, 1) tokens."""
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
         self.positions = self.positions + 1
         # a model of states alone takes a mask of the tokens that it is given, and these are all real
@@ -65,7 +65,7 @@ class Growing:
         self.cache, self.logits = _forward(self.model, tokens, mask, self.positions, self.cache)
 
     def keep(self, rows: Sequence[int]) -> bool:
-        """Go on with some rows alone, where every layer of the cache lets rows go; whether it did.
+        """Continue with some rows alone, where every layer of the cache lets rows go; whether it did.
 
         It costs a copy of the cache: worth it for every quarter of the rows.
         """
@@ -115,12 +115,12 @@ class Whole:
         self.logits = logits[torch.arange(len(ids), device=device), ends - 1]
 
     def step(self, tokens: Tensor) -> None:
-        """Go on by (b, 1) tokens."""
+        """Continue by (b, 1) tokens."""
         self.rows = [[*row, token] for row, (token,) in zip(self.rows, tokens.tolist(), strict=True)]
         self._look()
 
     def keep(self, rows: Sequence[int]) -> bool:
-        """Go on with some rows alone, which it always does."""
+        """Continue with some rows alone, which it always does."""
         self.rows = [self.rows[row] for row in rows]
         self.mask, self.logits = self.mask[list(rows)], self.logits[list(rows)]
         return True
@@ -213,14 +213,14 @@ class Fixed:
                 layer.cumulative_length_int = int(count)
 
     def step(self, tokens: Tensor) -> None:
-        """Go on by (b, 1) tokens."""
+        """Continue by (b, 1) tokens."""
         self.tokens.copy_(tokens)
         self.run()
         self.left -= 1
 
     def keep(self, rows: Sequence[int]) -> bool:
-        """Go on with some rows alone; whether it did. The step is recorded anew: worth it for half of the rows, where
-        there is much to come."""
+        """Continue with some rows alone; whether it did. The step is recorded again, which pays where half of the rows
+        are left and many tokens are to come."""
         if 2 * len(rows) > len(self.mask) or self.left < 2 * WORTH:
             return False
         kept = torch.tensor(rows, device=self.mask.device)
@@ -301,7 +301,7 @@ def _refused_cache(cache: Any, columns: int) -> str:
 
 
 def fastest(begun: Growing | Whole, steps: int) -> Growing | Whole | Fixed:
-    """The batch that goes on for at most `steps` steps, in the fastest way that is right on its device."""
+    """The batch that continues for at most `steps` steps, in the fastest way that is right on its device."""
     capture = capturing(begun.mask.device)
     if capture is None or steps < WORTH or isinstance(begun, Whole):
         return begun

@@ -214,7 +214,7 @@ def _completion(tokenizer: Any, ids: list[int], *, end_token_ids: list[int], sto
     def holds_one(count: int) -> bool:
         return _stop_position(_decode(tokenizer, kept[:count]), stop) is not None
 
-    # the fewest tokens that hold a stop string: beside slower rows of its batch this one may have gone on after it
+    # the fewest tokens that hold a stop string: beside slower rows of its batch this one may have continued after it
     kept = kept[: bisect_left(range(len(kept)), True, key=holds_one)]
     text = _decode(tokenizer, kept)
     return Completion(kept, text[: _stop_position(text, stop)], ended=True)

@@ -56,7 +56,7 @@ def _line(number: int, row: dict[str, Any], where: str) -> Line:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise DataError(f"{where}: half of a surrogate pair, which is no character.", "Mend the line.") from None
+        raise DataError(f"{where}: half of a surrogate pair, which is not a character.", "Fix the line.") from None
     check_media(row, where)
     columns = Row(row)
     asks = "messages" if "messages" in row else "prompt"
@@ -67,7 +67,7 @@ def _line(number: int, row: dict[str, Any], where: str) -> Line:
     else:
         messages = asked(columns, asks, where)
     if not any(message["content"].strip() for message in messages):
-        raise DataError(f"{where}: an empty prompt.", "Take the line out, or write the prompt.")
+        raise DataError(f"{where}: an empty prompt.", "Remove the line, or write the prompt.")
     return Line(number, row, messages, tools_of(row.get("tools"), where))
 
 
@@ -83,7 +83,7 @@ def answered(lines: list[Line], output: Path, made_with: str) -> set[int]:
         raise SettingsError(f"--output {output} is a folder.", f"Give a file, such as {output / 'answers.jsonl'}")
     content = output.read_bytes()
     whole, torn = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
-    other = f"Take another --output, or move {output} away."
+    other = f"Use another --output, or move {output} away."
     if torn and not (torn.startswith(BEGINNING) or BEGINNING.startswith(torn)):
         raise DataError(f"{output} holds something else than answers, and is not overwritten.", other)
     asked = {line.number: line.fields for line in lines}
@@ -91,7 +91,7 @@ def answered(lines: list[Line], output: Path, made_with: str) -> set[int]:
     for number, raw in enumerate(whole.splitlines(), start=1):
         row = _row(raw)
         if row is None:
-            raise DataError(f"{output}:{number} is no answer of ours, and is not overwritten.", other)
+            raise DataError(f"{output}:{number} was not written by this command, and is not overwritten.", other)
         fields = {name: value for name, value in row.items() if name not in OURS}
         if asked.get(row["row"]) != fields:
             raise DataError(f"{output}:{number} answers another prompt than line {row['row']} of the file.", other)

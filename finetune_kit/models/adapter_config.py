@@ -132,7 +132,7 @@ def _check_pattern(pattern: str, path: Path) -> None:
     try:
         unsafe = nested(_parser.parse(pattern), False)
     except (re.error, RecursionError, OverflowError) as error:
-        raise SettingsError(f"{path}: {_shown(pattern)} is no pattern for layers: {error}.", AGAIN) from None
+        raise SettingsError(f"{path}: {_shown(pattern)} is not a pattern for layers: {error}.", AGAIN) from None
     if unsafe or len(pattern) > 10_000:
         raise SecurityError(f"{path}: the pattern {_shown(pattern)} could take hours to match.", CODE)
 

@@ -114,7 +114,9 @@ def _wanted_modules(model: Any, lora: LoraConfig, every: list[Matrix]) -> list[M
             )
         found = {full: matrix for full, matrix in linear.items() if full == name or full.endswith("." + name)}
         if not found:
-            raise SettingsError(f"lora.target_modules: '{name}' is no linear layer of this model.", _meant(name, every))
+            raise SettingsError(
+                f"lora.target_modules: '{name}' is not a linear layer of this model.", _meant(name, every)
+            )
         if any(not matrix.reason for matrix in found.values()):  # a tower's layers have the same names, and no gradient
             found = {full: matrix for full, matrix in found.items() if matrix.reason != OUTSIDE}
         barred = [matrix for matrix in found.values() if matrix.reason not in ("", OUTSIDE, ROUTER)]
@@ -135,7 +137,8 @@ def _wanted_parameters(lora: LoraConfig, every: list[Matrix]) -> list[Matrix]:
         if not found:
             has = ", ".join(sorted({matrix.kind for matrix in stacked})) or "none that an adapter can cover"
             raise SettingsError(
-                f"lora.target_parameters: '{name}' is no parameter of stacked experts in this model.", f"It has: {has}"
+                f"lora.target_parameters: '{name}' is not a parameter of stacked experts in this model.",
+                f"It has: {has}",
             )
         if lora.target_modules == "all-linear":
             raise SettingsError(
@@ -175,7 +178,7 @@ def _check_saved(everything: set[str], wanted: list[str]) -> None:
         if not any(full == name or full.endswith("." + name) for full in everything):
             near = difflib.get_close_matches(name, leaves, n=3, cutoff=0.4)
             hint = f"Did you mean {', '.join(near)}?" if near else f"It has: {', '.join(sorted(leaves))}"
-            raise SettingsError(f"lora.modules_to_save: '{name}' is no module of this model.", hint)
+            raise SettingsError(f"lora.modules_to_save: '{name}' is not a module of this model.", hint)
 
 
 def covered(model: PeftModel) -> Coverage:
@@ -343,14 +346,14 @@ def load_adapter(model: Any, folder: str) -> PeftModel:
 
 @contextmanager
 def as_started(model: PeftModel, init_from: str | None) -> Iterator[None]:
-    """A run's model as its training began: without an adapter, or with the one it went on from.
+    """A run's model as its training began: without an adapter, or with the one it continued from.
 
     Where the folder of that one is gone a warning says so, and the base alone stands in for it.
     """
     folder = Path(init_from or "").expanduser()
     if not init_from or not (folder / "adapter_model.safetensors").is_file():
         if init_from:
-            log.warning("%s, which this run went on from, is gone: it is compared with the base alone", init_from)
+            log.warning("%s, which this run continued from, is gone: it is compared with the base alone", init_from)
         with model.disable_adapter():
             yield
         return

@@ -14,7 +14,7 @@ from typing import Any
 from finetune_kit.errors import SettingsError
 
 AUTO_CLASS = "AutoModelForSequenceClassification"
-ANOTHER = "Take a causal language model, such as Llama, Qwen, Gemma or LFM2, as model.name_or_path."
+ANOTHER = "Use a causal language model, such as Llama, Qwen, Gemma or LFM2, as model.name_or_path."
 DEFINITION = """\
 from {config_module} import {config}
 from transformers.modeling_layers import GenericForSequenceClassification

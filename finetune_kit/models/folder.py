@@ -21,7 +21,7 @@ SETTINGS = (
     *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json"),
 )
-AGAIN = "Get the file again."
+AGAIN = "Download the file again."
 # endings of what transformers and PEFT read, and of what a run's folder has beside that, which a push sends
 READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".yaml", ".md", ".jsonl", ".html")
 MOST_PARAMETERS = 10**13
@@ -37,7 +37,7 @@ def check_model(folder: Path, whole: bool = True) -> None:
     if (folder / "adapter_config.json").is_file():
         raise SettingsError(
             f"{folder} holds a model and an adapter (adapter_config.json); transformers would load the adapter's base.",
-            "Take one of the two out, or name the adapter by lora.init_from.",
+            "Remove one of the two, or name the adapter by lora.init_from.",
         )
     if (folder / INDEX).is_file():
         _check_index(folder / INDEX, whole)
@@ -49,7 +49,7 @@ def check_model(folder: Path, whole: bool = True) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Raises SecurityError where a file that would be read is a link out of the folder, or no plain file.
+    """Raises SecurityError where a file that would be read is a link out of the folder, or not a plain file.
 
     The Hub's cache is made of links, from a snapshot to the blobs beside it: those are its own.
     """
@@ -65,11 +65,11 @@ def check_files(folder: Path) -> None:
                 "Put the file itself there, if it is yours.",
             )
         if not target.exists() or not stat.S_ISREG(target.stat().st_mode):
-            raise SecurityError(f"{path} is no plain file: reading it could hang or reach a device.", "Take it out.")
+            raise SecurityError(f"{path} is not a plain file: reading it could hang or reach a device.", "Remove it.")
 
 
 def check_settings(folder: Path) -> None:
-    """Raises SettingsError for a file of settings beside config.json that is no JSON object, or in which a value is of
+    """Raises SettingsError for a file of settings beside config.json that is not JSON object, or in which a value is of
     a kind that nothing could be made of: transformers passes over the one, and fails late or strangely at the other."""
     found = {name: read_object(folder / name, SettingsError, AGAIN) for name in SETTINGS if _is_there(folder / name)}
     generation = found.get("generation_config.json", {})
@@ -131,14 +131,14 @@ def check_weights(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise SettingsError(f"{path} is broken or cut off: {error}.", "Get the file again.") from None
+        raise SettingsError(f"{path} is broken or cut off: {error}.", "Download the file again.") from None
 
 
 def _check_index(path: Path, whole: bool) -> None:
-    content = read_object(path, SettingsError, "Get the model again.")
+    content = read_object(path, SettingsError, "Download the model again.")
     names = content.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise SettingsError(f"{path}: expected a weight_map of file names.", "Get the model again.")
+        raise SettingsError(f"{path}: expected a weight_map of file names.", "Download the model again.")
     for name in sorted(set(names.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise SecurityError(
@@ -146,7 +146,9 @@ def _check_index(path: Path, whole: bool) -> None:
                 "Do not use this model unless you know who made it.",
             )
         if whole and not (path.parent / name).is_file():
-            raise SettingsError(f"{path} names {name}, which is not there.", "Get the model again, all of its files.")
+            raise SettingsError(
+                f"{path} names {name}, which is not there.", "Download the model again, all of its files."
+            )
 
 
 def check_config(path: Path, weights: int = 0) -> None:
@@ -154,22 +156,22 @@ def check_config(path: Path, weights: int = 0) -> None:
 
     Raises SecurityError where it names code, SettingsError where it cannot be read or its shapes cannot be.
     """
-    config = read_object(path, SettingsError, "Get the model again.")
+    config = read_object(path, SettingsError, "Download the model again.")
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind.replace("-", "_").replace(".", "_").isidentifier():
         raise SettingsError(
-            f"{path}: model_type is {kind!r}; expected the name of an architecture.", "Get the model again."
+            f"{path}: model_type is {kind!r}; expected the name of an architecture.", "Download the model again."
         )
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
         raise SettingsError(
-            f"{path}: architectures is {_short(names)}; expected a list of names.", "Get the model again."
+            f"{path}: architectures is {_short(names)}; expected a list of names.", "Download the model again."
         )
     for key, value in _settings(config):
         if "attn_implementation" in key and isinstance(value, str) and not value.isidentifier():
             raise SecurityError(
                 f"{path} asks for the attention kernel {value!r}, which would be fetched and run as code ({key}).",
-                f"Take {key} out of it, and do not use this model unless you know who made it.",
+                f"Remove {key} from it, and do not use this model unless you know who made it.",
             )
     _check_shapes(config, path, weights)
 
@@ -185,14 +187,15 @@ def _check_shapes(config: dict[str, Any], path: Path, weights: int) -> None:
     for name in ("text_config", "quantization_config"):
         if config.get(name) is not None and not isinstance(config[name], dict):
             raise SettingsError(
-                f"{path}: {name} is {_short(config[name])}; expected an object of settings.", "Get the model again."
+                f"{path}: {name} is {_short(config[name])}; expected an object of settings.",
+                "Download the model again.",
             )
     names = ["num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size"]
     names += ["head_dim", "num_attention_heads", "n_head", "num_key_value_heads"]
     names += [] if any("expert" in key for key in shape) else ["intermediate_size"]  # of a model of experts alone
     for name in names:
         if name in shape and isinstance(shape[name], int) and shape[name] < 1:
-            raise SettingsError(f"{path}: {name} is {shape[name]}; expected 1 or more.", "Get the model again.")
+            raise SettingsError(f"{path}: {name} is {shape[name]}; expected 1 or more.", "Download the model again.")
     layers, width = number("num_hidden_layers", "n_layer"), number("hidden_size", "n_embd")
     positions = number("n_positions", "max_position_embeddings")
     parameters = (number("vocab_size") + (positions if "n_positions" in shape else 0)) * width
@@ -203,7 +206,7 @@ def _check_shapes(config: dict[str, Any], path: Path, weights: int) -> None:
         beside = f"; the weights beside it have {weights / 2**30:,.3f} GiB" if weights else ""
         raise SettingsError(
             f"{path}: {layers:,} layers of width {width:,} and {number('vocab_size'):,} words are {size}{beside}.",
-            "Nothing was allocated. Get the model again: this config.json is not that of its weights.",
+            "Nothing was allocated. Download the model again: this config.json is not that of its weights.",
         )
 
 

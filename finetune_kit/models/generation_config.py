@@ -1,4 +1,4 @@
-"""A model's generation config, mended before training where transformers would refuse to save it."""
+"""A model's generation config, fixed before training where transformers would refuse to save it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDLE = (
 
 
 def mend_generation_config(config: Any, name: str) -> None:
-    """Mend a generation config that transformers would refuse to save after all the training.
+    """Fix a generation config that transformers would refuse to save after all the training.
 
     Sampling settings without do_sample, as many models have them, mean do_sample=true; what else has no effect where it
     stands is put back to its default; both are said. Raises SettingsError for what cannot be.
@@ -47,7 +47,7 @@ def mend_generation_config(config: Any, name: str) -> None:
     if said := _refused(config):
         raise SettingsError(
             f"model.name_or_path={name}: its generation_config.json could not be saved with the result: {said}",
-            "Mend that file in a copy of the model's folder, and name the folder.",
+            "Fix that file in a copy of the model's folder, and name the folder.",
         )
 
 

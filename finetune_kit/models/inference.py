@@ -50,10 +50,10 @@ def in_batches(batches: list[list[int]], run: Callable[[list[int]], None], what:
         if len(batch) == 1:
             raise ResourceError(
                 f"Out of memory in {what}, with one row in the batch.",
-                "Set a smaller evaluate.max_new_tokens or data.max_length, or take a smaller model.",
+                "Set a smaller evaluate.max_new_tokens or data.max_length, or use a smaller model.",
             )
         limit = len(batch) // 2
-        log.warning("Out of memory in %s with %d rows in a batch: going on with %d.", what, len(batch), limit)
+        log.warning("Out of memory in %s with %d rows in a batch: continuing with %d.", what, len(batch), limit)
         waiting.appendleft(batch)
 
 

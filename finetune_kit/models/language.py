@@ -23,13 +23,13 @@ PROCESSOR = (
 )
 LOOK = 8  # tokens of a row that tells whether a model sees ahead
 AHEAD = 1e-3  # the share of the last token's own change, from which on a change before it is none of rounding
-TAKE_ANOTHER = "Take a model that writes from left to right, such as a Llama, Qwen, Gemma or Mistral."
+TAKE_ANOTHER = "Use a model that writes from left to right, such as a Llama, Qwen, Gemma or Mistral."
 
 
 def auto_class(config: Any, name: str) -> str:
     """The auto class of transformers that loads the language model of a config, as the class it was saved as.
 
-    `name`: the model's, for people. Raises SettingsError, with the reason, where it is no language model.
+    `name`: the model's, for people. Raises SettingsError, with the reason, where it is not a language model.
     """
     own = (getattr(config, "architectures", None) or [""])[0]
     for kind in (CAUSAL, *MULTIMODAL):

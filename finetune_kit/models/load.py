@@ -31,7 +31,7 @@ def load_base(
     """The language model on its device, in evaluation mode; with model.load_in_4bit quantised while it loads.
 
     `auto_class`: of transformers, for another head. `own`: further settings of the model's config, such as num_labels.
-    A checkpoint that reads more than text is loaded as its own class; what is no part of the language model is frozen.
+    A checkpoint that reads more than text is loaded as its own class; what is not part of the language model is frozen.
     """
     import transformers
     from transformers.utils.logging import disable_progress_bar
@@ -68,7 +68,7 @@ def load_base(
     if missing := sorted(name for name in loading["missing_keys"] if not name.startswith(own_heads)):
         raise SettingsError(
             f"model.name_or_path={model.name_or_path} lacks {len(missing)} of its weights, such as {missing[0]}.",
-            "Get all of its files again.",
+            "Download all of its files again.",
         )
     if model.load_in_4bit:
         quantization.keep_exact(base)
@@ -144,7 +144,7 @@ def load_policy(
 ) -> Any:
     """The model to train: with an adapter where `lora` is given and its rank is not 0, else in full.
 
-    Raises SettingsError for a model, or an adapter to go on from, that scores texts and writes none.
+    Raises SettingsError for a model, or an adapter to start from, that scores texts and writes none.
     """
     from transformers import set_seed
 
@@ -168,8 +168,8 @@ def load_policy(
 
 
 def check_writes(model: ModelConfig, lora: LoraConfig | None) -> None:
-    """Raises SettingsError for what scores texts and writes none, be it the model or the adapter to go on from, and for
-    a model that is no language model."""
+    """Raises SettingsError for what scores texts and writes none, be it the model or the adapter to start from, and
+    for a model that is not a language model."""
     config = load_model_config(model)
     named = [("model.name_or_path", model.name_or_path, config.architectures or [])]
     if lora is not None and lora.init_from:

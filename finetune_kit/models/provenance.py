@@ -60,7 +60,7 @@ def check_base(model: ModelConfig, folder: Path) -> None:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise SettingsError(
             f"{path} does not say which base the adapter belongs to: {what}.",
-            "Get the folder again; without base.json the adapter is tried on the base that you name.",
+            "Download the folder again; without base.json the adapter is tried on the base that you name.",
         ) from None
     now = base_record(model)
     keys = [key for key in sorted(known.keys() | now["config"]) if known.get(key) != now["config"].get(key)]
@@ -103,9 +103,11 @@ def _weight_files(model: ModelConfig) -> list[Path]:
     folder = Path(name) if Path(name).is_dir() else cached_folder(name, model.revision) or Path(name)
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if not files[0].is_file():
-        listed = read_object(index, SettingsError, "Get the model again.").get("weight_map") if index.is_file() else {}
+        listed = (
+            read_object(index, SettingsError, "Download the model again.").get("weight_map") if index.is_file() else {}
+        )
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise SettingsError(f"{index}: expected a weight_map of file names.", "Get the model again.")
+            raise SettingsError(f"{index}: expected a weight_map of file names.", "Download the model again.")
         files = [folder / file for file in sorted(set(listed.values()))]
     return files
 
@@ -117,7 +119,7 @@ def _weights_hash(model: ModelConfig) -> str | None:
     rows = {}
     for path in _weight_files(model):
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - the file is no dict
+            for key in file.keys():  # noqa: SIM118 - the file is not a dict
                 part = file.get_slice(key)
                 shape = part.get_shape()
                 first = part[:1] if shape else file.get_tensor(key)
@@ -150,7 +152,7 @@ def base_license(model: ModelConfig) -> str | None:
         parts = file.read(2 * LARGEST).decode("utf-8", errors="replace").split("---\n", 2)
     try:
         metadata = load_text(parts[1], str(card)) if len(parts) == 3 and not parts[0].strip() else {}
-    except FinetuneKitError:  # a card is no part of the model: one that cannot be read states nothing
+    except FinetuneKitError:  # a card is not part of the model: one that cannot be read states nothing
         return None
     stated = metadata.get("license")
     return stated if isinstance(stated, str) else None

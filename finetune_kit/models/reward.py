@@ -130,7 +130,7 @@ def _check_vocabulary(model: ModelConfig, config: Any, tokenizer: Any) -> None:
     if rows < needed:
         raise SettingsError(
             f"{model.name_or_path} has embeddings for {rows:,} tokens, its tokenizer has {needed:,}.",
-            "Take the tokenizer that the model was trained with.",
+            "Use the tokenizer that the model was trained with.",
         )
 
 
@@ -157,7 +157,7 @@ def score_rows(
 ) -> list[float]:
     """The model's score of each row of token ids, in the order of the rows; longest rows are scored first.
 
-    `score_together`: what scores the rows of a batch where the model is no classifier of its own; else score_batch.
+    `score_together`: what scores the rows of a batch where the model is not a classifier of its own; else score_batch.
 
     Raises ResourceError where one row alone does not fit into memory.
     """

@@ -40,7 +40,7 @@ def coverage_of(model: ModelConfig, lora: LoraConfig) -> list[str]:
 
 
 def _empty(model: ModelConfig, scores: bool = False, **given: Any) -> PreTrainedModel:
-    """The language model's shapes on torch's meta device, what is no part of it frozen as in training; `scores`: as in
+    """The language model's shapes on torch's meta device, what is not part of it frozen as in training; `scores`: as in
     empty_policy."""
     import torch
     import transformers

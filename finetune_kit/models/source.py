@@ -148,15 +148,15 @@ def _own_code(name: str, revision: str | None, local: bool) -> str:
             path = hf_hub_download(name, file, revision=revision, local_files_only=local)
         except EntryNotFoundError:
             continue
-        named = read_object(Path(path), SettingsError, "Get the model again.").get("auto_map") or {}
+        named = read_object(Path(path), SettingsError, "Download the model again.").get("auto_map") or {}
         if not isinstance(named, dict):
-            raise SecurityError(f"{path}: auto_map is no object, so the code that would be run is not known.")
+            raise SecurityError(f"{path}: auto_map is not an object, so the code that would be run is not known.")
         for value in named.values():
             modules.update(str(part) for part in (value if isinstance(value, list) else [value]) if part)
     if elsewhere := sorted(module for module in modules if "--" in module):
         raise SecurityError(
             f"{name} runs code of another repository, which model.revision does not pin: {elsewhere[0]}.",
-            "Leave model.trust_remote_code out, or take another model.",
+            "Leave model.trust_remote_code out, or use another model.",
         )
     files = ", ".join(sorted({f"{module.split('.')[0]}.py" for module in modules})) or "none"
     return f"model.trust_remote_code: code of {name} at {revision} is run, starting in: {files}"
@@ -209,7 +209,7 @@ def plain_errors(model: ModelConfig, saved: Path | None = None) -> Iterator[None
         if isinstance(value, str) and (keys := settings_with(Path(name).expanduser(), value)):
             raise SettingsError(
                 f"{Path(name) / 'config.json'}: {' and '.join(keys)} is {value!r}, which transformers does not know.",
-                "Get the file again, or take another model.",
+                "Download the file again, or use another model.",
             ) from error
         if isinstance(error, ImportError):
             named = re.search(r"pip install ([\w.-]+)", said)
@@ -218,9 +218,9 @@ def plain_errors(model: ModelConfig, saved: Path | None = None) -> Iterator[None
                 f"model.name_or_path={name} needs a package that is not here: {said}", f"{command}, and run this again."
             ) from None
         if (file := (saved or Path(name).expanduser()) / "tokenizer.json").is_file():
-            read_object(file, SettingsError, "Get the file again.")
+            read_object(file, SettingsError, "Download the file again.")
         encoder = isinstance(error, AssertionError) and "is_decoder" in said  # Reformer's
         raise SettingsError(
             f"{saved or f'model.name_or_path={name}'} cannot be loaded: {type(error).__name__}: {said}",
-            language.TAKE_ANOTHER if encoder else "Get all of its files again, or take another model.",
+            language.TAKE_ANOTHER if encoder else "Download all of its files again, or use another model.",
         ) from error

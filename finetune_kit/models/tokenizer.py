@@ -56,7 +56,7 @@ def _processors_template(model: ModelConfig) -> str | None:
         return None
     for file in ("chat_template.json", "processor_config.json"):
         path = file_of(model, file)
-        found = read_object(path, SettingsError, "Get the model again.").get("chat_template") if path else None
+        found = read_object(path, SettingsError, "Download the model again.").get("chat_template") if path else None
         if isinstance(found, str):
             return found
     return None

@@ -308,7 +308,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether the host goes on while a device computes, so that asking for a number makes it wait."""
+    """Whether the host continues while a device computes, so that asking for a number makes it wait."""
     return device.type != "cpu"
 
 

@@ -115,7 +115,7 @@ def make_plan(input_ids: torch.Tensor, attention_mask: torch.Tensor, share: bool
         return (*before, segment)
 
     def split(members: list[int], begin: int, before: tuple[Segment, ...]) -> None:
-        """Lay what all members share from `begin` on, then each group that goes on alike; members are sorted."""
+        """Lay what all members share from `begin` on, then each group that continues alike; members are sorted."""
         common = len(texts[members[0]])
         if len(members) > 1:
             common = _common(texts[members[0]], texts[members[-1]])

@@ -55,7 +55,7 @@ class Share:
 
 
 def shares(config: RecipeConfig, data: Data, policy: Any, devices: int) -> list[Share]:
-    """The ways that this run can go on `devices` devices, the one that gives up least first.
+    """The ways that this run can be spread over `devices` devices, the one that gives up least first.
 
     `policy`: the empty one of `config`. Of 4-bit weights and of PPO's own loop each device holds the whole.
     """

@@ -159,7 +159,7 @@ def command_on_devices(planned: dict[str, Any], typed: list[str]) -> str:
         raise ResourceError(
             f"None of these ways fits into {format_bytes(planned['memory_room'])} on each of {planned['devices']} "
             "devices.",
-            f"The least is {format_bytes(least['bytes'])}: take more devices, a smaller model or shorter rows.",
+            f"The least is {format_bytes(least['bytes'])}: use more devices, a smaller model or shorter rows.",
         )
     name = typed[0] if way["recipe"] == ways[0]["recipe"] else way["recipe"]
     launched = f"--num_processes {planned['devices']} -m finetune_kit run"
@@ -183,7 +183,7 @@ def does_not_fit(planned: dict[str, Any], typed: list[str]) -> ResourceError:
         least = min(planned["ways"], key=lambda way: way["bytes"])
         return ResourceError(
             message,
-            f"None of the ways tried fits; the least is {format_bytes(least['bytes'])}. Take a smaller model or rows.",
+            f"None of the ways tried fits; the least is {format_bytes(least['bytes'])}. Use a smaller model or rows.",
         )
     name = typed[0] if way["recipe"] == asked["recipe"] else way["recipe"]
     command = shlex.join([name, *typed[1:], *way["words"]])

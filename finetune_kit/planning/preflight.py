@@ -65,7 +65,7 @@ def _check_evaluation(config: RecipeConfig) -> None:
 
 
 def _check_folders(config: RecipeConfig) -> None:
-    """That rewards and the adapter to go on from are there, and are what they are taken for."""
+    """That rewards and the adapter to start from are there, and are what they are taken for."""
     lora, data = config.lora, config.data
     paths = [data.path] if isinstance(data.path, str) else data.path
     if isinstance(reward := config.reward, RewardConfig):
@@ -138,7 +138,7 @@ def _check_positions(config: RecipeConfig) -> None:
     raise SettingsError(
         f"{config.model.name_or_path} has positions for {room:,} tokens; data.max_length={config.data.max_length:,}"
         f"{beside} would be more.",
-        f"{fix}, or take a model that reads more.",
+        f"{fix}, or use a model that reads more.",
     )
 
 
@@ -155,7 +155,7 @@ def _check_losses(config: RecipeConfig) -> None:
             check_smoothing(config)
         divergence = config.train.extra.get("f_divergence_type", DIVERGENCES[0])
         if divergence not in DIVERGENCES:
-            message = f"train.extra.f_divergence_type: {divergence!r} is no divergence of this trainer."
+            message = f"train.extra.f_divergence_type: {divergence!r} is not a divergence of this trainer."
             raise SettingsError(message, f"Known: {', '.join(DIVERGENCES)}")
     elif (extra := config.train.extra.get("loss_type")) is not None:
         _check_loss("train.extra.loss_type", extra, config.kind)
@@ -166,4 +166,4 @@ def _check_loss(setting: str, name: Any, trainer: str) -> None:
     if known and name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise SettingsError(f"{setting}: {name!r} is no loss of this trainer.", f"{hint}Known: {', '.join(known)}")
+        raise SettingsError(f"{setting}: {name!r} is not a loss of this trainer.", f"{hint}Known: {', '.join(known)}")

@@ -179,7 +179,7 @@ def _refused(name: str, what: str) -> SettingsError:
 def numbers_of(found: Any, name: str, records: Sequence[Any]) -> list[float | None]:
     """What a reward returned as floats, None kept: it does not apply to that row. An array of one dimension is a list.
 
-    Raises DataError for what is no list of numbers; the row is named.
+    Raises DataError for what is not a list of numbers; the row is named.
     """
     fix = "Return one number a completion, or None where the reward does not apply."
     if isinstance(found, str | bytes | dict | set | frozenset) or not hasattr(found, "__iter__"):
@@ -219,5 +219,5 @@ def read_from_turns(record: Any) -> bool:
 
 
 def raised(error: BaseException) -> str:
-    """What happened, as a message goes on with it after the reward's name."""
+    """What happened, as a message continues with it after the reward's name."""
     return str(error) if isinstance(error, Ended) else f"raised {type(error).__name__}"

@@ -41,14 +41,14 @@ def place_of(source: str) -> Path:
 
 
 def _is_local(source: str) -> bool:
-    """Whether a name can be that of a folder alone; runs/reward beside other runs is no Hub id."""
+    """Whether a name can be that of a folder alone; runs/reward beside other runs is not a Hub id."""
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         return True
     return "/" in source and Path(source).expanduser().parent.is_dir()
 
 
 def check_judge(setting: str, source: str, policy: ModelConfig) -> None:
-    """Raises SettingsError where `source`, which `setting` names, is no reward model: its config is read, no weights.
+    """Raises SettingsError where `source`, which `setting` names, is not a reward model. It reads the config alone.
 
     `policy`: the base of an adapter may be the policy's own.
     """
@@ -119,7 +119,7 @@ def model_score(
             if len(row) > longest:
                 raise DataError(
                     f"{record.where}: {len(row)} tokens with its completion, but {source} takes {longest}.",
-                    "Set a smaller max_new_tokens, or take the row out.",
+                    "Set a smaller max_new_tokens, or remove the row.",
                 )
         return score_rows(judge, rows, config.batch_size, score_together=score_together)
 

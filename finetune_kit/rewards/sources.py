@@ -83,7 +83,7 @@ def checked(part: Part, prompts: list[str], completions: list[str], records: lis
         detail = "" if isinstance(error, Ended) else f": {error}"
         raise DataError(
             f"reward {part.name} {raised(error)} {where}{detail}",
-            "Mend what it waits for, or allow it more: reward.timeout=…"
+            "Fix what it waits for, or allow it more: reward.timeout=…"
             if slow
             else "It must return one number for any completion, an empty one included.",
         ) from error

@@ -20,7 +20,7 @@ TENSORS, NUMBERS = "state.safetensors", "state.json"
 @dataclass(frozen=True)
 class Snapshot:
     """tensors: weights and optimizer by parameter name, on any device. numbers: step, KL coefficient, and what the run
-    must have in common with the one that goes on. scheduler: its own state. record: that of metrics.jsonl."""
+    must have in common with the one that continues. scheduler: its own state. record: that of metrics.jsonl."""
 
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]

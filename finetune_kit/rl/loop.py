@@ -138,7 +138,7 @@ class Loop:
             resources.empty_cache()
             if self.trainer.is_main:
                 taken = train.per_device_train_batch_size
-                self.record.say(f"note: {rows} rows at once do not fit into memory: going on with {taken}")
+                self.record.say(f"note: {rows} rows at once do not fit into memory: continuing with {taken}")
                 self.record.write({"step": before.numbers["step"], "per_device_train_batch_size": taken})
             self.trainer.restore(before)
 

@@ -20,7 +20,7 @@ TRAINED_ROW = "trained_row"  # a key of a prompt's turns
 MOST_CONSTANT = 5  # logged steps
 ALIKE = (
     "Take a reward in smaller steps, an easier task, a higher temperature, or train with lora_sft first: "
-    "lora.init_from=… goes on from there. See docs/ppo.md."
+    "lora.init_from=… resumes from there. See docs/ppo.md."
 )
 
 

@@ -1,7 +1,7 @@
 """PPO: sample completions, score them, and move the policy towards the better ones, never far from the reference.
 
 One update, in the order of this file: rollout (sample, reward, look at each token once) -> advantages -> epochs of
-mini-batches -> watchdogs. All randomness follows from (seed, update), so that a run goes on from a checkpoint as if it
+mini-batches -> watchdogs. All randomness follows from (seed, update), so that a run resumes from a checkpoint as if it
 had never stopped. The arithmetic is in rl/math.py, each equation with its source.
 """
 
@@ -68,7 +68,7 @@ def copied(tensor: Tensor, beside: bool) -> Tensor:
 class PPOTrainer:
     """Trains `policy` on the prompts of `data` for `rewards`; `train()` returns the lines of metrics.jsonl.
 
-    Raises SettingsError (batch sizes that do not divide, settings that cannot act), DataError (a prompt too long).
+    Raises SettingsError (batch sizes that do not divide, settings that have no effect), DataError (a prompt too long).
     """
 
     def __init__(self, policy: Any, tokenizer: Any, data: Data, rewards: Rewards, config: PPOSettings) -> None:
@@ -438,7 +438,7 @@ class PPOTrainer:
         return Snapshot(copies, self._numbers(), self.scheduler.state_dict(), self.record.state())
 
     def _numbers(self) -> dict[str, Any]:
-        """Where the run is, and what it must have in common with one that goes on from a snapshot."""
+        """Where the run is, and what it must have in common with one that resumes from a snapshot."""
         numbers = {"step": self.step, "kl_coef": self.kl_coef, "constant": self.constant, "varied": self.varied}
         same = {"batch_size": self.config.batch_size, "seed": self.config.train.seed, "prompts": len(self.prompts)}
         return {**numbers, **same}
@@ -469,7 +469,7 @@ class PPOTrainer:
             group["lr"] = rate
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint folder of this very run."""
+        """Continue from a checkpoint folder of this very run."""
         snapshot = read_checkpoint(folder)
         self.restore(snapshot)
         self.record.last_tokens = snapshot.record.get("tokens", 0.0)

@@ -90,7 +90,7 @@ def _sample_batch(
 ) -> list[Sampled]:
     state = decoding.fastest(_begin(policy, prompts), max_new_tokens)
     written: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))  # the prompt that each row of the batch goes on from
+    alive = list(range(len(prompts)))  # the prompt that each row of the batch resumes from
     going = list(alive)  # those that have not ended
     finite = torch.ones((), dtype=torch.bool, device=policy.device)
     fresh: list[Tensor] = []  # (b, 1) each, drawn since the host last looked
@@ -151,7 +151,9 @@ def _begin_with_cache(policy: Any, prompts: list[list[int]]) -> decoding.Growing
     ids = torch.zeros((len(prompts), width - shared), dtype=torch.long)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)
     mask[:, :shared] = 1
-    for row, prompt in enumerate(prompts):  # padded in front of what is its own, so that all go on in the same column
+    for row, prompt in enumerate(
+        prompts
+    ):  # padded in front of what is its own, so that all continue in the same column
         ids[row, width - len(prompt) :] = torch.tensor(prompt[shared:])
         mask[row, width - (len(prompt) - shared) :] = 1
     return decoding.begin(policy, ids.to(policy.device), mask.to(policy.device), cache)
@@ -196,7 +198,7 @@ class Reference:
     """The policy as it was when this was made: `with reference():` the policy is it.
 
     A fresh adapter computes nothing yet, so the reference is the policy with the adapter off and costs no memory. An
-    adapter that goes on from a run, or a model trained in full, is kept as a second copy of the trained weights.
+    adapter that starts from a run, or a model trained in full, is kept as a second copy of the trained weights.
     """
 
     def __init__(self, policy: Any) -> None:

@@ -78,11 +78,11 @@ INERT = {
 
 
 def check_settings(config: PPOSettings, devices: int) -> None:
-    """Raises SettingsError for batch sizes that do not divide, and for settings that cannot act."""
+    """Raises SettingsError for batch sizes that do not divide, and for settings that have no effect."""
     if sharding := distributed.sharding():
         raise SettingsError(
             f"{sharding} was asked for, and PPO's loop shares gradients alone: each device holds the whole model.",
-            "Take accelerate_config.yaml; docs/scale.md says what fits.",
+            "Use accelerate_config.yaml; docs/scale.md says what fits.",
         )
     parts = devices * config.num_mini_batches
     if config.batch_size % parts:
@@ -144,7 +144,7 @@ def check_prompts(prompts: list[list[int]], data: Data, policy: Any, max_new_tok
             raise DataError(
                 f"{data.train_records[data.train[row]['row']].where}: a prompt of {len(prompt)} tokens and "
                 f"max_new_tokens={max_new_tokens} do not fit the model's context of {room}.",
-                f"Set max_new_tokens to at most {room - len(prompt)}, or take the row out.",
+                f"Set max_new_tokens to at most {room - len(prompt)}, or remove the row.",
             )
     if is_adapter(policy) and policy.active_peft_config.is_prompt_learning:
         raise SettingsError("PPO trains LoRA adapters or the whole model; this adapter is a learned prompt.")

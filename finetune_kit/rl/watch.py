@@ -12,7 +12,7 @@ CAUSES = (
 
 
 def collapse(line: dict[str, float], config: PPOSettings, constant: int) -> str | None:
-    """Why a run has to stop after an update with this log line, in words; None where it may go on.
+    """Why a run has to stop after an update with this log line, in words; None where it may continue.
 
     `constant`: updates in a row in which all completions had the same score.
     """

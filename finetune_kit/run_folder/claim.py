@@ -45,7 +45,7 @@ RATE = (
     "train.max_steps",
     "train.num_train_epochs",
 )
-# settings that a run can go on with changed, and then act from there on; those of `evaluate` act in any case
+# settings that a run can continue with changed, and then act from there on; those of `evaluate` act in any case
 OPENABLE = (
     *RATE,
     "train.weight_decay",
@@ -62,9 +62,10 @@ OPENABLE = (
 def claim(config: RecipeConfig) -> Path:
     """Decide the run's folder and put it into config.train.output_dir; nothing is created yet.
 
-    An unfinished run of the same settings goes on in its folder; config.allow_changed opens single ones. Else a folder
-    that the user names must be free and writable (SettingsError). The default runs/<recipe>, and that of a run.yaml
-    which is run again, go on with -2, -3, …; a finished run, or one that another process trains, is never touched.
+    An unfinished run of the same settings continues in its folder; config.allow_changed lists the settings that may
+    differ. Else a folder that the user names must be free and writable (SettingsError). The default runs/<recipe>, and
+    that of a run.yaml which is run again, is followed by -2, -3, …; a finished run, or one that another process trains,
+    is never touched.
     """
     config.train.output_dir = str(distributed.from_main(lambda: _choose(config)))
     return Path(config.train.output_dir)
@@ -143,7 +144,7 @@ def _check_openable(keys: Sequence[str]) -> None:
     for key in keys:
         if key not in OPENABLE and not key.startswith("evaluate."):
             raise SettingsError(
-                f"--allow-changed {key}: a run that has begun cannot go on with another one, or it would not act.",
+                f"--allow-changed {key}: a run that has begun cannot continue with another one, or it would not act.",
                 f"These can be changed: {', '.join(OPENABLE)} and evaluate.…",
             )
 
@@ -170,11 +171,11 @@ def _refuse_others(folder: Path, config: RecipeConfig) -> None:
 
 
 def _check_plain(folder: Path) -> None:
-    """Raises SettingsError where a run that would go on holds what is neither a file nor a folder."""
+    """Raises SettingsError where a run that would continue holds what is neither a file nor a folder."""
     if (strange := strange_in(folder)) is not None:
         raise SettingsError(
-            f"{strange} is no plain file: reading or writing it could hang.",
-            f"Take it out, or begin another run: output_dir={next_free(folder)}",
+            f"{strange} is not a plain file: reading or writing it could hang.",
+            f"Remove it, or begin another run: output_dir={next_free(folder)}",
         )
 
 
@@ -193,7 +194,7 @@ def _compare(folder: Path, then: dict[str, Any], now: dict[str, Any], config: Re
             for key in settings
         ]
         opened = all(key in OPENABLE or key.startswith("evaluate.") for key in settings)
-        on = f"Go on with them: --allow-changed {','.join([*config.allow_changed, *settings])}   " if opened else ""
+        on = f"Continue with them: --allow-changed {','.join([*config.allow_changed, *settings])}   " if opened else ""
         raise SettingsError(f"{folder} holds an unfinished run with other settings: {', '.join(was)}.", on + free)
     stamps = [name for name in STAMPS if name in now and then.get(name) != now[name]]
     if stamps:
@@ -220,7 +221,7 @@ def _is_run_again(config: RecipeConfig, folder: Path) -> bool:
 def begin(config: RecipeConfig, ledger: Any, stamps: dict[str, Any]) -> Path:
     """Make the folder with what is known before training: run.yaml, ledger.json, and identity.json with `stamps`.
 
-    A folder appears with all three or not at all. An unfinished run in it goes on; SettingsError where that was begun
+    A folder appears with all three or not at all. An unfinished run in it continues; SettingsError where that was begun
     with other settings or stamps.
     """
     if config.train.output_dir is None:

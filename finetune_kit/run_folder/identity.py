@@ -44,7 +44,7 @@ def settings_of(config: RecipeConfig) -> dict[str, Any]:
 
 def read_identity(folder: Path) -> dict[str, Any]:
     """What the run in a folder was begun with: settings, versions, and hashes of data, model and tokenizer."""
-    fix = f"It is no run that can go on. Begin another: output_dir={next_free(folder)}"
+    fix = f"It is not a run that can continue. Begin another: output_dir={next_free(folder)}"
     known = read_object(folder / IDENTITY, SettingsError, fix)
     if missing := [name for name in ("settings", "versions") if not isinstance(known.get(name), dict)]:
         raise SettingsError(f"{folder / IDENTITY} has no {' and no '.join(missing)}.", fix)

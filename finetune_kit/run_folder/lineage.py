@@ -1,4 +1,4 @@
-"""A run that goes on from another one: what it starts with, and the whole line that it comes from."""
+"""A run that starts from another one: what it starts with, and the whole line that it comes from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INHERITED = ("name_or_path", "revision", "load_in_4bit", "bnb_4bit_quant_type", 
 
 
 def start_from_run(config: RecipeConfig) -> None:
-    """Let model.name_or_path name a finished run of an adapter: the run's base is loaded, and training goes on from
+    """Let model.name_or_path name a finished run of an adapter: the run's base is loaded, and training resumes from
     its adapter (lora.init_from). A folder with a whole model needs nothing.
 
     Raises SettingsError for an adapter that no run of ours made, and where the recipe trains no adapter.
@@ -79,7 +79,7 @@ def ancestors(config: RecipeConfig) -> list[dict[str, Any]]:
         for one in entries
     )
     if not whole:
-        raise SettingsError(f"{folder / ANCESTRY} is no list of runs.", "Take the file out: it is told, not used.")
+        raise SettingsError(f"{folder / ANCESTRY} is not a list of runs.", "Remove the file: it is told, not used.")
     return list(entries)
 
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-IDENTITY = "identity.json"  # in a run's folder: what a run that goes on there must have in common with it
+IDENTITY = "identity.json"  # in a run's folder: what a run that continues there must have in common with it
 # settings that leave what is trained as it is
 FREE = (
     "train.output_dir",

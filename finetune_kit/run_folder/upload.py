@@ -88,7 +88,7 @@ def check_access(repo_id: str, private: bool = True) -> None:
     if public and private:
         raise SettingsError(
             f"{repo_id} is there already, and public; a private push was asked for.",
-            "Take another name, or say that it is meant: --public (hub.private=false)",
+            "Use another name, or say that it is meant: --public (hub.private=false)",
         )
 
 
@@ -113,7 +113,7 @@ def send(push: Push, message: str | None = None) -> str:
     """Send what `prepare` gave, as one commit; returns the address of the repository.
 
     The repository is made where it is not there. What of FILES an earlier push left and this one has not is deleted.
-    Raises ResourceError with the command to go on: what has arrived by then is not sent again.
+    Raises ResourceError with the command to continue: what has arrived by then is not sent again.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -187,7 +187,7 @@ def refuse_leaks(push: Push, config: RecipeConfig | None) -> None:
             if secret in text:
                 raise SecurityError(
                     f"{push.folder / name} holds {what}, which would be sent to {push.repo_id}. Nothing was sent.",
-                    "Take it out of the file, and push again.",
+                    "Remove it from the file, and push again.",
                 )
 
 
@@ -229,12 +229,12 @@ def _is_cut(error: BaseException) -> bool:
 
 @contextmanager
 def plain_errors(repo_id: str, push: Push | None = None) -> Iterator[None]:
-    """Turns what the Hub's client raises into what it means and the next step; with `push`, the command to go on."""
+    """Turns what the Hub's client raises into what it means and the next step; with `push`, the command to continue."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     http_error: Any = HfHubHTTPError.__mro__[1]  # of the HTTP library, whichever the client uses
-    go_on = f"{push.folder} is whole. What has arrived is not sent again. Go on: {push.command()}" if push else ""
+    go_on = f"{push.folder} is whole. What has arrived is not sent again. Continue: {push.command()}" if push else ""
     try:
         yield
     except FinetuneKitError:

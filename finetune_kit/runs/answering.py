@@ -24,7 +24,7 @@ from finetune_kit.system.parsing import read_object
 from finetune_kit.system.terminal import doing
 
 SEEDS = 2**32
-COMMANDS = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer, /help says this again."
+COMMANDS = "/reset starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer, /help says this again."
 ENDS = ("/exit", "/quit", "/bye", "/q", "exit", "quit")  # the last two are what people type who are used to a shell
 HELPS = ("/help", "/?", "help")
 
@@ -66,7 +66,7 @@ class Decoding:
 
 
 def check(decoding: Decoding) -> None:
-    """Raises SettingsError for a setting out of range, or one that cannot act."""
+    """Raises SettingsError for a setting out of range, or one that has no effect."""
     d = decoding
     ranges = (
         ("--max-new-tokens", d.max_new_tokens, d.max_new_tokens >= 1, "1 or more"),
@@ -131,7 +131,7 @@ def _end_token_ids(run: FinishedRun, tokenizer: Any) -> list[int]:
     saved = read_object(path).get("eos_token_id")  # the others have no say here, whatever they are
     ids = saved if isinstance(saved, list) else [saved] if saved is not None else []
     if not all(isinstance(number, int) for number in ids):
-        raise SettingsError(f"{path}: eos_token_id is {saved!r}; expected token numbers.", "Get the file again.")
+        raise SettingsError(f"{path}: eos_token_id is {saved!r}; expected token numbers.", "Download the file again.")
     return list(dict.fromkeys([*ids, *end_token_ids(tokenizer, run.config.data.chat_template_kwargs)]))
 
 
@@ -306,7 +306,7 @@ def converse(asked: LoadedRun, read: Callable[[], str], tell: Callable[[str], No
         if word in ENDS:
             return
         if word in HELPS or (word.startswith("/") and word[1:].isalpha() and word != "/reset"):
-            tell(f"{'' if word in HELPS else f'{word} is no command. '}{COMMANDS}\n")
+            tell(f"{'' if word in HELPS else f'{word} is not a command. '}{COMMANDS}\n")
             continue
         if word == "/reset" or bare:
             messages = []
@@ -318,7 +318,7 @@ def converse(asked: LoadedRun, read: Callable[[], str], tell: Callable[[str], No
             messages = [*turns, {"role": "assistant", "content": completion.text}]
             tell("\n" if completion.ended else "\n(cut off: --max-new-tokens)\n")
         except DataError as error:
-            tell(f"{error}\n/reset begins anew.\n")
+            tell(f"{error}\n/reset starts over.\n")
         except KeyboardInterrupt:
             if "SIGTERM" in signals.came:
                 raise

@@ -21,7 +21,7 @@ def difference(one: Path, other: Path) -> dict[str, Any]:
     """{settings, data, versions, results}, each a list of {name, a, b, …} of what is not the same in both runs.
 
     Settings have origin_a and origin_b; results are all metrics that either has, {before, after} on each side.
-    Raises SettingsError where a folder is no run's.
+    Raises SettingsError where a folder is not a run's.
     """
     a, b = _read(one), _read(other)
     return {
@@ -46,7 +46,8 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
         check_files(folder)
     if not path.is_file():
         raise SettingsError(
-            f"{folder} is no run's folder: it has no run.yaml.", "A run is made by: python -m finetune_kit run RECIPE"
+            f"{folder} is not a run's folder: it has no run.yaml.",
+            "A run is made by: python -m finetune_kit run RECIPE",
         )
     record = values.load_file(path)
     versions, origins = (_object(record.pop(name, {}), path, name) for name in ("versions", "origins"))
@@ -66,7 +67,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
         sides = ("before", "after")
         results = {str(metric["name"]): {side: float(metric[side]) for side in sides} for metric in metrics}
     except (TypeError, KeyError, ValueError):
-        raise SettingsError(f"{folder / 'report.json'} is no run's report: its metrics are not whole.") from None
+        raise SettingsError(f"{folder / 'report.json'} is not a run's report: its metrics are not whole.") from None
     return {
         "settings": {name: value for name, value in settings.items() if name not in PLACES},
         "origins": origins,
@@ -78,7 +79,9 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _object(value: Any, path: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise SettingsError(f"{path} is no run's: {name} is no object.", "Get the file again, or take it out.")
+        raise SettingsError(
+            f"{path} is not a run's: {name} is not an object.", "Download the file again, or remove it."
+        )
     return value
 
 

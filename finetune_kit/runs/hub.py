@@ -34,7 +34,7 @@ def prepare(
     repository's name, a card whose metadata are not the Hub's), SecurityError (a token or a local path in a file).
     """
     if not is_hub_name(repo_id):
-        raise SettingsError(f"{repo_id} is no repository of the Hub: expected user/name.")
+        raise SettingsError(f"{repo_id} is not a repository of the Hub: expected user/name.")
     if not folder.is_dir():
         raise SettingsError(f"{folder}: no such folder.", "A run is made by: python -m finetune_kit run RECIPE")
     check_files(folder)  # a link in a folder that others made would send a file of this machine
@@ -152,7 +152,7 @@ def _results(folder: Path, config: RecipeConfig, task: str) -> list[Any]:
             spread = f"95 % interval {spread_of(metric, decimals=4)}"
             change = f"before {metric['before']:.4f}, change {metric['difference']:+.4f}, {spread}, n = {metric['n']}"
         except (TypeError, KeyError, ValueError, AttributeError, IndexError):
-            raise SettingsError(f"{path} is no run's report: its metrics are not whole.") from None
+            raise SettingsError(f"{path} is not a run's report: its metrics are not whole.") from None
         results.append(
             EvalResult(
                 task_type=task,

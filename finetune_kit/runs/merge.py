@@ -6,8 +6,8 @@ An adapter that was trained on 4-bit weights has learned to live with their erro
 it: "base" adds it to the weights as they were before quantisation, "dequantised" to what the 4 bits stand for. Each is
 measured on held-out rows against the model that was trained, the adapter on the 4-bit base; the one whose distributions
 are nearer to that model's, by KL(trained || candidate) per supervised token, is taken. Adding the adapter to the 4-bit
-weights themselves is no candidate: the sum must be rounded to 4 bits again, and that rounding costs more (measured on
-six layers of SmolLM2-135M: 0.0175 nats a token) than the whole fine-tune had moved the model (0.0143).
+weights themselves is not a candidate: the sum must be rounded to 4 bits again, which costs more (measured on six
+layers of SmolLM2-135M: 0.0175 nats a token) than the whole fine-tune had moved the model (0.0143).
 
 There is one model in memory at a time: of the trained one only its log-probabilities at some positions are kept.
 """
@@ -167,7 +167,7 @@ def _open(
         raise SettingsError(f"{out} is not empty; nothing in it was touched.", "Choose a folder that does not exist.")
     above = next(path for path in out.absolute().parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise SettingsError(f"{out} cannot be made: {above} is no folder that can be written to.")
+        raise SettingsError(f"{out} cannot be made: {above} is not a folder that can be written to.")
     _reported(folder / "report.json")  # the card quotes it: one that is broken is told before the work
     return run
 

@@ -72,19 +72,19 @@ class FinishedRun:
 def open_run(folder: Path, words: list[str], recipe: str | None = None) -> FinishedRun:
     """Read a run's settings. `recipe`: the recipe's file, where the run was not made by a built-in one.
 
-    Raises SettingsError where the folder is no finished run, SecurityError where its run.yaml alone names a file.
+    Raises SettingsError where the folder is not a finished run, SecurityError where its run.yaml alone names a file.
     """
     check_floors()
     if folder.is_dir():
         check_files(folder)
     if not (folder / "run.yaml").is_file():
         raise SettingsError(
-            f"{folder} is no run's folder: it has no run.yaml.",
+            f"{folder} is not a run's folder: it has no run.yaml.",
             f"{'' if folder.is_dir() else near_path(str(folder))}A run is made by: python -m finetune_kit run RECIPE",
         )
     if is_unfinished(folder):
         raise SettingsError(
-            f"{folder} is a run that has not finished.", f"Go on: python -m finetune_kit run {folder / 'run.yaml'}"
+            f"{folder} is a run that has not finished.", f"Continue: python -m finetune_kit run {folder / 'run.yaml'}"
         )
     if not any(folder.glob("*.safetensors")):
         raise SettingsError(f"{folder} is a run that has not finished: it holds no weights.")
@@ -182,7 +182,7 @@ def check_writes(run: FinishedRun) -> None:
 
 
 def compare_run(run: FinishedRun) -> Report:
-    """The run's model against what it started from on the held-out rows: its base, or the adapter it went on from."""
+    """The run's model against what it started from on the held-out rows: its base, or the adapter it continued from."""
     _refuse_its_metrics(run)
     if run.is_reward_model:
         return _compare_rewards(run)
@@ -274,7 +274,7 @@ def verify_run(run: FinishedRun) -> Proof:
         try:
             was = sentence(results)
         except (TypeError, KeyError, ValueError):
-            raise SettingsError(f"{path} is no run's report: what it says of a proof is not whole.") from None
+            raise SettingsError(f"{path} is not a run's report: what it says of a proof is not whole.") from None
         text = card.read_text(encoding="utf-8").replace(was, sentence(told))
         card.write_text(text, encoding="utf-8")
     return proof
@@ -342,7 +342,9 @@ def _columns(run: FinishedRun, folders: list[Path]) -> dict[str, Path]:
 def check_adapter(folder: Path) -> None:
     """Raises SettingsError for a folder without an adapter in it, SecurityError for one whose weights are a pickle."""
     if not (folder / "adapter_config.json").is_file():
-        raise SettingsError(f"{folder} is no adapter: it has no adapter_config.json.", "Give the folder of an adapter.")
+        raise SettingsError(
+            f"{folder} is not an adapter: it has no adapter_config.json.", "Give the folder of an adapter."
+        )
     read_adapter_config(folder)
     if not (folder / "adapter_model.safetensors").is_file():
         if (folder / "adapter_model.bin").is_file():
@@ -374,7 +376,7 @@ def _data_settings(folder: Path) -> dict[str, Any]:
     written = values.load_file(folder / "run.yaml")
     data, train = (written.get(name) or {} for name in ("data", "train"))
     if not isinstance(data, dict) or not isinstance(train, dict):
-        raise SettingsError(f"{folder / 'run.yaml'} is no run's: data and train have to hold settings.")
+        raise SettingsError(f"{folder / 'run.yaml'} is not a run's: data and train have to hold settings.")
     kept = {f"data.{name}": value for name, value in {**asdict(DataConfig()), **data}.items()}
     kept["train.seed"] = train.get("seed", TrainConfig.seed)
     for harmless in ("data.size", "data.weights", "data.max_length", "data.packing", "data.train_on", "data.max_lost"):

@@ -15,7 +15,7 @@ from finetune_kit.training import checkpoint, resources, stopping
 
 
 def train(recipe: Recipe, settings: RecipeConfig, *, strict_resume: bool = False, out: Console = console) -> Artifact:
-    """The recipe's artifact, in settings.train.output_dir. An unfinished run there goes on from its newest whole
+    """The recipe's artifact, in settings.train.output_dir. An unfinished run there resumes from its newest whole
     checkpoint; with `strict_resume` a broken one is an error, else it is passed over and told. Lines go to `out`.
 
     What would end the run late (rights on the Hub, shapes, optimizers) is looked for first. A signal, or an interrupt
@@ -37,7 +37,7 @@ def train(recipe: Recipe, settings: RecipeConfig, *, strict_resume: bool = False
         out.print(f"note: {twin} holds a finished run of these very settings; this one trains again.", markup=False)
     if is_unfinished(folder):
         found = distributed.from_main(lambda: checkpoint.newest_whole(folder, strict_resume))
-        where = f"goes on from step {checkpoint.step_of(found)}" if found else "begins anew: it had no checkpoint yet"
+        where = f"resumes from step {checkpoint.step_of(found)}" if found else "starts over: it had no checkpoint yet"
         out.print(f"{folder} holds an unfinished run of these settings, which {where}.", markup=False)
     with doing("starting"):
         import torch  # noqa: F401  # they take seconds to import: the silence has a name

@@ -106,7 +106,7 @@ DONE_OTHERWISE = {name: reason for names, reason in _DONE_OTHERWISE.items() for 
 
 
 class UnknownSetting(SettingsError):
-    """A name that is no setting. `meant`: the right one, or why there is none; "" where nothing is near."""
+    """A name that is not a setting. `meant`: the right one, or why there is none; "" where nothing is near."""
 
     def __init__(self, written: str, origin: str, meant: str, recipe: str) -> None:
         self.written, self.origin, self.meant = written, origin, meant
@@ -139,7 +139,7 @@ def find_name(written: str, known: Sequence[str], everywhere: Sequence[str], rec
         name = f" ({meant} is the setting's name.)" if meant else ""
         raise SettingsError(
             f"{written} has no effect in {recipe}: the recipe has no section '{section}' ({origin}).",
-            f"Leave it out, or take another recipe: python -m finetune_kit list.{name}",
+            f"Leave it out, or use another recipe: python -m finetune_kit list.{name}",
         )
     reason = DONE_OTHERWISE.get(_last(key), "")
     raise UnknownSetting(written, origin, meant or reason or _nearest(key, known), recipe)

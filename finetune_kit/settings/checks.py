@@ -15,7 +15,7 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 
 
 def check(config: RecipeConfig) -> None:
-    """Raises SettingsError for a number out of range, a name unknown to transformers, a setting that cannot act;
+    """Raises SettingsError for a number out of range, a name unknown to transformers, a setting that has no effect;
     SecurityError for a setting that would run a stranger's code, or holds a token."""
     if found := out_of_range(config):
         raise together(found)
@@ -78,7 +78,7 @@ def _check_trust(config: RecipeConfig) -> None:
         if _TOKEN.search(str(leaf.value)):  # the message must not hold it
             raise SecurityError(
                 f"{_named(config, leaf.key)} holds what looks like a token; it would stand in the run's files.",
-                "Take it out. The Hub's token is read from HF_TOKEN, or put away by: hf auth login",
+                "Remove it. The Hub's token is read from HF_TOKEN, or put away by: hf auth login",
             )
 
 

@@ -59,7 +59,7 @@ def read_file(path: Path) -> Node | None:
     try:
         # a named pipe would be waited for
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir() and path.absolute().parts[1] not in PIPES:
-            raise SettingsError(f"{path}: no plain file.", "Put the file itself there.")
+            raise SettingsError(f"{path}: not a plain file.", "Put the file itself there.")
         with path.open("rb") as file:
             return _compose(file.read(LARGEST + 1).decode("utf-8"), str(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -69,7 +69,7 @@ def read_file(path: Path) -> Node | None:
         raise SettingsError(f"{path}: not UTF-8 (byte {error.start}).") from None
     except OSError as error:
         raise SettingsError(
-            f"{path} cannot be read: {error.strerror or error}.", "Look at it, or take another."
+            f"{path} cannot be read: {error.strerror or error}.", "Look at it, or use another."
         ) from None
 
 
@@ -117,9 +117,7 @@ def _check_size(text: str, where: str) -> None:
     """Raises SecurityError for YAML that would take hours or all memory to build: too large, nested too deep, or with
     aliases that repeat one another (ten lines of them can stand for thousands of millions of values)."""
     if len(text) > LARGEST:
-        raise SecurityError(
-            f"{where}: more than {LARGEST >> 10} KiB of YAML.", "Settings are short: take the rest out."
-        )
+        raise SecurityError(f"{where}: more than {LARGEST >> 10} KiB of YAML.", "Settings are short: remove the rest.")
     sizes: dict[str, int] = {}  # values below each anchor
     open_: list[tuple[str | None, int]] = []  # the lists and dicts that are being read: anchor, values before them
     count = aliases = 0

@@ -14,13 +14,13 @@ from finetune_kit.errors import FinetuneKitError, SettingsError
 DEEPEST = 200  # levels of lists and objects; what walks through values goes as deep
 LONGEST_NUMBER = 4300  # digits of an integer, Python's own limit
 LARGEST_FILE = 256 * 2**20  # bytes of a JSON file of settings; a tokenizer.json of 256,000 words has 35 MB
-MEND = "Mend the line; each row is one JSON object with double quotes."
+MEND = "Fix the line; each row is one JSON object with double quotes."
 NUMBER = "Write null, or take the value out: JSON has no NaN and no Infinity."
 TWICE = "Keep one of them: which one counts differs from reader to reader."
 
 
 class NotJSON(Exception):
-    """Text that is no JSON: `line` and `column` are 1-based, 0 where they are not known; `what` is wrong, and its
+    """Text that is not JSON: `line` and `column` are 1-based, 0 where they are not known; `what` is wrong, and its
     `fix`. `found`: the text to look for where the line is not known yet."""
 
     def __init__(self, what: str, fix: str = MEND, line: int = 0, column: int = 0, found: str = "") -> None:
@@ -69,7 +69,7 @@ def read(path: Path, error_class: type[FinetuneKitError] = SettingsError, fix: s
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device never ends
-            raise error_class(f"{path} is no plain file.", fix or "Put the file itself there.")
+            raise error_class(f"{path} is not a plain file.", fix or "Put the file itself there.")
         if found.st_size > LARGEST_FILE:
             raise error_class(f"{path} has {found.st_size:,} bytes: no such file is that large.", fix)
         content = parse(path.read_text(encoding="utf-8"), strict=False)  # a model's config.json may hold Infinity

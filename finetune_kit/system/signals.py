@@ -23,7 +23,7 @@ HEEDED = (signal.SIGTERM, signal.SIGINT)
 came: list[str] = []  # the signals that came, by name
 _starting = False  # nothing to tidy up: imports alone, or the very end
 _deferring = False
-_resumable = False  # the same command would go on where this one stops
+_resumable = False  # the same command would continue where this one stops
 _ending: list[threading.Timer] = []
 
 
@@ -74,7 +74,7 @@ def deferred() -> Iterator[None]:
 
 
 def resumable(whether: bool) -> None:
-    """Say whether the same command would go on where this one would stop now."""
+    """Say whether the same command would continue where this one would stop now."""
     global _resumable
     _resumable = whether
 

@@ -89,7 +89,7 @@ console = Voice(stderr=True, highlight=False, soft_wrap=True, quiet=not distribu
 
 
 def quiet_libraries() -> None:
-    """Leave out what libraries say of themselves, and nothing that a user could mend."""
+    """Leave out what libraries say of themselves, and nothing that a user could fix."""
     # names that transformers and TRL will rename one day, used by themselves
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch)\.")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that is not needed
@@ -110,7 +110,7 @@ def guard() -> None:
 
 
 class _Work:
-    """The pieces of work that are going on where there is no terminal, the inner ones last; a thread names the last one
+    """The pieces of work in progress where there is no terminal, the inner ones last; a thread names the last one
     in a line after FIRST seconds, then wherever nothing has been said for GAP, and later for longer (GROWTH)."""
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class _Work:
         self.changed = threading.Condition()
         self.thread: threading.Thread | None = None
         self.since = 0.0  # the innermost one has its name
-        self.began = 0.0  # it began, or went on
+        self.began = 0.0  # it began, or continued
         self.due = 0.0
         self.heard = time.monotonic()  # anything was printed, or the program began
 

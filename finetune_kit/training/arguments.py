@@ -34,7 +34,7 @@ INERT = {
     "lengths are counted in the rows": ("length_column_name",),
     "weights and arithmetic follow model.dtype": ("fp16*", "bf16_full_eval"),
     "the reference is the policy's start": ("sync_ref_model", "ref_model_*", "precompute_ref_*"),
-    "run the same command again: an unfinished run goes on from its newest whole checkpoint": (
+    "run the same command again: an unfinished run resumes from its newest whole checkpoint": (
         *("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
         *("save_only_model", "enable_jit_checkpoint"),
     ),

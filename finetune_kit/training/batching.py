@@ -5,7 +5,7 @@ own loader cuts it into passes of as many rows as there are in each; what is her
 
 - train.max_tokens_per_batch: the rows of a step, sorted by length, in passes of at most so many tokens;
 - train.train_sampling_strategy=group_by_length: an order in which the rows of a step are about as long as each other,
-  drawn anew for each epoch from the seed alone, so that a run goes on with the order that it had (transformers' own
+  drawn anew for each epoch from the seed alone, so that a run continues with the order that it had (transformers' own
   sampler draws from whatever random state there is, in each process);
 - several processes: each row of an epoch once, where accelerate fills the last batches up with rows from its beginning.
 """
@@ -47,7 +47,7 @@ def check_batches(config: RecipeConfig, data: Data) -> None:
     elif data.packed and (budget is not None or strategy == "group_by_length"):
         reason = "packed rows all are about data.max_length tokens long"
     if reason:
-        raise SettingsError(f"{name} cannot act: {reason}.", "Leave it out.")
+        raise SettingsError(f"{name} has no effect: {reason}.", "Leave it out.")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def build(
     compute_loss_func: Callable[..., Any] | None = None,
     **arguments: Any,
 ) -> Any:
-    """A TRL trainer over samples that already are tokens. Settings that cannot act raise SettingsError.
+    """A TRL trainer over samples that already are tokens. Settings that have no effect raise SettingsError.
 
     `rows`: the training rows (a datasets.Dataset) under the names that this trainer reads; data.train where it reads
     those. `tokenises`: it takes text alone when it is made, so it is given ours afterwards. `parts`: what else it is
@@ -154,7 +154,7 @@ def check_vocabulary(name: str, policy: Any, tokenizer: Any) -> None:
     if rows < needed:
         raise SettingsError(
             f"{name} has embeddings for {rows:,} tokens, its tokenizer has {needed:,}.",
-            "Take the tokenizer that the model was trained with.",
+            "Use the tokenizer that the model was trained with.",
         )
 
 

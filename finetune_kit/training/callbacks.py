@@ -19,7 +19,7 @@ from finetune_kit.training.progress import Record, console, hooks
 
 
 def pushes_checkpoints(config: RecipeConfig) -> Any:
-    """A callback that pushes each checkpoint's weights; where that fails the run says so and goes on."""
+    """A callback that pushes each checkpoint's weights; where that fails the run says so and continues."""
     from transformers import TrainerCallback
 
     def on_save(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -88,7 +88,7 @@ class CheckpointCallback:
         return self.find()
 
     def find(self) -> Path | None:
-        """The checkpoint to go on from, with what lies beside the trainer's own state put back; None for none."""
+        """The checkpoint to resume from, with what lies beside the trainer's own state put back; None for none."""
         found = distributed.from_main(lambda: checkpoint.newest_whole(self.folder))
         if found is None:
             self.record.restore({})
@@ -251,7 +251,9 @@ class EvaluationCallback:
         self.best, self.not_better, self.stopped = state["best"], state["not_better"], state["stopped"]
         self.best_folder = self.record.path.parent / state["best_folder"] if state["best_folder"] else None
         if self.best_folder is not None and (reason := checkpoint.broken(self.best_folder)):
-            console.print(f"note: {self.best_folder}, the best one so far, is broken: {reason}. The best counts anew.")
+            console.print(
+                f"note: {self.best_folder}, the best one so far, is broken: {reason}. The best is counted again."
+            )
             self.best = self.best_folder = None
 
     def forget(self, folder: Path) -> None:

@@ -25,7 +25,7 @@ PREFIX, TRASH, CORRUPT = "checkpoint-", ".trash-", ".corrupt"
 
 
 def commit(folder: Path, facts: dict[str, Any]) -> None:
-    """Make a written checkpoint count. `facts`: step, and what the run that goes on from it must have in common."""
+    """Make a written checkpoint count. `facts`: step, and what the run that resumes from it must have in common."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path, sync=True)}
@@ -70,7 +70,7 @@ def broken(checkpoint: Path) -> str:
     # the trainer would read a pickle by its name, whoever put it there
     there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()}
     if strange := sorted(there - files.keys() - {MANIFEST}):
-        return f"{strange[0]} is none of the files that the run wrote"
+        return f"{strange[0]} is not a file that the run wrote"
     for name, file in files.items():
         if sizes[name] != file["bytes"]:
             return f"{name} has {sizes[name]:,} bytes, not {file['bytes']:,}"

@@ -23,7 +23,7 @@ from finetune_kit.training.sharding import check_wrapper
 def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]]:
     """Train and return the lines of metrics.jsonl.
 
-    Goes on from the newest whole checkpoint in the run's folder, as if the run had never stopped. With
+    Continues from the newest whole checkpoint in the run's folder, as if the run had never stopped. With
     `train.eval_steps`, `score(model, metric=…)` is taken every so many steps, the best checkpoint is kept beside the
     last one, and the model ends with the best weights. Where memory is short, half as many rows are taken at once in
     twice as many passes, which the longest rows find out before the first step; where the disk is, a checkpoint is left

@@ -212,7 +212,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 
 def _unpadded(ids: Any, mask: Any, positions: Any) -> list[list[int]]:
-    """The sequences of a batch, without padding; of packed ones where positions begin anew."""
+    """The sequences of a batch, without padding; of packed ones where positions start over."""
     rows: list[list[int]] = []
     for line in range(len(ids)):
         row = ids[line].tolist()

@@ -46,7 +46,7 @@ class Record:
         self.behind = False  # metrics.jsonl lacks lines that the disk had no room for
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, so that the run goes on with the same lines."""
+        """For a checkpoint, so that the run continues with the same lines."""
         seconds = time.perf_counter() - self.started
         return {"history": list(self.history), "tokens": self.last_tokens, "seconds": round(seconds, 2)}
 
@@ -102,7 +102,7 @@ class Record:
 
     @contextlib.contextmanager
     def beside(self, what: str) -> Iterator[None]:
-        """Work that is no training, such as measuring held-out rows: its seconds stay out of tokens_per_second."""
+        """Work that is not a training, such as measuring held-out rows: its seconds stay out of tokens_per_second."""
         started = time.perf_counter()
         with doing(what):
             yield

@@ -63,7 +63,7 @@ def check_smoothing(config: Any) -> None:
     if config.label_smoothing and not SMOOTHED & set(config.loss_type):
         raise SettingsError(
             f"label_smoothing has no effect on loss_type={config.loss_type}.",
-            "Take loss_type=[robust] (arXiv 2403.00409), or leave it out.",
+            "Use loss_type=[robust] (arXiv 2403.00409), or leave it out.",
         )
 
 

@@ -53,7 +53,7 @@ def reduce_batch_size(trainer: Any, model: Any) -> int:
     trainer._train_batch_size = args.train_batch_size  # what the trainer took it from when it was made
     empty_cache()
     console.print(
-        f"note: {rows} rows at once do not fit into memory: going on with {taken} rows in "
+        f"note: {rows} rows at once do not fit into memory: continuing with {taken} rows in "
         f"{args.gradient_accumulation_steps} passes, which makes the same step"
     )
     return taken
@@ -140,10 +140,10 @@ class Disk:
         self.failed = 0
 
     def write(self, model: Any, accelerator: Any, *parts: Callable[[], None]) -> bool:
-        """Write a checkpoint, a part after the other; all processes call it, and go on to the next part together.
+        """Write a checkpoint, a part after the other; all processes call it, and continue to the next part together.
 
         False where the disk has no room for it, or fills up in the middle: what is half written is removed, a line says
-        so, and training can go on. Raises ResourceError after the third in a row. Of a model that is cut into shards
+        so, and training can continue. Raises ResourceError after the third in a row. Of a model that is cut into shards
         the parts gather weights, so that a process cannot leave them alone: there the error of the disk is raised.
         """
         needed, free = bytes_of_checkpoint(model, self.folder) + SPARE, shutil.disk_usage(self.folder).free
@@ -171,7 +171,7 @@ class Disk:
         if self.failed >= MOST_FAILED_SAVES:
             raise full(self.folder, f"{self.failed} checkpoints in a row could not be written: {why}.")
         console.print(
-            f"note: no checkpoint is written: {why}. Training goes on, and tries again at the next one.", markup=False
+            f"note: no checkpoint is written: {why}. Training continues, and tries again at the next one.", markup=False
         )
         return False
 
@@ -209,7 +209,7 @@ def failed_disk(error: BaseException, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, what: str) -> Iterator[None]:
-    """A disk that is full or fails becomes ResourceError: `what` could not be written, what is kept, how to go on."""
+    """Turns a full or failing disk into ResourceError: `what` was not written, what is kept, how to continue."""
     try:
         yield
     except Exception as error:  # each library that writes has its own class for it
@@ -220,10 +220,10 @@ def disk_errors(folder: Path, what: str) -> Iterator[None]:
 
 
 def full(folder: Path, what: str) -> ResourceError:
-    """The error that ends a run whose disk is full: what happened, the last good checkpoint, and how to go on."""
+    """The error that ends a run whose disk is full: what happened, the last good checkpoint, and how to continue."""
     last = next(iter(reversed(checkpoint.checkpoints(folder))), None)
     kept = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
-    on = "goes on from there" if last else "begins anew"
+    on = "resumes from there" if last else "starts over"
     return ResourceError(f"{what} {kept}", f"Make room, and run the same command again: it {on}.")
 
 

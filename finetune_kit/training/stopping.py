@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in a run: finish the step, keep it, and say how to go on; a second signal ends at once."""
+"""SIGTERM and SIGINT in a run: finish the step, keep it, and say how to continue; a second signal ends at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def asked(accelerator: Any) -> bool:
 
 
 def stopped(folder: Path) -> Stopped:
-    """The error that ends the run, with how to go on."""
+    """The error that ends the run, with how to continue."""
     from finetune_kit.training.checkpoint import checkpoints
 
     by = signals.came[0] if signals.came else "another process"
@@ -52,7 +52,7 @@ def stopped(folder: Path) -> Stopped:
         signals.resumable(False)
         error = Stopped(f"by {by}; the run in {folder} is finished")
     else:
-        where = f"{kept[-1]} is what it goes on from" if kept else "before its first checkpoint, so that it begins anew"
+        where = f"{kept[-1]} is what it resumes from" if kept else "before its first checkpoint, so that it starts over"
         error = Stopped(f"by {by}; {where}, with the same command: {command}")
     error.exit_code = signals.exit_code() if signals.came else signals.RESUMABLE
     return error

@@ -1,4 +1,4 @@
-"""What a person gets wrong, through the real `run`: the exit code, at most three lines that say how to mend it, and
+"""What a person gets wrong, through the real `run`: the exit code, at most three lines that say how to fix it, and
 nothing half-written. All of it is refused before a weight is loaded."""
 
 import json
@@ -474,9 +474,9 @@ def test_a_link_a_fifo_or_a_folder_in_a_file_s_place_ends_with_code_6_and_does_n
     make(target / name)
     said = run("model.name_or_path=model")
     if name == "config.json" and kind != "link":
-        mistakes(said, 2, "model.name_or_path=model is no model: it has no config.json.")
+        mistakes(said, 2, "model.name_or_path=model is not a model: it has no config.json.")
     else:
-        mistakes(said, 6, f"model/{name} is ", "outside the model's folder" if kind == "link" else "no plain file")
+        mistakes(said, 6, f"model/{name} is ", "outside the model's folder" if kind == "link" else "not a plain file")
 
 
 @pytest.mark.parametrize(
@@ -590,7 +590,7 @@ def test_a_revision_of_a_local_folder_has_no_effect() -> None:
 
 def test_a_folder_that_is_no_model_ends_with_code_2(folder: Path) -> None:
     (folder / "nothing").mkdir()
-    mistakes(run("model.name_or_path=nothing"), 2, "model.name_or_path=nothing is no model: it has no config.json.")
+    mistakes(run("model.name_or_path=nothing"), 2, "model.name_or_path=nothing is not a model: it has no config.json.")
     mistakes(run("model.name_or_path=./none"), 2, "model.name_or_path=./none: no such folder.", "smollm2-135m")
 
 

@@ -231,7 +231,7 @@ def test_a_template_without_an_end_token_gets_eos_and_each_turn_its_own_sample()
 
 
 def test_where_tokens_merge_over_the_boundary_the_sample_still_begins_with_the_served_prompt():
-    # The prompt ends "the answ", the answer goes on "er is 4": a tokenizer of whole words would merge the two.
+    # The prompt ends "the answ", the answer continues "er is 4": a tokenizer of whole words would merge the two.
     template = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else '') }}{% endfor %}"
     tokenizer = bpe_tokenizer(template, (), eos="</s>")
     question, answer = user("the answ"), assistant("er is 4")

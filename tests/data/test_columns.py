@@ -81,7 +81,7 @@ def test_what_is_not_used_is_counted_and_named_once_in_every_kind(name, tmp_path
 @pytest.mark.parametrize("media", ["image", "images", "audio", "videos"])
 def test_pictures_and_sound_are_refused_with_the_way_out_in_every_kind(name, media, tmp_path):
     row, turns = KINDS[name]
-    with pytest.raises(DataError, match=rf"rows.jsonl:1: `{media}` holds what is no text.*\n.*{media}: unused"):
+    with pytest.raises(DataError, match=rf"rows.jsonl:1: `{media}` holds what is not text.*\n.*{media}: unused"):
         read(tmp_path, {**row, media: ["a.png"]}, kind_of(name))
     kept = read(tmp_path, {**row, media: ["a.png"]}, kind_of(name), columns={media: "unused"})
     assert "a.png" not in str(turns(kept))  # what rewards are given has every column
@@ -114,7 +114,7 @@ def test_a_thought_in_a_column_of_another_name_is_one_too(key, tmp_path):
 def test_columns_under_their_own_names_are_told_and_a_capital_image_is_one(tmp_path):
     rows = [{"Question": f"{i}?", "Answer": "a", "History": [], "Rating": 3} for i in range(4)]
     assert load(tmp_path, rows).ledger.unused_columns == {"Rating": 4}
-    with pytest.raises(DataError, match=r"`Image` holds what is no text.*\n.*\{Image: unused\}"):
+    with pytest.raises(DataError, match=r"`Image` holds what is not text.*\n.*\{Image: unused\}"):
         read(tmp_path, {"Question": "a", "Answer": "b", "Image": "a.png"})
 
 

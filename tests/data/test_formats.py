@@ -268,7 +268,7 @@ BAD = {
     "no content": ({"role": "user"}, r" \(user\): content is null or missing"),
     "a number": (TURNS[0] | {"content": 4}, r" \(user\): content is a number \('4'\); expected text"),
     "empty": (TURNS[0] | {"content": " "}, r" \(user\) has empty content"),
-    "an image": (TURNS[0] | {"content": [{"type": "image"}]}, r" \(user\) has a part that is no text: 'image'"),
+    "an image": (TURNS[0] | {"content": [{"type": "image"}]}, r" \(user\) has a part that is not text: 'image'"),
     "unknown role": (TURNS[0] | {"role": "narrator"}, r" has the unknown role 'narrator'.\nRoles: system, user"),
     "no role": ({"content": "a"}, r" has no role"),
     "no object": ("hello", r" is text \('hello'\); expected an object"),

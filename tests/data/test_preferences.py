@@ -1,4 +1,4 @@
-"""Pairs of answers: every layout becomes prompt, chosen and rejected; what is no pair is dropped with its reason."""
+"""Pairs of answers: every layout becomes prompt, chosen and rejected; what is not a pair is dropped with its reason."""
 
 import json
 import math

@@ -221,7 +221,7 @@ def test_a_graph_that_is_slower_or_wrong_or_cannot_be_recorded_is_not_taken_and_
         assert prove(begun, 32, waits) == Choice(False, "no graph: RuntimeError called a synchronizing CUDA operation")
         with pytest.raises(RuntimeError, match="out of memory"):
             prove(begun, 32, lambda run: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
-        wrong = prove(begun, 32, lambda run: lambda: None)  # a step that does not go on
+        wrong = prove(begun, 32, lambda run: lambda: None)  # a step that does not continue
         assert not wrong.graph
         assert "log-probabilities differ by" in wrong.why
         monkeypatch.setattr(decoding, "seconds_of", lambda run, device: run() or 0.02)

@@ -157,8 +157,8 @@ def test_out_of_memory_halves_this_batch_and_the_following_ones_and_says_so(capl
     assert rows == list(range(17))
     assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 1]
     assert [record.message for record in caplog.records] == [
-        "Out of memory in generation with 8 rows in a batch: going on with 4.",
-        "Out of memory in generation with 4 rows in a batch: going on with 2.",
+        "Out of memory in generation with 8 rows in a batch: continuing with 4.",
+        "Out of memory in generation with 4 rows in a batch: continuing with 2.",
     ]
 
 

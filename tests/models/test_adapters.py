@@ -101,19 +101,19 @@ class TestTargets:
     @pytest.mark.parametrize(("given", "meant"), [("q_proj", "c_attn"), ("v_proj", "c_attn"), ("up_proj", "c_fc")])
     def test_of_a_fused_layer_the_parts_name_the_layer_that_holds_them(self, given: str, meant: str) -> None:
         gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32))
-        with pytest.raises(SettingsError, match=f"'{given}' is no linear layer") as caught:
+        with pytest.raises(SettingsError, match=f"'{given}' is not a linear layer") as caught:
             find_targets(gpt2, LoraConfig(target_modules=[given]))
         assert f"lora.target_modules=[{meant}]" in caught.value.fix
 
     def test_a_misspelt_name_among_right_ones_is_refused_with_the_near_ones(self, model: Any) -> None:
-        with pytest.raises(SettingsError, match="'q_prj' is no linear layer") as caught:
+        with pytest.raises(SettingsError, match="'q_prj' is not a linear layer") as caught:
             find_targets(model, LoraConfig(target_modules=["v_proj", "q_prj"]))
         assert caught.value.fix.startswith("Did you mean q_proj")
         assert "down_proj (2)" in caught.value.fix
 
     @pytest.mark.parametrize("name", ["self_attn", "embed_tokens", "model", "Linear"])
     def test_a_module_that_is_no_linear_layer_is_refused_with_the_linear_ones(self, model: Any, name: str) -> None:
-        with pytest.raises(SettingsError, match=f"'{name}' is no linear layer") as caught:
+        with pytest.raises(SettingsError, match=f"'{name}' is not a linear layer") as caught:
             find_targets(model, LoraConfig(target_modules=[name]))
         assert "q_proj (2)" in caught.value.fix
 
@@ -124,7 +124,7 @@ class TestTargets:
 
     @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
     def test_a_misspelt_module_to_save_is_refused_whatever_the_targets(self, model: Any, targets: Any) -> None:
-        with pytest.raises(SettingsError, match="'lm_haed' is no module") as caught:
+        with pytest.raises(SettingsError, match="'lm_haed' is not a module") as caught:
             find_targets(model, LoraConfig(target_modules=targets, modules_to_save=["lm_haed"]))
         assert "lm_head" in caught.value.fix
 

@@ -146,7 +146,7 @@ class TestTargetParameters:
         assert found.parameters == ["down_proj"]
 
     def test_a_name_that_is_none_is_refused_with_those_that_are(self) -> None:
-        with pytest.raises(SettingsError, match=r"'experts\.w1' is no parameter") as caught:
+        with pytest.raises(SettingsError, match=r"'experts\.w1' is not a parameter") as caught:
             find_targets(
                 empty_model("mixtral"), LoraConfig(target_modules=["q_proj"], target_parameters=["experts.w1"])
             )
@@ -158,7 +158,7 @@ class TestTargetParameters:
 
     @pytest.mark.parametrize("name", ["down_proj", "up_proj", "gate_proj"])
     def test_the_name_of_an_experts_layer_leads_to_its_parameter(self, name: str) -> None:
-        with pytest.raises(SettingsError, match=f"'{name}' is no linear layer") as caught:
+        with pytest.raises(SettingsError, match=f"'{name}' is not a linear layer") as caught:
             find_targets(empty_model("qwen3_moe"), LoraConfig(target_modules=["q_proj", name]))
         assert "lora.target_parameters=[experts." in caught.value.fix
 

@@ -91,7 +91,7 @@ def test_a_saved_full_model_gives_equal_scores_under_any_seed(tiny_model: Path, 
     model.save_pretrained(tmp_path)
     load_tokenizer(ModelConfig(name_or_path=str(tiny_model))).save_pretrained(tmp_path)
     assert score_rows(again(tiny_model, tmp_path, seed=9), ROWS) == pytest.approx(score_rows(model, ROWS), abs=1e-6)
-    # a reward model to go on from keeps its head
+    # a reward model to resume from keeps its head
     assert score_rows(rewards(tmp_path, LoraConfig(r=4), seed=9), ROWS) == pytest.approx(
         score_rows(model, ROWS), abs=1e-6
     )

@@ -120,7 +120,7 @@ BEFORE = [
     (2, "reward_model data.path=none.jsonl train.extra.loss_type=simpo", "RewardConfig has no such argument"),
     (2, "grpo num_generations=7", "per_device_train_batch_size=35"),
     (2, "rloo train.extra.generation_batch_size=9", "RLOOConfig refuses these settings"),
-    (2, "dpo data.path=none.jsonl label_smoothing=0.1", "Take loss_type=[robust]"),
+    (2, "dpo data.path=none.jsonl label_smoothing=0.1", "Use loss_type=[robust]"),
     (2, "dpo data.path=none.jsonl train.extra.f_divergence_type=kl", "Known: reverse_kl"),
     (2, "dpo data.path=none.jsonl lora.r=0 model.load_in_4bit=true", "quantised weights cannot be trained"),
     (2, "full_sft data.path=none.jsonl model.dtype=bfloat16", "weights that are trained need float32"),

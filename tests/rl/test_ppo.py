@@ -637,7 +637,7 @@ class TestARunThatGoesOn:
         expected = trainer(home, *words, f"output_dir={home / 'whole'}")
         expected.train()
         cut = self.begun(home, *words, score=interrupting)
-        with pytest.raises(Stopped, match="checkpoint-2 is what it goes on from"), stop_on_signals(home / "run"):
+        with pytest.raises(Stopped, match="checkpoint-2 is what it resumes from"), stop_on_signals(home / "run"):
             cut.train()
         rest = self.begun(home, *words)
         assert [line["step"] for line in rest.train()] == [1, 2, 3, 4]

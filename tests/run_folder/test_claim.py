@@ -102,7 +102,7 @@ def test_a_run_yaml_run_again_goes_beside_its_own_finished_folder_time_after_tim
 
 
 class TestAnUnfinishedRun:
-    """It goes on where its settings are asked for again, and nothing else happens to it."""
+    """It continues where its settings are asked for again, and nothing else happens to it."""
 
     @staticmethod
     def begun(*words: str) -> RecipeConfig:
@@ -335,7 +335,7 @@ def test_what_could_hang_in_a_run_that_would_go_on_is_a_message_and_a_run_beside
             os.mkfifo(run / name)
         else:
             (run / name).symlink_to("/dev/zero")
-    with pytest.raises(SettingsError, match=rf"mine/{name} is no plain file: .*hang"):
+    with pytest.raises(SettingsError, match=rf"mine/{name} is not a plain file: .*hang"):
         claim(config("output_dir=mine"))
     assert str(claim(config())) == "runs/lora_sft-2"
 
@@ -344,11 +344,11 @@ def test_what_could_hang_in_a_run_that_would_go_on_is_a_message_and_a_run_beside
 def test_a_pipe_in_place_of_a_file_of_settings_is_not_waited_for(name: str, folder: Path) -> None:
     os.mkfifo(folder / name)
     read = values.read_file if name == "run.yaml" else read_object
-    with pytest.raises(SettingsError, match=rf"{name}.*no plain file"):
+    with pytest.raises(SettingsError, match=rf"{name}.*not a plain file"):
         read(folder / name)
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
-    with pytest.raises(SettingsError, match=rf"{name}.*no plain file"):
+    with pytest.raises(SettingsError, match=rf"{name}.*not a plain file"):
         read(folder / name)
 
 
@@ -384,7 +384,7 @@ def test_a_file_system_without_locks_is_told_and_the_run_goes_on(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(files, "fcntl", SimpleNamespace(flock=flock, LOCK_SH=1, LOCK_EX=2, LOCK_NB=4))
-    for _ in range(2):  # begun, and gone on
+    for _ in range(2):  # begun, and continued
         settings = config("output_dir=run")
         assert claim(settings) == Path("run")
         begin(settings, LEDGER, {"data": "abc"})

@@ -260,8 +260,8 @@ def test_a_conversation_with_the_base_shows_both_and_one_that_is_too_long_is_sai
 def test_words_that_end_or_explain_are_not_sent_to_the_model(full: LoadedRun, word: str) -> None:
     shown, lengths = said_in(full, ["/help", "help", "/halp", word, "never asked"])
     assert lengths == []
-    assert shown.count("/reset begins anew") == 4  # at the start, and for each that asks
-    assert "/halp is no command." in shown
+    assert shown.count("/reset starts over") == 4  # at the start, and for each that asks
+    assert "/halp is not a command." in shown
 
 
 def test_ctrl_c_stops_an_answer_and_forgets_its_turn(full: LoadedRun) -> None:
@@ -426,5 +426,5 @@ def test_on_a_terminal_without_a_prompt_it_converses_until_exit(full_run: Artifa
         pass
     assert process.wait(timeout=60) == 0
     os.close(terminal)
-    assert b"/reset begins anew" in shown
+    assert b"/reset starts over" in shown
     assert b"\nyes\r\n" in shown

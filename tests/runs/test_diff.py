@@ -72,4 +72,4 @@ def test_what_differs_is_named_with_where_it_came_from(lora_run: Artifact, home:
 def test_a_folder_that_is_no_run_ends_with_code_2(lora_run: Artifact, tmp_path: Path) -> None:
     said = cli("diff", lora_run.folder, tmp_path)
     assert said.code == 2
-    assert f"{tmp_path} is no run's folder" in said.err
+    assert f"{tmp_path} is not a run's folder" in said.err

@@ -499,7 +499,7 @@ def test_what_cannot_be_fetched_is_told_apart(hub: Hub, run: Path, monkeypatch: 
     hub.add("ada/gated", run / "checkpoint-4", gated=True)
     hub.add("ada/own", run / "checkpoint-4", private=True)
     assert "ada/there has no revision v9" in cli("evaluate", "ada/there", "--revision", "v9").err
-    assert "is no run's folder: it has no run.yaml" in cli("evaluate", "ada/there").err
+    assert "is not a run's folder: it has no run.yaml" in cli("evaluate", "ada/there").err
     said = cli("evaluate", "ada/gated")
     assert (said.code, "ada/gated is gated." in said.err, "hf auth login" in said.err) == (5, True, True)
     monkeypatch.delenv("HF_TOKEN")

@@ -59,7 +59,7 @@ def test_a_signal_while_check_imports_transformers_is_no_broken_model(home: Path
 def test_a_signal_before_a_run_has_begun_ends_it_with_75_and_leaves_nothing(home: Path) -> None:
     said = signalled(home, "finetune_kit.models.load:load_base", signal.SIGTERM, "run", "lora_sft", *SHORT)
     assert said.code == 75
-    assert "before its first checkpoint, so that it begins anew, with the same command: python -m" in said.err
+    assert "before its first checkpoint, so that it starts over, with the same command: python -m" in said.err
     assert sorted(path.name for path in home.iterdir()) == ["rows.jsonl", "tiny"]
 
 

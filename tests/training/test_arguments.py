@@ -107,7 +107,7 @@ class TestExtra:
             ("train.extra.per_device_eval_batch_size=2", "measured by finetune_kit"),
             ("train.extra.load_best_model_at_end=true", "measured by finetune_kit"),
             ("train.extra.fp16=true", "model.dtype"),
-            ("train.extra.resume_from_checkpoint=x", "goes on from its newest whole checkpoint"),
+            ("train.extra.resume_from_checkpoint=x", "resumes from its newest whole checkpoint"),
             ("train.extra.push_to_hub=true", "a run is pushed by the hub section"),
             ("train.extra.hub_token=secret", "a run is pushed by the hub section"),
             ("train.extra.loss_type=nonsense", "nonsense"),

@@ -126,7 +126,7 @@ def test_a_run_goes_on_past_a_broken_checkpoint_and_refuses_to_with_strict_resum
     said = cli(*given)
     assert said.code == 0, said.err
     assert "checkpoint-4 is broken, and set aside as checkpoint-4.corrupt" in said.err
-    assert "which goes on from step 3" in said.out.replace("\n", " ")
+    assert "which resumes from step 3" in said.out.replace("\n", " ")
     assert [path.name for path in checkpoints(run.folder)] == ["checkpoint-3", "checkpoint-4"]
     assert cli(*given).code == 2  # it is finished, and never touched
     lines = [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -139,7 +139,7 @@ def test_a_file_that_the_manifest_does_not_name_is_never_read(name: str, tmp_pat
     assert checkpoint.broken(folder) == ""
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"a pickle")
-    assert checkpoint.broken(folder) == f"{name} is none of the files that the run wrote"
+    assert checkpoint.broken(folder) == f"{name} is not a file that the run wrote"
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:

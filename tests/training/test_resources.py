@@ -191,7 +191,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_three_checkpoints_ends_with_code_
         finish(run)
     assert caught.value.exit_code == 5
     assert caught.value.message.endswith(f"The last good checkpoint is {home / 'run' / 'checkpoint-1'}.")
-    assert caught.value.fix == "Make room, and run the same command again: it goes on from there."
+    assert caught.value.fix == "Make room, and run the same command again: it resumes from there."
     assert [path.name for path in run.folder.glob("checkpoint-*")] == ["checkpoint-1"]
     again = finish(prepare("lora_sft", home, *words))
     assert again.losses == whole.losses
@@ -243,11 +243,11 @@ def test_a_result_that_does_not_fit_ends_with_code_5_and_the_same_command_writes
         r"error: The result could not be written: .*File too large.*\. The last good checkpoint is run/checkpoint-2\.",
         message,
     )
-    assert fix == "Make room, and run the same command again: it goes on from there."
+    assert fix == "Make room, and run the same command again: it resumes from there."
     assert not (home / "run" / "report.json").exists()
     trained = (home / "run" / "metrics.jsonl").read_text()
     said = cli(*words)
     assert said.code == 0, said.err
-    assert "goes on from step 2" in said.out
+    assert "resumes from step 2" in said.out
     assert (home / "run" / "metrics.jsonl").read_text() == trained
     assert json.loads((home / "run" / "report.json").read_text())["out_of_memory"] == []

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is the run that never stopped, bit for bit, wherever it was cut."""
+"""A run that resumes from a checkpoint is the run that never stopped, bit for bit, wherever it was cut."""
 
 import json
 import shutil
@@ -181,7 +181,7 @@ def test_a_signal_inside_an_accumulation_ends_the_step_commits_it_and_the_rest_i
             signal.raise_signal(signal.SIGTERM)
 
     run.trainer.add_callback(hooks(on_substep_end=raise_it))  # after the first of two passes of step 7
-    goes_on = r"by SIGTERM; .*checkpoint-7 is what it goes on from"
+    goes_on = r"by SIGTERM; .*checkpoint-7 is what it resumes from"
     with pytest.raises(Stopped, match=goes_on) as caught, stopping.stop_on_signals(run.folder):
         finish(run)
     assert caught.value.exit_code == 75

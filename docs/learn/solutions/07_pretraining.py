@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Lesson 7, solution: warmup, stable, decay
 #
-# Unlike a cosine, it need not know the end in advance: the flat part can go on as long as there are data.
+# Unlike a cosine, it need not know the end in advance: the flat part can continue as long as there are data.
 
 # %%
 
