@@ -20,18 +20,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from finetune_kit.data.adapt import adapt
 from finetune_kit.data.records import THOUGHTS, Message, PromptCompletion, Text
+from finetune_kit.data.rendering import render, silent
 from finetune_kit.data.special import found_in, hide, ids_of_hidden, ids_of_text, show, why_not
-from finetune_kit.data.template import (
-    Dialect,
-    Note,
-    adapt,
-    added_tokens,
-    bos_prefix,
-    dialect_of,
-    render,
-    silent,
-)
+from finetune_kit.data.template import Dialect, Note, added_tokens, bos_prefix, dialect_of
 from finetune_kit.errors import DataError, SecurityError
 from finetune_kit.settings.schema import DataConfig
 

@@ -16,7 +16,8 @@ from functools import lru_cache
 from typing import Any
 
 from finetune_kit.data.records import ROLES, Message
-from finetune_kit.data.template import as_parts, render, template_of
+from finetune_kit.data.rendering import render
+from finetune_kit.data.template import as_parts, template_of
 
 THOUGHT = ("<think>", "</think>")  # written into answers by those who make data, and taken out by templates
 _PLANE = 0x100000  # the last private plane; characters of the first plane are hidden in it
