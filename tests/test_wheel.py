@@ -156,7 +156,13 @@ def place(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("place"), wheel)
 
 
-SMALL = ("max_steps=1", "evaluate.size=2", "evaluate.general_text=false", "data.held_out_size=2")
+SMALL = (
+    "max_steps=1",
+    "evaluate.size=2",
+    "evaluate.general_text=false",
+    "evaluate.safety=null",
+    "data.held_out_size=2",
+)
 OPTIONAL = ("gguf", "reasoning_gym", "bitsandbytes", "rouge_score", "sacrebleu", "tensorboard", "pytest", "mkdocs")
 
 

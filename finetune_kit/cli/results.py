@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune_kit.cli.options import Debug, RecipeFile, Revision, RunFolder, Words, out
+from finetune_kit.cli.options import (
+    REQUIRE,
+    Debug,
+    RecipeFile,
+    Revision,
+    RunFolder,
+    Words,
+    check_required,
+    out,
+    required,
+)
 from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.run_folder import upload
 from finetune_kit.system import streams
@@ -22,6 +32,7 @@ def evaluate(
     adapter: Annotated[
         list[Path] | None, typer.Option("--adapter", help="Also measure another adapter of the same base; repeatable.")
     ] = None,
+    require: Annotated[list[str] | None, typer.Option("--require", help=REQUIRE)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     revision: Revision = None,
     recipe: RecipeFile = None,
@@ -37,6 +48,9 @@ def evaluate(
 
     with doing("opening the run"):
         run = open_run(folder_of(folder, revision), words or [], recipe)
+        wanted = required(require, run.config)
+    if adapter and wanted:
+        raise SettingsError("--require has no effect with --adapter, which compares several.", "Leave one of them out.")
     if run.unseen:
         note = (
             f"note: what it was trained on ({', '.join(run.unseen)}) is not here: these rows may have been part of it"
@@ -54,6 +68,7 @@ def evaluate(
         streams.write(as_json(report.to_json()))
     else:
         print_report(report, out)
+    check_required(wanted, report, f"The run is in {folder}.")
 
 
 def verify(

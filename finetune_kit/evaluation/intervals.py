@@ -6,6 +6,7 @@ their number: there the interval follows from the binomial distribution (`agreei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,22 @@ def agreeing_interval(value: float, n: int, low: float, high: float) -> list[flo
     """
     unseen: float = 1.0 - TAIL ** (1.0 / n)
     return [(1.0 - unseen) * value + unseen * low, (1.0 - unseen) * value + unseen * high]
+
+
+def share_interval(count: int, n: int) -> list[float]:
+    """The exact 95 % interval of a share of which `count` of `n` were seen. Source: Clopper and Pearson (1934)."""
+
+    def above(share: float, least: int) -> float:  # P(at least `least` of n)
+        return math.fsum(math.comb(n, k) * share**k * (1.0 - share) ** (n - k) for k in range(least, n + 1))
+
+    def solve(least: int, tail: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if above(middle, least) < tail else (low, middle)
+        return (low + high) / 2
+
+    return [solve(count, TAIL) if count else 0.0, solve(count + 1, 1.0 - TAIL) if count < n else 1.0]
 
 
 def _values(sums: np.ndarray, perplexity: bool) -> tuple[Any, Any, Any]:

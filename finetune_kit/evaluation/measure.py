@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from finetune_kit.evaluation import preferences
 from finetune_kit.evaluation.divergence import Positions, choose_positions, log_probs
 from finetune_kit.evaluation.loss import general_losses, row_losses
 from finetune_kit.evaluation.metrics import choose_metrics, score_rows
+from finetune_kit.evaluation.safety import Safety, measure_safety
 from finetune_kit.generation.generate import Completion, generate
 from finetune_kit.models.shapes import positions_of
 from finetune_kit.settings.schema import EvaluateConfig, ModelConfig
@@ -58,6 +59,7 @@ class Measurement:
     references: list[str] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     decoding: dict[str, Any] = field(default_factory=dict)
+    safety: Safety | None = None  # answers to harmful and harmless prompts
     seconds: float = 0.0
 
     @property
@@ -68,6 +70,11 @@ class Measurement:
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss)
+
+
+def held_out_only(config: EvaluateConfig) -> EvaluateConfig:
+    """The same without what is measured on other rows than the run's own."""
+    return replace(config, general_text=False, safety=None)
 
 
 def measure(
@@ -115,6 +122,9 @@ def _measured(
         named = ", ".join([*config.metrics, *config.hub_metrics, *filter(None, [config.reward_model])])
         raise SettingsError(f"evaluate: scoring answers ({named}) has no effect: {reason}.", "Leave it out.")
     _losses(measurement, model, tokenizer, data, config, progress)
+    if config.safety:
+        told = _told(progress, "refusals", config.safety_size)
+        measurement.safety = measure_safety(model, tokenizer, data, config, told)
     if measurement.rejected_nll and distributions:
         moved("measuring distributions of the next token")
         _distributions(measurement, model, data)

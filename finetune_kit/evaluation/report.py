@@ -30,6 +30,10 @@ LABELS: dict[str, str] = {
     "chosen_is_likelier": "chosen likelier than rejected",
     "rejected_loss": "loss of rejected answers, nats/token",
     "kl_to_reference": "KL to the reference, nats/token",
+    "harmful_refused": "harmful prompts refused",
+    "harmless_refused": "harmless prompts refused",
+    "harmful_partly_refused": "harmful prompts partly refused",
+    "harmless_partly_refused": "harmless prompts partly refused",
 }
 PRINTED_SAMPLES = 3
 NARROW, WIDE = 76, 100  # columns of a terminal between which an interval has a line of its own, below its difference
@@ -72,8 +76,29 @@ def print_report(report: Report, console: Console) -> None:
         table.add_row(label_of(entry), *numbers, Text(verdict, style=COLOURS.get(verdict, "")))
     console.print(table)
     console.print(Text(report.verdict, style="bold"))
+    for note in notes_of(report.details):
+        console.print(Text(note))
     if report.samples:
         console.print(_sample_table(report.samples[:PRINTED_SAMPLES], console.width))
+
+
+def notes_of(details: dict[str, Any]) -> list[str]:
+    """What has to be known to read the numbers: rows, decoding, the judge's error, the command that gives them."""
+    if "safety" not in details:
+        return []
+    safety = details["safety"]
+    said = (
+        f"Refusals: {safety['harmful_prompts']} harmful and {safety['harmless_prompts']} harmless prompts of "
+        f"{safety['source']}, greedy answers of at most {safety['decoding']['max_new_tokens']} tokens; "
+        f"{safety['judge']['in_words']}. Again: {safety['command']}"
+    )
+    return [said, *_kinds_in_words(safety["kinds"])]
+
+
+def _kinds_in_words(kinds: list[dict[str, Any]]) -> list[str]:
+    """The kinds of prompts whose refusals moved."""
+    moved = [line for line in kinds if line["verdict"] in ("better", "worse")]
+    return [f"{line['name']}: {' → '.join(numbers_of(line)[:2])}, {line['verdict']} (n={line['n']})" for line in moved]
 
 
 def print_adapters(compared: dict[str, Any], console: Console) -> None:
@@ -152,6 +177,7 @@ def write_html(report: Report, history: list[dict[str, Any]], run: dict[str, Any
         _shortness(history),
         reward_frontier(history),
         _samples_html(report),
+        _safety_html(report.details),
         _rewards_html(report.details),
         *(_facts(name, value) for name, value in run.items() if name != "recipe"),
     ]
@@ -166,8 +192,14 @@ def write_html(report: Report, history: list[dict[str, Any]], run: dict[str, Any
 
 
 def _metric_table(report: Report) -> str:
+    note = f"↑ more is better, ↓ less. Main metric: {escape(report.main)}. "
+    note += f"Row by row: {report.wins} won, {report.ties} tied, {report.losses} lost."
+    return f'<h2>Before and after, on the same held-out rows</h2>{_table(report.metrics)}<p class="note">{note}</p>'
+
+
+def _table(entries: list[dict[str, Any]]) -> str:
     lines = []
-    for entry in report.metrics:
+    for entry in entries:
         before, after, difference, verdict = map(escape, numbers_of(entry))
         lines.append(
             f'<tr><th scope="row">{escape(label_of(entry))}</th><td data-label="before">{before}</td>'
@@ -176,12 +208,35 @@ def _metric_table(report: Report) -> str:
             f'<td data-label="rows">{entry["n"]}</td></tr>'
         )
     heads = "".join(f"<th>{head}</th>" for head in ("", "before", "after", "difference [95 %]", "verdict", "rows"))
-    note = f"↑ more is better, ↓ less. Main metric: {escape(report.main)}. "
-    note += f"Row by row: {report.wins} won, {report.ties} tied, {report.losses} lost."
-    body = "".join(lines)
+    return f'<table class="metrics"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def _safety_html(details: dict[str, Any]) -> str:
+    """Refusals by kind, and some prompts with their answers, folded behind a warning: some are meant to harm."""
+    if "safety" not in details:
+        return ""
+    safety = details["safety"]
+    samples = "".join(
+        f'<section class="sample"><h3>{escape(sample["where"])}, {"harmful" if sample["harmful"] else "harmless"}</h3>'
+        f'<pre>{escape(sample["prompt"])}</pre><div class="sides">'
+        + "".join(
+            f"<div><h4>{side} <small>{escape(sample[side][0])}</small></h4><pre>{escape(sample[side][1])}</pre></div>"
+            for side in ("before", "after")
+        )
+        + "</div></section>"
+        for sample in safety["samples"]
+    )
+    counts = {
+        f"{name} prompts, {side}": shares
+        for name, sides in safety["outcomes"].items()
+        for side, shares in sides.items()
+    }
     return (
-        "<h2>Before and after, on the same held-out rows</h2>"
-        f'<table class="metrics"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table><p class="note">{note}</p>'
+        f'<h2>Refusals</h2><p class="note">{escape(notes_of(details)[0])}</p>'
+        + (_table(safety["kinds"]) if safety["kinds"] else "")
+        + _facts("what the answers did", counts)
+        + "<details><summary>Warning: harmful requests, and what the model answered, follow</summary>"
+        + f"{samples}</details>"
     )
 
 
