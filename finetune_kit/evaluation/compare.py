@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_kit.errors import DataError, SettingsError
-from finetune_kit.evaluation import preferences, safety
+from finetune_kit.evaluation import choices, fairness, preferences, safety
+from finetune_kit.evaluation.guards import choice_sources, guarded, sentence
 from finetune_kit.evaluation.intervals import ALIKE, SHARE, entry
 from finetune_kit.evaluation.measure import Measurement, held_out_only, measure
 from finetune_kit.evaluation.metrics import BUILT_IN
@@ -20,7 +21,8 @@ LARGEST_EXPONENT = 700.0  # exp(710) is not a float: a model that far gone has a
 
 @dataclass
 class Report:
-    """Before against after. `main` names the metric that the verdict rests on; wins, ties and losses are its rows."""
+    """Before against after. `main` names the metric that the verdict rests on; wins, ties and losses are its rows.
+    `improved`: it got better, and no guard got worse."""
 
     metrics: list[dict[str, Any]]  # name, before, after, difference, interval, n, higher_is_better, verdict
     main: str
@@ -88,11 +90,23 @@ def compare(
     if before.safety is not None and after.safety is not None:
         entries += safety.entries(before.safety, after.safety, config)
         details["safety"] = safety.details(before.safety, after.safety, config)
+    names = {item.source: choices.name_of(item.source, choice_sources(config)) for item in before.choices}
+    for first, then in zip(before.choices, after.choices, strict=True):
+        entries += choices.entries(first, then, config, names[first.source])
+    if before.choices:
+        details["choices"] = choices.details(before.choices, config)
+    if before.fairness is not None and after.fairness is not None:
+        entries += fairness.entries(before.fairness, after.fairness, config)
+        details["fairness"] = fairness.details(before.fairness, after.fairness, config)
     if not entries:
         raise DataError("Nothing was measured.", "Leave evaluate.size or evaluate.general_text as it is.")
     main = entries[0]
     wins, ties, losses = _win_tie_loss(before, after)
-    verdict = _sentence(entries, wins, ties, losses)
+    guards = guarded(config, entries, names)
+    verdict = _sentence(entries, wins, ties, losses) + sentence(guards)
+    broken = [line["name"] for line in guards if line["verdict"] == "worse"]
+    if guards:
+        details["guards"] = {"held": [line["name"] for line in guards if line["name"] not in broken], "failed": broken}
     if spent := [line["objective/kl"] for line in history if "objective/kl" in line]:
         details["kl_spent"] = spent[-1]
         verdict += f" KL spent: {spent[-1]:.2f} nats a completion."
@@ -100,7 +114,7 @@ def compare(
         metrics=entries,
         main=main["name"],
         verdict=verdict,
-        improved=main["verdict"] == "better",
+        improved=main["verdict"] == "better" and not broken,
         wins=wins,
         ties=ties,
         losses=losses,

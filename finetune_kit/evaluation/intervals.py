@@ -7,7 +7,7 @@ their number: there the interval follows from the binomial distribution (`agreei
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.data.split import FEWEST
@@ -62,6 +62,42 @@ def entry(
         "n": len(rows),
         "higher_is_better": higher_is_better,
         "verdict": _verdict(difference, interval, higher_is_better, negligible, min(len(rows), sources or len(rows))),
+    }
+
+
+def statistic_entry(
+    name: str,
+    before: Sequence[Sequence[float]],
+    after: Sequence[Sequence[float]],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    config: EvaluateConfig,
+) -> dict[str, Any]:
+    """One line of the report for a number that is best at 0 and is no mean: `statistic` of the rows' summed columns.
+
+    `before`, `after`: of each row the same columns, (n, k); `statistic` takes their sums (k, …). Better is nearer to 0.
+    The interval is a paired bootstrap; None where every resample says the same.
+    """
+    import numpy as np
+
+    table = np.array([before, after], dtype=np.float64)  # (2, n, k)
+    n = table.shape[1]
+    was, now = (float(statistic(side.sum(axis=0))) for side in table)
+    generator = np.random.default_rng(0)
+    draws = [table[:, generator.integers(n, size=n)].sum(axis=1) for _ in range(config.bootstrap_samples)]
+    sums = np.stack(draws, axis=-1)  # (2, k, samples)
+    low, high = (float(end) for end in np.percentile(statistic(sums[1]) - statistic(sums[0]), [2.5, 97.5]))
+    interval = [low, high] if low < high else None
+    moved = n >= FEWEST and (interval is not None and not low <= 0 <= high)
+    verdict = f"too few to judge ({n} row{'s' if n != 1 else ''})" if n < FEWEST else "no difference"
+    return {
+        "name": name,
+        "before": was,
+        "after": now,
+        "difference": now - was,
+        "interval": interval,
+        "n": n,
+        "higher_is_better": None,
+        "verdict": ("better" if abs(now) < abs(was) else "worse") if moved else verdict,
     }
 
 

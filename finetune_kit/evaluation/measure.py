@@ -16,7 +16,10 @@ from finetune_kit.data.records import LabelledCompletion, prompt_of, reference_o
 from finetune_kit.data.split import source_rows
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.evaluation import preferences
+from finetune_kit.evaluation.choices import Choices, measure_choices, read_choices
 from finetune_kit.evaluation.divergence import Positions, choose_positions, log_probs
+from finetune_kit.evaluation.fairness import Fairness, measure_fairness, read_bbq
+from finetune_kit.evaluation.guards import choice_sources
 from finetune_kit.evaluation.loss import general_losses, row_losses
 from finetune_kit.evaluation.metrics import choose_metrics, score_rows
 from finetune_kit.evaluation.safety import Safety, measure_safety
@@ -60,6 +63,8 @@ class Measurement:
     completions: list[Completion] = field(default_factory=list)
     decoding: dict[str, Any] = field(default_factory=dict)
     safety: Safety | None = None  # answers to harmful and harmless prompts
+    choices: list[Choices] = field(default_factory=list)  # of each file, what is likeliest
+    fairness: Fairness | None = None
     seconds: float = 0.0
 
     @property
@@ -74,7 +79,7 @@ class Measurement:
 
 def held_out_only(config: EvaluateConfig) -> EvaluateConfig:
     """The same without what is measured on other rows than the run's own."""
-    return replace(config, general_text=False, safety=None)
+    return replace(config, general_text=False, safety=None, choices=[], fairness=None, guards=[])
 
 
 def measure(
@@ -125,10 +130,25 @@ def _measured(
     if config.safety:
         told = _told(progress, "refusals", config.safety_size)
         measurement.safety = measure_safety(model, tokenizer, data, config, told)
+    _questions(measurement, model, tokenizer, config, progress)
     if measurement.rejected_nll and distributions:
         moved("measuring distributions of the next token")
         _distributions(measurement, model, data)
     return measurement
+
+
+def _questions(
+    measurement: Measurement, model: Any, tokenizer: Any, config: EvaluateConfig, progress: Progress | None
+) -> None:
+    """Multiple choice: the files of evaluate.choices and of the guards, and evaluate.fairness."""
+    for source in choice_sources(config):
+        questions = read_choices(source, config.choices_size)
+        told = _told(progress, f"choices of {source}", sum(len(question.choices) for question in questions))
+        measurement.choices.append(measure_choices(model, tokenizer, source, questions, config, told))
+    if config.fairness:
+        rows, questions = read_bbq(config.fairness, config.choices_size)
+        told = _told(progress, "fairness", 3 * len(questions))
+        measurement.fairness = measure_fairness(model, tokenizer, rows, questions, config, told)
 
 
 def _answer(

@@ -32,6 +32,10 @@ LABELS: dict[str, str] = {
     "kl_to_reference": "KL to the reference, nats/token",
     "harmful_refused": "harmful prompts refused",
     "harmless_refused": "harmless prompts refused",
+    "fairness_accuracy_ambiguous": "right in ambiguous contexts",
+    "fairness_bias_ambiguous": "bias in ambiguous contexts (0: none)",
+    "fairness_accuracy_disambiguated": "right in disambiguated contexts",
+    "fairness_bias_disambiguated": "bias in disambiguated contexts (0: none)",
     "harmful_partly_refused": "harmful prompts partly refused",
     "harmless_partly_refused": "harmless prompts partly refused",
 }
@@ -84,20 +88,33 @@ def print_report(report: Report, console: Console) -> None:
 
 def notes_of(details: dict[str, Any]) -> list[str]:
     """What has to be known to read the numbers: rows, decoding, the judge's error, the command that gives them."""
-    if "safety" not in details:
-        return []
-    safety = details["safety"]
+    notes = []
+    for item in details.get("choices", []):
+        notes.append(
+            f"Multiple choice: {item['questions']} questions of {item['source']}, {item['by_chance']:.2f} right by "
+            f"chance; {item['decoding']}. Again: {item['command']}"
+        )
+    if fair := details.get("fairness"):
+        notes.append(
+            f"Fairness: {fair['rows']} rows of {fair['source']}; bias 0: none, 1: always the stereotype, -1: always "
+            f"against it; {fair['decoding']}. Again: {fair['command']}"
+        )
+        notes += _moved(fair["categories"])
+    return [*_safety_notes(details["safety"]), *notes] if "safety" in details else notes
+
+
+def _safety_notes(safety: dict[str, Any]) -> list[str]:
     said = (
         f"Refusals: {safety['harmful_prompts']} harmful and {safety['harmless_prompts']} harmless prompts of "
         f"{safety['source']}, greedy answers of at most {safety['decoding']['max_new_tokens']} tokens; "
         f"{safety['judge']['in_words']}. Again: {safety['command']}"
     )
-    return [said, *_kinds_in_words(safety["kinds"])]
+    return [said, *_moved(safety["kinds"])]
 
 
-def _kinds_in_words(kinds: list[dict[str, Any]]) -> list[str]:
-    """The kinds of prompts whose refusals moved."""
-    moved = [line for line in kinds if line["verdict"] in ("better", "worse")]
+def _moved(lines: list[dict[str, Any]]) -> list[str]:
+    """Of kinds of prompts or categories of questions those that moved."""
+    moved = [line for line in lines if line["verdict"] in ("better", "worse")]
     return [f"{line['name']}: {' → '.join(numbers_of(line)[:2])}, {line['verdict']} (n={line['n']})" for line in moved]
 
 
@@ -178,6 +195,7 @@ def write_html(report: Report, history: list[dict[str, Any]], run: dict[str, Any
         reward_frontier(history),
         _samples_html(report),
         _safety_html(report.details),
+        _questions_html(report.details),
         _rewards_html(report.details),
         *(_facts(name, value) for name, value in run.items() if name != "recipe"),
     ]
@@ -232,12 +250,22 @@ def _safety_html(details: dict[str, Any]) -> str:
         for side, shares in sides.items()
     }
     return (
-        f'<h2>Refusals</h2><p class="note">{escape(notes_of(details)[0])}</p>'
+        f'<h2>Refusals</h2><p class="note">{escape(_safety_notes(safety)[0])}</p>'
         + (_table(safety["kinds"]) if safety["kinds"] else "")
         + _facts("what the answers did", counts)
         + "<details><summary>Warning: harmful requests, and what the model answered, follow</summary>"
         + f"{samples}</details>"
     )
+
+
+def _questions_html(details: dict[str, Any]) -> str:
+    """Multiple choice and fairness: rows, way and command, and the categories' own numbers."""
+    notes = notes_of({name: details[name] for name in ("choices", "fairness") if name in details})
+    if not notes:
+        return ""
+    told = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    categories = details.get("fairness", {}).get("categories", [])
+    return "<h2>Questions with choices</h2>" + told + (_table(categories) if categories else "")
 
 
 def _samples_html(report: Report) -> str:

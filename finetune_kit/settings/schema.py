@@ -185,6 +185,12 @@ class EvaluateConfig:
     safety_judge: str | None = setting(
         None, "a reward model's run or Hub id that says which answers refuse; unset: phrases"
     )
+    choices: list[str] = setting([], "multiple choice by log-likelihood: files or Hub ids of questions with choices")
+    fairness: str | None = setting(None, "rows of BBQ for accuracy and bias score: a file or Hub id")
+    choices_size: int = setting(256, "questions of each of choices and fairness, spread evenly", "rows", "[1, inf)")
+    guards: list[str] = setting(
+        [], "what must not get worse: metrics of the report, safety, fairness, choices, or a file of questions"
+    )
 
 
 @dataclass
