@@ -94,6 +94,11 @@ def notes_of(details: dict[str, Any]) -> list[str]:
             f"Multiple choice: {item['questions']} questions of {item['source']}, {item['by_chance']:.2f} right by "
             f"chance; {item['decoding']}. Again: {item['command']}"
         )
+    if harness := details.get("harness"):
+        notes.append(
+            f"lm-evaluation-harness {harness['version']}: {harness['said']}; before: the base. "
+            f"Again: {harness['command']}"
+        )
     if fair := details.get("fairness"):
         notes.append(
             f"Fairness: {fair['rows']} rows of {fair['source']}; bias 0: none, 1: always the stereotype, -1: always "

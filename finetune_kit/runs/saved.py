@@ -12,6 +12,7 @@ from finetune_kit import recipe as recipes
 from finetune_kit.data.chat import end_token_ids
 from finetune_kit.data.load import Data, load_data
 from finetune_kit.errors import SecurityError, SettingsError
+from finetune_kit.evaluation import harness
 from finetune_kit.evaluation.compare import Report, compare
 from finetune_kit.evaluation.guards import choice_sources
 from finetune_kit.evaluation.loss import general_rows
@@ -205,6 +206,30 @@ def compare_run(run: FinishedRun) -> Report:
         model = _shares_beginnings(run, load_base(own_model(run), trained_in_full=True))
     after = measure_model(model, tokenizer, data, config.evaluate, progress_bar("after"), judge=judge)
     return compare(before, after, config.evaluate, config.beta)
+
+
+def compare_tasks(run: FinishedRun, asked: harness.Asked) -> Report:
+    """The run's model against what it started from on tasks of lm-evaluation-harness, the same rows for both.
+
+    Raises as `harness.check` and `harness.run_tasks`.
+    """
+    check_writes(run)
+    config, tokenizer = run.config, tokenizer_of(run)
+    size = config.evaluate.batch_size
+    if run.is_adapter:
+        model = model_of(run)
+        with as_started(model, config.lora.init_from if config.lora else None), doing("base: tasks"):
+            before = harness.run_tasks(model, tokenizer, asked, size)
+    else:
+        base = load_base(config.model, trained_in_full=True)
+        with doing("base: tasks"):
+            before = harness.run_tasks(base, tokenizer, asked, size)
+        del base
+        release()
+        model = load_base(own_model(run), trained_in_full=True)
+    with doing("tuned: tasks"):
+        after = harness.run_tasks(model, tokenizer, asked, size)
+    return harness.report(before, after, asked, config.evaluate)
 
 
 def _shares_beginnings(run: FinishedRun, model: Any) -> Any:
