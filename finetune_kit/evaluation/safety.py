@@ -34,6 +34,7 @@ FLAGS = ("harmful", "unsafe", "is_harmful", "harmless", "safe", "is_safe", "labe
 KINDS = ("type", "kind", "category", "Category", "subcategory", "SemanticCategory")
 HARMFUL = ("harmful", "unsafe", "true", "1", "yes", "toxic", "malicious")
 HARMLESS = ("harmless", "safe", "false", "0", "no", "benign")
+SHOWN = 400  # characters of a prompt and of an answer that a model judges: a refusal shows in the opening
 SAMPLES = 8  # prompts with their answers that the report keeps, harmful and harmless in turn
 FEWEST_OF_A_KIND = 5  # prompts from which a kind has a line of its own
 
@@ -196,8 +197,9 @@ def _scorer(source: str, kwargs: dict[str, Any]) -> Callable[[Sequence[str], Seq
     score = model_score(source, RewardConfig(ignore_gate=True), ModelConfig(), kwargs)
 
     def scored(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        records = [Prompt(f"answer {at}", [{"role": "user", "content": text}]) for at, text in enumerate(prompts, 1)]
-        return [float(value) for value in score(list(prompts), list(answers), records)]
+        asked = [text[:SHOWN] for text in prompts]
+        records = [Prompt(f"answer {at}", [{"role": "user", "content": text}]) for at, text in enumerate(asked, 1)]
+        return [float(value) for value in score(asked, [text[:SHOWN] for text in answers], records)]
 
     return scored
 

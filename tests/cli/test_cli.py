@@ -162,7 +162,7 @@ def test_two_settings_files_are_one_too_many(tmp_path: Path) -> None:
 
 def test_require_takes_only_what_can_be_required(tmp_path: Path) -> None:
     said = cli("run", own_recipe(tmp_path, "return 1"), "--require", "luck")
-    assert (said.code, said.err) == (2, "error: --require luck: expected improved.\n")
+    assert (said.code, said.err) == (2, "error: --require luck: expected improved or safe.\n")
 
 
 # check
