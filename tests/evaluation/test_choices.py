@@ -19,8 +19,12 @@ from finetune_kit.evaluation.fairness import BBQRow, Fairness, bias_ambiguous, b
 from finetune_kit.evaluation.intervals import statistic_entry
 from finetune_kit.evaluation.measure import Measurement, measure
 from finetune_kit.packing.forward import acts_on, enable
+from finetune_kit.runs import save
+from finetune_kit.runs.saved import compare_run, open_run
+from finetune_kit.runs.verify import Proof
 from finetune_kit.settings.schema import EvaluateConfig
 from tests.fixtures_evaluation import byte_tokenizer, held_out, tiny_gpt2, tiny_llama
+from tests.fixtures_training import furnish_pairs, train
 
 TOKENIZER = byte_tokenizer()
 CONFIG = EvaluateConfig(size=0, general_text=False, bootstrap_samples=100)
@@ -296,3 +300,33 @@ def test_a_guard_that_names_nothing_measured_is_told_before_training(guard: str,
     evaluator = Evaluator(TOKENIZER, held_out(TOKENIZER, PAIRS), config)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match=said):
         evaluator.measure(tiny_llama(), "before")
+
+
+def test_a_run_and_evaluate_on_its_folder_give_the_same_numbers(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the fresh process that loads what was saved takes most of a small run's time; runs/test_save.py has it
+    monkeypatch.setattr(save, "prove", lambda *_: Proof(0.0, 1e-4, "float32", "cpu"))
+    rows = [{"prompt": f"{n} + 1 =", "chosen": f"{n + 1}", "rejected": f"{n}"} for n in range(12)]
+    home = furnish_pairs(tmp_path, tiny_model, rows)
+    asked = [
+        "evaluate.safety=xstest",
+        "evaluate.safety_size=4",
+        "evaluate.safety_max_new_tokens=4",
+        f"evaluate.choices=[{write(tmp_path)}]",
+        f"evaluate.fairness={bbq_file(tmp_path)}",
+        "evaluate.guards=[safety,choices,fairness,held_out_loss]",
+    ]
+    artifact = train("dpo", home, "max_steps=2", "held_out_size=3", "learning_rate=1e-2", *asked)
+    again = compare_run(open_run(artifact.folder, []))
+    kept = json.loads((artifact.folder / "report.json").read_text())
+    assert {"safety", "choices", "fairness", "guards"} <= kept.keys()
+    for one, other in zip(kept["metrics"], again.metrics, strict=True):
+        assert one["name"] == other["name"]
+        assert one["after"] == pytest.approx(other["after"], abs=1e-4)
+    page = (artifact.folder / "report.html").read_text()
+    assert "<h2>Refusals</h2>" in page
+    assert "<h2>Questions with choices</h2>" in page
+    card = (artifact.folder / "README.md").read_text()
+    assert "quiz_accuracy" in card
+    assert kept["safety"]["samples"][0]["prompt"] not in card

@@ -184,7 +184,7 @@ def test_the_default_size_costs_under_a_tenth_of_the_tokens_of_a_default_dpo_run
     # forward and backward of the policy (3 forwards) and the reference's; the held-out loss before and after
     run = 4 * trained + 3 * measured
     prompts = read_prompts("xstest", config.evaluate.safety_size)
-    template = 20  # tokens of turns and of the template's own system turn
+    template = 30  # tokens of turns and of the template's own system turn
     asked = sum(len(tokenizer(item.text)["input_ids"]) + template for item in prompts)
     cost = 2 * (asked + len(prompts) * config.evaluate.safety_max_new_tokens)
     assert cost < 0.1 * run, (cost, run)
