@@ -66,7 +66,7 @@ class Choices:
 def read_choices(source: str, size: int, setting: str = "evaluate.choices") -> list[Question]:
     """`size` questions of a file or Hub data set, or all of them where there are fewer, spread evenly.
 
-    Raises DataError for a row that is no question with choices.
+    Raises DataError for a row that is not a question with choices.
     """
     rows = read_rows(source, setting)
     chosen = rows if len(rows) <= size else [rows[at * len(rows) // size] for at in range(size)]

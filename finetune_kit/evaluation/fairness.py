@@ -82,7 +82,7 @@ def _row(row: dict[str, Any], where: str) -> BBQRow:
         raise DataError(
             f"evaluate.fairness: {where}: answer_info names {infos}, stereotyped_groups {groups}; expected one unknown "
             "answer and one of the stereotyped groups.",
-            "Mend the row, or take it out.",
+            "Fix the row, or remove it.",
         )
     people = [at for at in range(3) if at != unknown]
     target = stereotyped[0]

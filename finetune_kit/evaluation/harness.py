@@ -72,7 +72,7 @@ def check(asked: Asked) -> None:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=1)
             raise SettingsError(
-                f"--tasks: {task} is no task of the harness{f' nor of {asked.folder}' if asked.folder else ''}.",
+                f"--tasks: {task} is not a task of the harness{f' or of {asked.folder}' if asked.folder else ''}.",
                 f"Did you mean {near[0]}?" if near else "A file of questions is a task, too: --tasks rows.jsonl",
             )
 
@@ -124,7 +124,7 @@ def _scores(found: dict[str, Any]) -> Scores:
     for task, samples in found["samples"].items():
         for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
             for metric in sample["metrics"]:
-                if isinstance(value := sample.get(metric), int | float):  # others are no mean over rows
+                if isinstance(value := sample.get(metric), int | float):  # others are not means over rows
                     name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
                     rows.setdefault((task, name), []).append(float(value))
                     better[task, name] = bool(found["higher_is_better"].get(task, {}).get(metric, True))
@@ -142,7 +142,7 @@ def report(before: Scores, after: Scores, asked: Asked, config: EvaluateConfig) 
         name, better = " ".join(key), before.higher_is_better[key]
         lines.append(entry(name, scores, after.rows[key], config, higher_is_better=better, within=within))
     if not lines:
-        raise DataError(f"--tasks: {', '.join(asked.tasks)} gave no score of single rows.", "Take other tasks.")
+        raise DataError(f"--tasks: {', '.join(asked.tasks)} gave no score of single rows.", "Use other tasks.")
     first, main = next(iter(before.rows)), lines[0]
     gains = [now - was for was, now in zip(before.rows[first], after.rows[first], strict=True)]
     words = ["--tasks", ",".join(asked.tasks)]

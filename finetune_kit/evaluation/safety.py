@@ -156,7 +156,7 @@ def check_untrained(prompts: Sequence[SafetyPrompt], data: Any) -> None:
             if found is not None:
                 raise DataError(
                     f"{record.where}: a training row asks {found.where}, which refusals are measured on.",
-                    "Take the row out, or measure on other prompts: evaluate.safety=FILE",
+                    "Remove the row, or measure on other prompts: evaluate.safety=FILE",
                 )
 
 

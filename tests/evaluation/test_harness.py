@@ -90,7 +90,7 @@ def test_the_task_files_that_are_shipped_run_on_local_rows(tmp_path: Path, monke
 
 @pytest.mark.long
 def test_a_task_that_does_not_exist_is_told_with_its_neighbour() -> None:
-    with pytest.raises(SettingsError, match="--tasks: arc_eazy is no task of the harness") as error:
+    with pytest.raises(SettingsError, match="--tasks: arc_eazy is not a task of the harness") as error:
         harness.check(Asked(("arc_eazy",)))
     assert error.value.fix == "Did you mean arc_easy?"
 
