@@ -64,5 +64,5 @@ def test_errors_of_a_judge_are_counted_by_their_kind() -> None:
 
 
 def test_every_group_of_phrases_has_some_and_no_name_is_left_in_braces() -> None:
-    assert set(phrases()) == {"declines", "no_decline", "disapproves", "defines", "offers", "turns"}
+    assert set(phrases()) == {"declines", "no_decline", "disclaims", "disapproves", "defines", "offers", "turns"}
     assert not any("{i}" in pattern.pattern or "{cannot}" in pattern.pattern for pattern in phrases().values())
