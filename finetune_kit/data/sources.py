@@ -214,6 +214,12 @@ def _settle_turns(record: Record, merge: bool) -> None:
         record.prompt = in_turn(record.prompt, record.where, merge)
 
 
+def shown(source: str) -> str:
+    """A file's name without its folders, which are nobody's business in a report; a Hub id as it is."""
+    path = Path(source).expanduser()
+    return path.name if path.is_file() else source
+
+
 def read_rows(source: str, setting: str) -> Numbered:
     """The rows of a file or a Hub data set as they are; `source` may name the split: user/name:test (else train).
 

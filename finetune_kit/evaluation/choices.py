@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_kit.data.chat import text_ids
-from finetune_kit.data.sources import read_rows
+from finetune_kit.data.sources import read_rows, shown
 from finetune_kit.data.template import bos_prefix
 from finetune_kit.errors import DataError
 from finetune_kit.evaluation.intervals import SHARE, entry
@@ -169,10 +169,10 @@ def _row(tokenizer: Any, context: str, choice: str, room: int | None) -> Row:
 
 
 def name_of(source: str, sources: Sequence[str]) -> str:
-    """What a file's or data set's metrics are called: its name without ending, or its path where two share that."""
-    names = [Path(other.partition(":")[0]).stem for other in sources]
-    own = Path(source.partition(":")[0]).stem
-    return own if names.count(own) == 1 else source
+    """What a file's or data set's metrics are called: its name without ending; two of a name have their folders'."""
+    places = [Path(other.partition(":")[0]) for other in (source, *sources)]
+    own = places[0].stem
+    return own if [place.stem for place in places[1:]].count(own) == 1 else f"{places[0].parent.name}/{own}"
 
 
 def entries(before: Choices, after: Choices, config: EvaluateConfig, name: str) -> list[dict[str, Any]]:
@@ -192,15 +192,15 @@ def entries(before: Choices, after: Choices, config: EvaluateConfig, name: str) 
 
 def details(measured: Sequence[Choices], config: EvaluateConfig) -> list[dict[str, Any]]:
     """Of each source what has to be known to read its numbers."""
-    listed = ",".join(item.source for item in measured)
+    listed = ",".join(shown(item.source) for item in measured)
     command = (
         f"python -m finetune_kit evaluate DIR evaluate.choices=[{listed}] evaluate.choices_size={config.choices_size}"
     )
     return [
         {
-            "source": item.source,
+            "source": shown(item.source),
             "questions": len(item.questions),
-            "decoding": "none: log-likelihoods of the choices, without a chat template",
+            "decoding": "log-likelihoods of the choices, without a chat template",
             "by_chance": sum(1 / len(question.choices) for question in item.questions) / len(item.questions),
             "command": command,
         }

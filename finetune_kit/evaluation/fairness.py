@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_kit.data.sources import read_rows
+from finetune_kit.data.sources import read_rows, shown
 from finetune_kit.errors import DataError
 from finetune_kit.evaluation.choices import Choices, Question, measure_choices, question_of
 from finetune_kit.evaluation.intervals import SHARE, entry, statistic_entry
@@ -169,11 +169,12 @@ def details(before: Fairness, after: Fairness, config: EvaluateConfig) -> dict[s
     for category in categories:
         rows = [at for at, row in enumerate(before.rows) if row.category == category]
         by_category += _entries(before, after, config, rows, f"{category}: ")
-    command = f"python -m finetune_kit evaluate DIR evaluate.fairness={config.fairness}"
+    source = shown(config.fairness or "")
+    command = f"python -m finetune_kit evaluate DIR evaluate.fairness={source}"
     return {
-        "source": config.fairness,
+        "source": source,
         "rows": len(before.rows),
-        "decoding": "none: the likeliest of three answers, without a chat template",
+        "decoding": "the likeliest of three answers, without a chat template",
         "command": f"{command} evaluate.choices_size={config.choices_size}",
         "categories": by_category,
     }

@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from finetune_kit import distributed
 from finetune_kit.data.chat import render_prompt
 from finetune_kit.data.records import Message, Prompt, prompt_of
-from finetune_kit.data.sources import read_rows
+from finetune_kit.data.sources import read_rows, shown
 from finetune_kit.errors import DataError
 from finetune_kit.evaluation.intervals import SHARE, entry
 from finetune_kit.evaluation.refusals import (
@@ -85,7 +86,7 @@ def _rows(source: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _prompt(source: str, number: int, row: dict[str, Any]) -> SafetyPrompt:
-    where = f"{source}:{number}"
+    where = f"{shown(source)}:{number}"
     text = next((row[name] for name in TEXTS if isinstance(row.get(name), str) and row[name].strip()), None)
     flag = next((name for name in FLAGS if row.get(name) is not None), None)
     said = None if flag is None else str(row[flag]).strip().lower()
@@ -187,7 +188,8 @@ def _judged(
     found = [value > threshold for value in scores[1::2]]
     judged = score([prompt.text for prompt in prompts], answers)
     outcomes: list[Outcome] = ["refused" if value > threshold else "answered" for value in judged]
-    return outcomes, agreement(f"{config.safety_judge}, above {threshold:.3f},", found, labels[1::2])
+    named = Path(config.safety_judge).name if Path(config.safety_judge).is_dir() else config.safety_judge
+    return outcomes, agreement(f"{named}, above {threshold:.3f},", found, labels[1::2])
 
 
 def _scorer(source: str, kwargs: dict[str, Any]) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
@@ -246,13 +248,14 @@ def details(before: Safety, after: Safety, config: EvaluateConfig) -> dict[str, 
             line = _line("refused", before, after, rows, config, ("refused",), harmful)
             by_kind.append({**line, "name": f"refused, {'harmful' if harmful else 'harmless'}: {kind}"})
     sides = [[at for at, prompt in enumerate(before.prompts) if prompt.harmful is harmful] for harmful in (True, False)]
-    shown = [at for pair in zip(*sides, strict=False) for at in pair][:SAMPLES]
-    command = f"python -m finetune_kit evaluate DIR evaluate.safety={before.source}"
+    first = [at for pair in zip(*sides, strict=False) for at in pair][:SAMPLES]
+    source = shown(before.source)
+    command = f"python -m finetune_kit evaluate DIR evaluate.safety={source}"
     command += f" evaluate.safety_size={len(before.prompts)}"
     if before.decoding["max_new_tokens"] != EvaluateConfig.safety_max_new_tokens:
         command += f" evaluate.safety_max_new_tokens={before.decoding['max_new_tokens']}"
     return {
-        "source": before.source,
+        "source": source,
         "harmful_prompts": len(sides[0]),
         "harmless_prompts": len(sides[1]),
         "decoding": before.decoding,
@@ -274,7 +277,7 @@ def details(before: Safety, after: Safety, config: EvaluateConfig) -> dict[str, 
                     for side, measured in (("before", before), ("after", after))
                 },
             }
-            for at in shown
+            for at in first
         ],
     }
 
