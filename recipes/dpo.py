@@ -35,7 +35,7 @@ from finetune_kit.evaluation.evaluator import Evaluator
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
-from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.settings.schema import EvaluateConfig, LoraConfig, RecipeConfig, TrainConfig, section, setting
 from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
@@ -48,6 +48,7 @@ class Config(RecipeConfig):
     trainer_config: ClassVar[str] = "trl.DPOConfig"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-5, warmup_steps=0.1)
+    evaluate: EvaluateConfig = section(EvaluateConfig, safety="xstest")
     beta: float = setting(0.1, "how strongly the policy is kept close to the reference", within="(0, 10]")
     loss_type: list[str] = setting(["sigmoid"], "loss by TRL's name, or several added up: sigmoid, ipo, hinge, sft, …")
     loss_weights: list[float] = setting([], "weights of several losses; unset: 1 each", within="[0, inf)")

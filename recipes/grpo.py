@@ -42,7 +42,7 @@ from finetune_kit.rl.online import (
     sample_here,
 )
 from finetune_kit.runs.save import Artifact, save
-from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.settings.schema import EvaluateConfig, LoraConfig, RecipeConfig, TrainConfig, section, setting
 from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
@@ -54,6 +54,7 @@ class Config(RecipeConfig):
     trainer_config: ClassVar[str] = "trl.GRPOConfig"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=1e-4, per_device_train_batch_size=32, logging_steps=1)
+    evaluate: EvaluateConfig = section(EvaluateConfig, safety="xstest")
     reward: RewardConfig = section(RewardConfig)
     num_generations: int = setting(8, "completions of each prompt, judged against each other", within="[2, inf)")
     max_completion_length: int = setting(64, "longest completion", "tokens", within="[1, inf)")

@@ -33,7 +33,7 @@ from finetune_kit.evaluation.evaluator import Evaluator
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
-from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.settings.schema import EvaluateConfig, LoraConfig, RecipeConfig, TrainConfig, section, setting
 from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
@@ -45,6 +45,7 @@ class Config(RecipeConfig):
     trainer_config: ClassVar[str] = "trl.experimental.orpo.ORPOConfig"
     lora: LoraConfig = section(LoraConfig)
     train: TrainConfig = section(TrainConfig, learning_rate=5e-4, warmup_steps=0.05)
+    evaluate: EvaluateConfig = section(EvaluateConfig, safety="xstest")
     beta: float = setting(0.1, "weight of the odds ratio (the paper's lambda)", within="(0, 10]")
 
     @property

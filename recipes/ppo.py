@@ -38,7 +38,7 @@ from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.rewards.sources import load_rewards
 from finetune_kit.rl.settings import PPOSettings
 from finetune_kit.runs.save import Artifact, save
-from finetune_kit.settings.schema import LoraConfig, TrainConfig, section
+from finetune_kit.settings.schema import EvaluateConfig, LoraConfig, TrainConfig, section
 from finetune_kit.training.begin import begin
 
 
@@ -51,6 +51,7 @@ class Config(PPOSettings):
     train: TrainConfig = section(
         TrainConfig, learning_rate=1e-4, lr_scheduler_type="constant", logging_steps=1, num_train_epochs=5.0
     )
+    evaluate: EvaluateConfig = section(EvaluateConfig, safety="xstest")
 
 
 def run(config: Config) -> Artifact:

@@ -30,6 +30,7 @@ FAST = (
     "held_out_size=3",
     "evaluate.size=0",
     "evaluate.general_text=false",
+    "evaluate.safety=null",
     "evaluate.bootstrap_samples=50",
 )
 ROWS = [{"prompt": f"{n} + {n * n} =", "completion": f"{n + n * n}" + " exactly" * (n % 4)} for n in range(40)]

@@ -24,7 +24,13 @@ def score(prompts, completions, records):
 """
 WORDS = (
     *("model.name_or_path=tiny", "max_steps=30", "per_device_train_batch_size=4", "logging_steps=4", "save_steps=1"),
-    *("held_out_size=3", "evaluate.size=2", "evaluate.general_text=false", "evaluate.bootstrap_samples=50"),
+    *(
+        "held_out_size=3",
+        "evaluate.size=2",
+        "evaluate.general_text=false",
+        "evaluate.safety=null",
+        "evaluate.bootstrap_samples=50",
+    ),
 )
 DROPOUT = "lora.lora_dropout=0.2"
 RECIPES = {

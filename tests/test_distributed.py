@@ -28,7 +28,7 @@ from tests.two_processes import ALIKE, figures, kept, train, write_home
 
 SHIPPED = ("--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", "2")
 QUICK = ("model.name_or_path=tiny", "max_steps=2", "per_device_train_batch_size=4", "logging_steps=1")
-QUIET = ("evaluate.size=2", "evaluate.general_text=false", "evaluate.bootstrap_samples=50")
+QUIET = ("evaluate.size=2", "evaluate.general_text=false", "evaluate.safety=null", "evaluate.bootstrap_samples=50")
 
 
 def launch(*words: str, cwd: Path, **more: str) -> Said:
@@ -225,7 +225,13 @@ def test_every_recipe_runs_through_accelerate_launch_on_two_processes(recipe: st
         "rloo": ("num_generations=2", "max_completion_length=8"),
     }
     rows = f"data.path={kinds.get(recipe, 'prompt_completion')}.jsonl"
-    words = [*QUICK, f"output_dir=every/{recipe}", "evaluate.general_text=false", "evaluate.bootstrap_samples=50"]
+    words = [
+        *QUICK,
+        f"output_dir=every/{recipe}",
+        "evaluate.general_text=false",
+        "evaluate.safety=null",
+        "evaluate.bootstrap_samples=50",
+    ]
     if recipe in own:
         (home / "short.py").write_text(
             "def short(prompts, completions, records):\n    return [-len(c) for c in completions]\n"

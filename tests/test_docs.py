@@ -46,7 +46,13 @@ PAGES = [
     "docs/security.md",
 ]
 NOT_RUN = ("git", "cd", "source", "pip")  # what a reader needs and the test already stands on
-SMALL = ("max_steps=2", "evaluate.size=4", "evaluate.general_text=false", "evaluate.bootstrap_samples=50")
+SMALL = (
+    "max_steps=2",
+    "evaluate.size=4",
+    "evaluate.general_text=false",
+    "evaluate.safety=null",
+    "evaluate.bootstrap_samples=50",
+)
 FEW = 8  # problems of a generated task
 WIDTH = 100  # columns of the terminal that the pages show
 Kit = Callable[[list[str]], tuple[int, str]]

@@ -35,6 +35,7 @@ OWNERS = {
     "peft": ("finetune_kit/models/", "finetune_kit/runs/reload.py"),  # which runs without this package
     "bitsandbytes": ("finetune_kit/models/",),
     "evaluate": ("finetune_kit/evaluation/metrics.py",),
+    "lm_eval": ("finetune_kit/evaluation/harness.py",),
     "trl": ("recipes/", "finetune_kit/planning/fake_step.py", "finetune_kit/packing/head.py"),  # its head
     "accelerate": ("finetune_kit/training/", "finetune_kit/rl/ppo.py", "finetune_kit/distributed.py"),
     "huggingface_hub": ("finetune_kit/models/", "finetune_kit/run_folder/", "finetune_kit/runs/hub.py"),

@@ -58,6 +58,7 @@ def test_the_wheel_holds_one_package_with_recipes_and_data_inside(wheel: Path) -
     }
     sources |= {f"finetune_kit/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.py")}
     assert sources <= names
+    assert {f"finetune_kit/evaluation/assets/{name}" for name in ("xstest.jsonl", "ATTRIBUTION.txt")} <= names
     assert {"finetune_kit/evaluation/general_text.txt", "finetune_kit/data/assets/shakespeare.txt"} <= names
     scripts = next(name for name in names if name.endswith("entry_points.txt"))
     assert "finetune-kit = finetune_kit.__main__:main" in zipfile.ZipFile(wheel).read(scripts).decode()
@@ -156,7 +157,13 @@ def place(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("place"), wheel)
 
 
-SMALL = ("max_steps=1", "evaluate.size=2", "evaluate.general_text=false", "data.held_out_size=2")
+SMALL = (
+    "max_steps=1",
+    "evaluate.size=2",
+    "evaluate.general_text=false",
+    "evaluate.safety=null",
+    "data.held_out_size=2",
+)
 OPTIONAL = ("gguf", "reasoning_gym", "bitsandbytes", "rouge_score", "sacrebleu", "tensorboard", "pytest", "mkdocs")
 
 

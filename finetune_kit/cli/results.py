@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune_kit.cli.options import Debug, RecipeFile, Revision, RunFolder, Words, out
+from finetune_kit.cli.options import (
+    REQUIRE,
+    Debug,
+    RecipeFile,
+    Revision,
+    RunFolder,
+    Words,
+    check_required,
+    out,
+    required,
+)
 from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.run_folder import upload
 from finetune_kit.system import streams
@@ -22,6 +32,21 @@ def evaluate(
     adapter: Annotated[
         list[Path] | None, typer.Option("--adapter", help="Also measure another adapter of the same base; repeatable.")
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", help="Tasks of lm-evaluation-harness, or files of questions with choices: arc_easy,…"),
+    ] = None,
+    task_files: Annotated[
+        Path | None, typer.Option("--task-files", metavar="DIR", help="A folder with YAML task files of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task; unset: all.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question; unset: the task's own number.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put the tasks' prompts into the chat template.")
+    ] = False,
+    require: Annotated[list[str] | None, typer.Option("--require", help=REQUIRE)] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     revision: Revision = None,
     recipe: RecipeFile = None,
@@ -33,10 +58,17 @@ def evaluate(
     """
     from finetune_kit.evaluation.report import print_adapters, print_report
     from finetune_kit.runs.hub import folder_of
-    from finetune_kit.runs.saved import compare_adapters, compare_run, open_run
+    from finetune_kit.runs.saved import compare_adapters, compare_run, compare_tasks, open_run
 
     with doing("opening the run"):
         run = open_run(folder_of(folder, revision), words or [], recipe)
+        wanted = required(require, run.config)
+    if wanted and (adapter or tasks):
+        other = "--adapter, which compares several" if adapter else "--tasks, which measures nothing else"
+        raise SettingsError(f"--require has no effect with {other}.", "Leave one of them out.")
+    asked = _asked(tasks, limit, num_fewshot, chat, task_files)
+    if asked and adapter:
+        raise SettingsError("--tasks has no effect with --adapter.", "Leave one of them out.")
     if run.unseen:
         note = (
             f"note: what it was trained on ({', '.join(run.unseen)}) is not here: these rows may have been part of it"
@@ -49,11 +81,34 @@ def evaluate(
         else:
             print_adapters(compared, out)
         return
-    report = compare_run(run)
+    report = compare_tasks(run, asked) if asked else compare_run(run)
     if json_:
         streams.write(as_json(report.to_json()))
     else:
         print_report(report, out)
+    check_required(wanted, report, f"The run is in {folder}.")
+
+
+def _asked(tasks: list[str] | None, limit: int | None, num_fewshot: int | None, chat: bool, folder: Path | None) -> Any:
+    """What --tasks and its companions ask of lm-evaluation-harness, checked; None where it is not asked."""
+    given = {
+        "--limit": limit,
+        "--num-fewshot": num_fewshot,
+        "--apply-chat-template": chat or None,
+        "--task-files": folder,
+    }
+    if not tasks:
+        if lone := next((name for name, value in given.items() if value is not None), None):
+            raise SettingsError(f"{lone} has no effect without --tasks.", "Such as: --tasks arc_easy")
+        return None
+    from finetune_kit.evaluation import harness
+
+    if folder is not None and not folder.is_dir():
+        raise SettingsError(f"--task-files {folder}: no such folder.", "Give the folder that holds the YAML files.")
+    asked = harness.Asked(harness.listed(tasks), limit, num_fewshot, chat, folder)
+    with doing("looking up the tasks"):
+        harness.check(asked)
+    return asked
 
 
 def verify(

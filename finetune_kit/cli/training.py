@@ -8,8 +8,19 @@ import typer
 
 from finetune_kit import distributed
 from finetune_kit import recipe as recipes
-from finetune_kit.cli.options import ConfigFile, Debug, RecipeWord, Words, import_heavy, out, read_settings
-from finetune_kit.errors import NumericsError, SettingsError
+from finetune_kit.cli.options import (
+    REQUIRE,
+    ConfigFile,
+    Debug,
+    RecipeWord,
+    Words,
+    check_required,
+    import_heavy,
+    out,
+    read_settings,
+    required,
+)
+from finetune_kit.errors import SettingsError
 from finetune_kit.settings.checks import check_code
 from finetune_kit.settings.load import full_key
 from finetune_kit.system import signals, streams
@@ -100,9 +111,7 @@ def run(
     word: RecipeWord,
     words: Words = None,
     config: ConfigFile = None,
-    require: Annotated[
-        str | None, typer.Option("--require", help="improved: exit 4 unless the result is better.")
-    ] = None,
+    require: Annotated[list[str] | None, typer.Option("--require", help=REQUIRE)] = None,
     allow_changed: Annotated[
         str | None, typer.Option(metavar="KEY,…", help="Settings that may change when a run resumes.")
     ] = None,
@@ -116,11 +125,10 @@ def run(
     The same held-out rows are measured before and after. If the run is stopped or killed, run the same command: it
     resumes from the newest complete checkpoint, as if nothing had happened.
     """
-    if require not in (None, "improved"):
-        raise SettingsError(f"--require {require}: expected improved.")
     with doing("starting"):
         recipe, settings = read_settings(word, config, words)
         check_code(settings)
+        wanted = required(require, settings)
         if distributed.is_launched():
             from finetune_kit.models.device import device
 
@@ -143,8 +151,7 @@ def run(
     command, own = "python -m finetune_kit", "" if recipe.word in recipes.BUILTIN else f" --recipe {recipe.path}"
     ask = "" if "gate" in artifact.report.details else f'{command} generate {folder} "…"{own}    '
     out.print(f"Next: {ask}{command} evaluate {folder}{own}", markup=False)
-    if require == "improved" and not artifact.report.improved:
-        raise NumericsError(f"--require improved: {artifact.report.verdict}", f"The run is kept in {folder}.")
+    check_required(wanted, artifact.report, f"The run is kept in {folder}.")
     if settings.hub.push:
         from finetune_kit.runs.hub import push_run
 

@@ -20,6 +20,7 @@ from finetune_kit.data.files import (
     check_text,
     data_files,
     read_txt,
+    refuse,
     row_at,
 )
 from finetune_kit.data.formats import (
@@ -211,6 +212,39 @@ def _settle_turns(record: Record, merge: bool) -> None:
         record.messages = in_turn(record.messages, record.where, merge)
     elif not isinstance(record, Text):
         record.prompt = in_turn(record.prompt, record.where, merge)
+
+
+def shown(source: str) -> str:
+    """A file's name without its folders, which are nobody's business in a report; a Hub id as it is."""
+    path = Path(source).expanduser()
+    return path.name if path.is_file() else source
+
+
+def read_rows(source: str, setting: str) -> Numbered:
+    """The rows of a file or a Hub data set as they are; `source` may name the split: user/name:test (else train).
+
+    `setting` is what named it. Raises DataError, ResourceError.
+    """
+    path, config = Path(source).expanduser(), DataConfig()
+    if path.is_file():
+        suffix = path.suffix.lower()
+        if suffix != ".parquet" and suffix not in READERS:
+            raise DataError(
+                f"{setting}: {source}: cannot read this kind of file.", "Expected JSONL, JSON, CSV, Parquet."
+            )
+        rows = _read_parquet(path) if suffix == ".parquet" else READERS[suffix](path, refuse)
+        for number, row in rows:
+            check_text(row, f"{path.name}:{number}")
+    elif found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::(\w+))?", source):
+        if path.suffix.lower() in DATA_SUFFIXES:
+            raise DataError(f"{setting}: {source}: no such file.", near_path(source) or "Look at its name.")
+        config.split = found[2] or config.split
+        rows = _read_hub(found[1], config)
+    else:
+        raise DataError(f"{setting}: {source}: no such file.", f"{near_path(source)}Expected a file, or a Hub id.")
+    if not rows:
+        raise DataError(f"{setting}: {source}: no rows.", "Give a file with rows in it.")
+    return rows
 
 
 def _read_parquet(path: Path) -> Numbered:

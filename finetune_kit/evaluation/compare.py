@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune_kit.errors import DataError, SettingsError
-from finetune_kit.evaluation import preferences
+from finetune_kit.evaluation import choices, fairness, preferences, safety
+from finetune_kit.evaluation.guards import choice_sources, guarded, sentence
 from finetune_kit.evaluation.intervals import ALIKE, SHARE, entry
-from finetune_kit.evaluation.measure import Measurement, measure
+from finetune_kit.evaluation.measure import Measurement, held_out_only, measure
 from finetune_kit.evaluation.metrics import BUILT_IN
 from finetune_kit.settings.schema import EvaluateConfig
 
-if TYPE_CHECKING:
-    pass
-
 SAMPLES = 8  # answers kept in report.json: the first rows, whatever they show
+REFUSALS = {"harmful_refused": "Harmful prompts refused", "harmless_refused": "Harmless prompts refused"}
 LARGEST_EXPONENT = 700.0  # exp(710) is not a float: a model that far gone has a loss but no perplexity
 
 
 @dataclass
 class Report:
-    """Before against after. `main` names the metric that the verdict rests on; wins, ties and losses are its rows."""
+    """Before against after. `main` names the metric that the verdict rests on; wins, ties and losses are its rows.
+    `improved`: it got better, and no guard got worse."""
 
     metrics: list[dict[str, Any]]  # name, before, after, difference, interval, n, higher_is_better, verdict
     main: str
@@ -36,6 +36,16 @@ class Report:
     decoding: dict[str, Any]
     seconds: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)  # what a method adds to the report, under its own keys
+
+    def unsafe(self) -> str:
+        """Why the run is not known to be as safe as before, in words; "" where it is: neither are fewer harmful prompts
+        refused nor more harmless ones, beyond the interval."""
+        found = {line["name"]: line for line in self.metrics if line["name"] in REFUSALS}
+        bad = [line for line in found.values() if line["verdict"] not in ("better", "no difference")]
+        said = [
+            f"{REFUSALS[line['name']]} {line['before']:.2f} → {line['after']:.2f}: {line['verdict']}" for line in bad
+        ]
+        return "; ".join(said) if found else "refusals were not measured: evaluate.safety is unset"
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json: numbers, texts, lists and dicts only."""
@@ -62,6 +72,8 @@ def compare(
     differing = [name for name in same if getattr(before, name) != getattr(after, name)]
     if differing or before.metrics.keys() != after.metrics.keys():
         raise ValueError(f"before and after were not measured on the same rows in the same way: {differing}")
+    if before.safety and after.safety and before.safety.prompts != after.safety.prompts:
+        raise ValueError("before and after were asked different prompts of evaluate.safety")
     entries = []
     for name, scores in before.metrics.items():
         within = SHARE if name in BUILT_IN else None  # rewards and scores of the Hub may be any numbers
@@ -74,19 +86,35 @@ def compare(
         entries.append(entry("answers_ended", was, now, config, higher_is_better=True, within=SHARE))
         was, now = ([float(len(item.ids)) for item in side.completions] for side in (before, after))
         entries.append(entry("answer_tokens", was, now, config, higher_is_better=None))
+    details: dict[str, Any] = {}
+    if before.safety is not None and after.safety is not None:
+        entries += safety.entries(before.safety, after.safety, config)
+        details["safety"] = safety.details(before.safety, after.safety, config)
+    names = {item.source: choices.name_of(item.source, choice_sources(config)) for item in before.choices}
+    for first, then in zip(before.choices, after.choices, strict=True):
+        entries += choices.entries(first, then, config, names[first.source])
+    if before.choices:
+        details["choices"] = choices.details(before.choices, config)
+    if before.fairness is not None and after.fairness is not None:
+        entries += fairness.entries(before.fairness, after.fairness, config)
+        details["fairness"] = fairness.details(before.fairness, after.fairness, config)
     if not entries:
         raise DataError("Nothing was measured.", "Leave evaluate.size or evaluate.general_text as it is.")
     main = entries[0]
     wins, ties, losses = _win_tie_loss(before, after)
-    verdict, details = _sentence(entries, wins, ties, losses), {}
+    guards = guarded(config, entries, names)
+    verdict = _sentence(entries, wins, ties, losses) + sentence(guards)
+    broken = [line["name"] for line in guards if line["verdict"] == "worse"]
+    if guards:
+        details["guards"] = {"held": [line["name"] for line in guards if line["name"] not in broken], "failed": broken}
     if spent := [line["objective/kl"] for line in history if "objective/kl" in line]:
-        details = {"kl_spent": spent[-1]}
+        details["kl_spent"] = spent[-1]
         verdict += f" KL spent: {spent[-1]:.2f} nats a completion."
     return Report(
         metrics=entries,
         main=main["name"],
         verdict=verdict,
-        improved=main["verdict"] == "better",
+        improved=main["verdict"] == "better" and not broken,
         wins=wins,
         ties=ties,
         losses=losses,
@@ -152,6 +180,8 @@ def _sentence(entries: list[dict[str, Any]], wins: int, ties: int, losses: int) 
     for line in entries[1:]:
         if line["name"] == "preference_accuracy":
             text += f" Preference accuracy {line['before']:.3f} → {line['after']:.3f}: {line['verdict']}."
+        if line["name"] in REFUSALS:
+            text += f" {REFUSALS[line['name']]} {line['before']:.2f} → {line['after']:.2f}: {line['verdict']}."
         said = others.get(line["name"], {}).get(line["verdict"])
         if said:
             text += f" {said}: {line['before']:.3f} → {line['after']:.3f}."
@@ -188,7 +218,7 @@ def held_out_scores(
     equation 7) and the preference accuracy. Raises SettingsError for a metric that these data do not have.
     """
     answered = config if metric != "loss" else replace(config, size=0, metrics=[], hub_metrics=[], reward_model=None)
-    measurement = measure(model, tokenizer, data, replace(answered, general_text=False), distributions=False)
+    measurement = measure(model, tokenizer, data, held_out_only(answered), distributions=False)
     scores = {"loss": measurement.loss}
     if start is not None and start.rejected_nll:
         scores = preferences.scores(start, measurement, beta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from finetune_kit.data.load import Data
@@ -35,9 +36,11 @@ class Evaluator:
     def measure(self, model: Any, when: str) -> Measurement:
         """Losses, answers and their scores on the held-out rows; `when` names it in the progress bar: before, after.
 
-        Raises as `evaluation.measure.measure` does.
+        Raises as `evaluation.measure.measure` does, and SettingsError for a guard that names nothing measured.
         """
         found = measure(model, self.tokenizer, self.data, self.config, progress_bar(when), judge=self.judge)
+        if self.start is None and self.config.guards:  # one that names nothing is told now, not after training
+            compare(found, found, replace(self.config, bootstrap_samples=1), self.beta or 1.0)
         self.start = self.start or found
         return found
 

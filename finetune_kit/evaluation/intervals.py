@@ -6,7 +6,8 @@ their number: there the interval follows from the binomial distribution (`agreei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.data.split import FEWEST
@@ -64,6 +65,42 @@ def entry(
     }
 
 
+def statistic_entry(
+    name: str,
+    before: Sequence[Sequence[float]],
+    after: Sequence[Sequence[float]],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    config: EvaluateConfig,
+) -> dict[str, Any]:
+    """One line of the report for a number that is best at 0 and is no mean: `statistic` of the rows' summed columns.
+
+    `before`, `after`: of each row the same columns, (n, k); `statistic` takes their sums (k, …). Better is nearer to 0.
+    The interval is a paired bootstrap; None where every resample says the same.
+    """
+    import numpy as np
+
+    table = np.array([before, after], dtype=np.float64)  # (2, n, k)
+    n = table.shape[1]
+    was, now = (float(statistic(side.sum(axis=0))) for side in table)
+    generator = np.random.default_rng(0)
+    draws = [table[:, generator.integers(n, size=n)].sum(axis=1) for _ in range(config.bootstrap_samples)]
+    sums = np.stack(draws, axis=-1)  # (2, k, samples)
+    low, high = (float(end) for end in np.percentile(statistic(sums[1]) - statistic(sums[0]), [2.5, 97.5]))
+    interval = [low, high] if low < high else None
+    moved = n >= FEWEST and (interval is not None and not low <= 0 <= high)
+    verdict = f"too few to judge ({n} row{'s' if n != 1 else ''})" if n < FEWEST else "no difference"
+    return {
+        "name": name,
+        "before": was,
+        "after": now,
+        "difference": now - was,
+        "interval": interval,
+        "n": n,
+        "higher_is_better": None,
+        "verdict": ("better" if abs(now) < abs(was) else "worse") if moved else verdict,
+    }
+
+
 def spread_of(line: dict[str, Any], decimals: int = 3) -> str:
     """A report line's interval for people, or why there is none."""
     if interval := line["interval"]:
@@ -83,6 +120,22 @@ def agreeing_interval(value: float, n: int, low: float, high: float) -> list[flo
     """
     unseen: float = 1.0 - TAIL ** (1.0 / n)
     return [(1.0 - unseen) * value + unseen * low, (1.0 - unseen) * value + unseen * high]
+
+
+def share_interval(count: int, n: int) -> list[float]:
+    """The exact 95 % interval of a share of which `count` of `n` were seen. Source: Clopper and Pearson (1934)."""
+
+    def above(share: float, least: int) -> float:  # P(at least `least` of n)
+        return math.fsum(math.comb(n, k) * share**k * (1.0 - share) ** (n - k) for k in range(least, n + 1))
+
+    def solve(least: int, tail: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if above(middle, least) < tail else (low, middle)
+        return (low + high) / 2
+
+    return [solve(count, TAIL) if count else 0.0, solve(count + 1, 1.0 - TAIL) if count < n else 1.0]
 
 
 def _values(sums: np.ndarray, perplexity: bool) -> tuple[Any, Any, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,13 @@ from finetune_kit.data.records import LabelledCompletion, prompt_of, reference_o
 from finetune_kit.data.split import source_rows
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.evaluation import preferences
+from finetune_kit.evaluation.choices import Choices, measure_choices, read_choices
 from finetune_kit.evaluation.divergence import Positions, choose_positions, log_probs
+from finetune_kit.evaluation.fairness import Fairness, measure_fairness, read_bbq
+from finetune_kit.evaluation.guards import choice_sources
 from finetune_kit.evaluation.loss import general_losses, row_losses
 from finetune_kit.evaluation.metrics import choose_metrics, score_rows
+from finetune_kit.evaluation.safety import Safety, measure_safety
 from finetune_kit.generation.generate import Completion, generate
 from finetune_kit.models.shapes import positions_of
 from finetune_kit.settings.schema import EvaluateConfig, ModelConfig
@@ -58,6 +62,9 @@ class Measurement:
     references: list[str] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     decoding: dict[str, Any] = field(default_factory=dict)
+    safety: Safety | None = None  # answers to harmful and harmless prompts
+    choices: list[Choices] = field(default_factory=list)  # of each file, what is likeliest
+    fairness: Fairness | None = None
     seconds: float = 0.0
 
     @property
@@ -68,6 +75,11 @@ class Measurement:
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss)
+
+
+def held_out_only(config: EvaluateConfig) -> EvaluateConfig:
+    """The same without what is measured on other rows than the run's own."""
+    return replace(config, general_text=False, safety=None, choices=[], fairness=None, guards=[])
 
 
 def measure(
@@ -115,10 +127,28 @@ def _measured(
         named = ", ".join([*config.metrics, *config.hub_metrics, *filter(None, [config.reward_model])])
         raise SettingsError(f"evaluate: scoring answers ({named}) has no effect: {reason}.", "Leave it out.")
     _losses(measurement, model, tokenizer, data, config, progress)
+    if config.safety:
+        told = _told(progress, "refusals", config.safety_size)
+        measurement.safety = measure_safety(model, tokenizer, data, config, told)
+    _questions(measurement, model, tokenizer, config, progress)
     if measurement.rejected_nll and distributions:
         moved("measuring distributions of the next token")
         _distributions(measurement, model, data)
     return measurement
+
+
+def _questions(
+    measurement: Measurement, model: Any, tokenizer: Any, config: EvaluateConfig, progress: Progress | None
+) -> None:
+    """Multiple choice: the files of evaluate.choices and of the guards, and evaluate.fairness."""
+    for source in choice_sources(config):
+        questions = read_choices(source, config.choices_size)
+        told = _told(progress, f"choices of {source}", sum(len(question.choices) for question in questions))
+        measurement.choices.append(measure_choices(model, tokenizer, source, questions, config, told))
+    if config.fairness:
+        rows, questions = read_bbq(config.fairness, config.choices_size)
+        told = _told(progress, "fairness", 3 * len(questions))
+        measurement.fairness = measure_fairness(model, tokenizer, rows, questions, config, told)
 
 
 def _answer(

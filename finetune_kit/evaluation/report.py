@@ -30,6 +30,14 @@ LABELS: dict[str, str] = {
     "chosen_is_likelier": "chosen likelier than rejected",
     "rejected_loss": "loss of rejected answers, nats/token",
     "kl_to_reference": "KL to the reference, nats/token",
+    "harmful_refused": "harmful prompts refused",
+    "harmless_refused": "harmless prompts refused",
+    "fairness_accuracy_ambiguous": "right in ambiguous contexts",
+    "fairness_bias_ambiguous": "bias in ambiguous contexts (0: none)",
+    "fairness_accuracy_disambiguated": "right in disambiguated contexts",
+    "fairness_bias_disambiguated": "bias in disambiguated contexts (0: none)",
+    "harmful_partly_refused": "harmful prompts partly refused",
+    "harmless_partly_refused": "harmless prompts partly refused",
 }
 PRINTED_SAMPLES = 3
 NARROW, WIDE = 76, 100  # columns of a terminal between which an interval has a line of its own, below its difference
@@ -72,8 +80,47 @@ def print_report(report: Report, console: Console) -> None:
         table.add_row(label_of(entry), *numbers, Text(verdict, style=COLOURS.get(verdict, "")))
     console.print(table)
     console.print(Text(report.verdict, style="bold"))
+    for note in notes_of(report.details):
+        console.print(Text(note))
     if report.samples:
         console.print(_sample_table(report.samples[:PRINTED_SAMPLES], console.width))
+
+
+def notes_of(details: dict[str, Any]) -> list[str]:
+    """What has to be known to read the numbers: rows, decoding, the judge's error, the command that gives them."""
+    notes = []
+    for item in details.get("choices", []):
+        notes.append(
+            f"Multiple choice: {item['questions']} questions of {item['source']}, {item['by_chance']:.2f} right by "
+            f"chance; {item['decoding']}. Again: {item['command']}"
+        )
+    if harness := details.get("harness"):
+        notes.append(
+            f"lm-evaluation-harness {harness['version']}: {harness['said']}; before: the base. "
+            f"Again: {harness['command']}"
+        )
+    if fair := details.get("fairness"):
+        notes.append(
+            f"Fairness: {fair['rows']} rows of {fair['source']}; bias 0: none, 1: always the stereotype, -1: always "
+            f"against it; {fair['decoding']}. Again: {fair['command']}"
+        )
+        notes += _moved(fair["categories"])
+    return [*_safety_notes(details["safety"]), *notes] if "safety" in details else notes
+
+
+def _safety_notes(safety: dict[str, Any]) -> list[str]:
+    said = (
+        f"Refusals: {safety['harmful_prompts']} harmful and {safety['harmless_prompts']} harmless prompts of "
+        f"{safety['source']}, greedy answers of at most {safety['decoding']['max_new_tokens']} tokens; "
+        f"{safety['judge']['in_words']}. Again: {safety['command']}"
+    )
+    return [said, *_moved(safety["kinds"])]
+
+
+def _moved(lines: list[dict[str, Any]]) -> list[str]:
+    """Of kinds of prompts or categories of questions those that moved."""
+    moved = [line for line in lines if line["verdict"] in ("better", "worse")]
+    return [f"{line['name']}: {' → '.join(numbers_of(line)[:2])}, {line['verdict']} (n={line['n']})" for line in moved]
 
 
 def print_adapters(compared: dict[str, Any], console: Console) -> None:
@@ -152,6 +199,8 @@ def write_html(report: Report, history: list[dict[str, Any]], run: dict[str, Any
         _shortness(history),
         reward_frontier(history),
         _samples_html(report),
+        _safety_html(report.details),
+        _questions_html(report.details),
         _rewards_html(report.details),
         *(_facts(name, value) for name, value in run.items() if name != "recipe"),
     ]
@@ -166,8 +215,14 @@ def write_html(report: Report, history: list[dict[str, Any]], run: dict[str, Any
 
 
 def _metric_table(report: Report) -> str:
+    note = f"↑ more is better, ↓ less. Main metric: {escape(report.main)}. "
+    note += f"Row by row: {report.wins} won, {report.ties} tied, {report.losses} lost."
+    return f'<h2>Before and after, on the same held-out rows</h2>{_table(report.metrics)}<p class="note">{note}</p>'
+
+
+def _table(entries: list[dict[str, Any]]) -> str:
     lines = []
-    for entry in report.metrics:
+    for entry in entries:
         before, after, difference, verdict = map(escape, numbers_of(entry))
         lines.append(
             f'<tr><th scope="row">{escape(label_of(entry))}</th><td data-label="before">{before}</td>'
@@ -176,13 +231,46 @@ def _metric_table(report: Report) -> str:
             f'<td data-label="rows">{entry["n"]}</td></tr>'
         )
     heads = "".join(f"<th>{head}</th>" for head in ("", "before", "after", "difference [95 %]", "verdict", "rows"))
-    note = f"↑ more is better, ↓ less. Main metric: {escape(report.main)}. "
-    note += f"Row by row: {report.wins} won, {report.ties} tied, {report.losses} lost."
-    body = "".join(lines)
-    return (
-        "<h2>Before and after, on the same held-out rows</h2>"
-        f'<table class="metrics"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table><p class="note">{note}</p>'
+    return f'<table class="metrics"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def _safety_html(details: dict[str, Any]) -> str:
+    """Refusals by kind, and some prompts with their answers, folded behind a warning: some are meant to harm."""
+    if "safety" not in details:
+        return ""
+    safety = details["safety"]
+    samples = "".join(
+        f'<section class="sample"><h3>{escape(sample["where"])}, {"harmful" if sample["harmful"] else "harmless"}</h3>'
+        f'<pre>{escape(sample["prompt"])}</pre><div class="sides">'
+        + "".join(
+            f"<div><h4>{side} <small>{escape(sample[side][0])}</small></h4><pre>{escape(sample[side][1])}</pre></div>"
+            for side in ("before", "after")
+        )
+        + "</div></section>"
+        for sample in safety["samples"]
     )
+    counts = {
+        f"{name} prompts, {side}": shares
+        for name, sides in safety["outcomes"].items()
+        for side, shares in sides.items()
+    }
+    return (
+        f'<h2>Refusals</h2><p class="note">{escape(_safety_notes(safety)[0])}</p>'
+        + (_table(safety["kinds"]) if safety["kinds"] else "")
+        + _facts("what the answers did", counts)
+        + "<details><summary>Warning: harmful requests, and what the model answered, follow</summary>"
+        + f"{samples}</details>"
+    )
+
+
+def _questions_html(details: dict[str, Any]) -> str:
+    """Multiple choice and fairness: rows, way and command, and the categories' own numbers."""
+    notes = notes_of({name: details[name] for name in ("choices", "fairness") if name in details})
+    if not notes:
+        return ""
+    told = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    categories = details.get("fairness", {}).get("categories", [])
+    return "<h2>Questions with choices</h2>" + told + (_table(categories) if categories else "")
 
 
 def _samples_html(report: Report) -> str:

@@ -8,6 +8,10 @@ import importlib
 from typing import Any
 
 from finetune_kit.errors import SettingsError
+from finetune_kit.evaluation.choices import read_choices
+from finetune_kit.evaluation.fairness import read_bbq
+from finetune_kit.evaluation.guards import choice_sources
+from finetune_kit.evaluation.safety import read_prompts
 from finetune_kit.models import quantization
 from finetune_kit.models.adapters import take_adapter_settings
 from finetune_kit.models.device import device, weight_dtype
@@ -62,6 +66,19 @@ def _check_evaluation(config: RecipeConfig) -> None:
     named = ", ".join([*evaluate.metrics, *evaluate.hub_metrics, *filter(None, [evaluate.reward_model])])
     if named and evaluate.size == 0:
         raise SettingsError(f"evaluate: scoring answers ({named}) has no effect: evaluate.size is 0.", "Leave it out.")
+    named_here = ("safety", "choices", "fairness", "guards")
+    if config.scores and (given := next((name for name in named_here if getattr(evaluate, name)), None)):
+        raise SettingsError(f"evaluate.{given} has no effect: a reward model writes no answers.", "Leave it out.")
+    if evaluate.safety_judge and not evaluate.safety:
+        raise SettingsError(
+            "evaluate.safety_judge has no effect without evaluate.safety.", "Add evaluate.safety=xstest"
+        )
+    if evaluate.safety:
+        read_prompts(evaluate.safety, evaluate.safety_size)
+    for source in choice_sources(evaluate):
+        read_choices(source, evaluate.choices_size)
+    if evaluate.fairness:
+        read_bbq(evaluate.fairness, evaluate.choices_size)
 
 
 def _check_folders(config: RecipeConfig) -> None:
@@ -72,6 +89,8 @@ def _check_folders(config: RecipeConfig) -> None:
         check_sources(reward, [data.held_out_path] if data.held_out_path else paths, config.model)
     if config.evaluate.reward_model:
         check_judge("evaluate.reward_model", config.evaluate.reward_model, config.model)
+    if config.evaluate.safety_judge:
+        check_judge("evaluate.safety_judge", config.evaluate.safety_judge, config.model)
     if lora is not None and lora.init_from:
         # adopt puts the adapter's shape into the settings, which still are those of the user here
         folder = take_adapter_settings(dataclasses.replace(lora))

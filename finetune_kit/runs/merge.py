@@ -28,7 +28,7 @@ from finetune_kit.data.load import Data, load_data
 from finetune_kit.errors import DataError, NumericsError, ResourceError, SettingsError
 from finetune_kit.evaluation.divergence import Positions, choose_positions, divergence, log_probs
 from finetune_kit.evaluation.loss import IGNORED, Row, general_rows
-from finetune_kit.evaluation.measure import Measurement, measure
+from finetune_kit.evaluation.measure import Measurement, held_out_only, measure
 from finetune_kit.evaluation.preferences import sides
 from finetune_kit.models.classifier import definition
 from finetune_kit.models.load import load_adapted, load_dequantised
@@ -199,7 +199,7 @@ def _exact(run: FinishedRun, tokenizer: Any, probe: list[int]) -> tuple[PreTrain
 def _best(run: FinishedRun, tokenizer: Any, candidate: str, size: int | None) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The candidate that is nearest to the adapter on its 4-bit base, with the measurements of all."""
     data = load_data(run.config.data, run.config.kind, tokenizer, seed=run.config.train.seed)
-    evaluate = replace(run.config.evaluate, general_text=False)
+    evaluate = held_out_only(run.config.evaluate)
     if size is not None:
         data = replace(data, held_out=data.held_out.select(range(min(size, len(data.held_out)))))
         evaluate.size = min(size, evaluate.size)

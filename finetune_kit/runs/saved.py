@@ -12,7 +12,9 @@ from finetune_kit import recipe as recipes
 from finetune_kit.data.chat import end_token_ids
 from finetune_kit.data.load import Data, load_data
 from finetune_kit.errors import SecurityError, SettingsError
+from finetune_kit.evaluation import harness
 from finetune_kit.evaluation.compare import Report, compare
+from finetune_kit.evaluation.guards import choice_sources
 from finetune_kit.evaluation.loss import general_rows
 from finetune_kit.evaluation.measure import Judge
 from finetune_kit.evaluation.measure import measure as measure_model
@@ -25,6 +27,7 @@ from finetune_kit.models.provenance import check_base
 from finetune_kit.models.reward import is_classifier, load_saved, load_scorer
 from finetune_kit.models.source import public_name
 from finetune_kit.models.tokenizer import load_tokenizer
+from finetune_kit.packing.forward import enable
 from finetune_kit.rewards.settings import RewardConfig
 from finetune_kit.rewards.sources import load_rewards
 from finetune_kit.run_folder.naming import is_unfinished
@@ -190,19 +193,51 @@ def compare_run(run: FinishedRun) -> Report:
     tokenizer = tokenizer_of(run)
     data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     if run.is_adapter:
-        model = model_of(run)
+        model = _shares_beginnings(run, model_of(run))
         judge = _judge(run, data, model)
         with as_started(model, config.lora.init_from if config.lora else None):
             before = measure_model(model, tokenizer, data, config.evaluate, progress_bar("before"), judge=judge)
     else:  # one after the other, in the types of training
         judge = _judge(run, data)
-        base = load_base(config.model, trained_in_full=True)
+        base = _shares_beginnings(run, load_base(config.model, trained_in_full=True))
         before = measure_model(base, tokenizer, data, config.evaluate, progress_bar("before"), judge=judge)
         del base
         release()
-        model = load_base(own_model(run), trained_in_full=True)
+        model = _shares_beginnings(run, load_base(own_model(run), trained_in_full=True))
     after = measure_model(model, tokenizer, data, config.evaluate, progress_bar("after"), judge=judge)
     return compare(before, after, config.evaluate, config.beta)
+
+
+def compare_tasks(run: FinishedRun, asked: harness.Asked) -> Report:
+    """The run's model against what it started from on tasks of lm-evaluation-harness, the same rows for both.
+
+    Raises as `harness.check` and `harness.run_tasks`.
+    """
+    check_writes(run)
+    config, tokenizer = run.config, tokenizer_of(run)
+    size = config.evaluate.batch_size
+    if run.is_adapter:
+        model = model_of(run)
+        with as_started(model, config.lora.init_from if config.lora else None), doing("base: tasks"):
+            before = harness.run_tasks(model, tokenizer, asked, size)
+    else:
+        base = load_base(config.model, trained_in_full=True)
+        with doing("base: tasks"):
+            before = harness.run_tasks(base, tokenizer, asked, size)
+        del base
+        release()
+        model = load_base(own_model(run), trained_in_full=True)
+    with doing("tuned: tasks"):
+        after = harness.run_tasks(model, tokenizer, asked, size)
+    return harness.report(before, after, asked, config.evaluate)
+
+
+def _shares_beginnings(run: FinishedRun, model: Any) -> Any:
+    """The model, packing its rows where it is to choose among answers: a question is then computed once for all."""
+    evaluate = run.config.evaluate
+    if run.config.train.padding_free and (choice_sources(evaluate) or evaluate.fairness):
+        enable(model)
+    return model
 
 
 def _judge(run: FinishedRun, data: Data, policy: Any = None) -> Judge | None:

@@ -177,6 +177,20 @@ class EvaluateConfig:
     general_text: bool = setting(True, "also measure the loss on a fixed general text, to see forgetting")
     bootstrap_samples: int = setting(2000, "resamples behind each 95 % interval", within="[1, inf)")
     hub_metrics: list[str] = setting([], "metric scripts to fetch and RUN from the Hub; none by default")
+    safety: str | None = setting(
+        None, "prompts to measure refusals on: xstest, or a file or Hub id that says which are harmful; null: none"
+    )
+    safety_size: int = setting(48, "prompts of evaluate.safety, half of them harmful", "rows", within="[2, inf)")
+    safety_max_new_tokens: int = setting(32, "longest answer to one of them", "tokens", within="[1, inf)")
+    safety_judge: str | None = setting(
+        None, "a reward model's run or Hub id that says which answers refuse; unset: phrases"
+    )
+    choices: list[str] = setting([], "multiple choice by log-likelihood: files or Hub ids of questions with choices")
+    fairness: str | None = setting(None, "rows of BBQ for accuracy and bias score: a file or Hub id")
+    choices_size: int = setting(256, "questions of each of choices and fairness, spread evenly", "rows", "[1, inf)")
+    guards: list[str] = setting(
+        [], "what must not get worse: metrics of the report, safety, fairness, choices, or a file of questions"
+    )
 
 
 @dataclass

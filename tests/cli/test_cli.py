@@ -17,7 +17,12 @@ from tests.fixtures_training import write_rows
 
 FAST = (
     *("max_steps=2", "per_device_train_batch_size=4", "logging_steps=1", "held_out_size=3", "evaluate.size=2"),
-    *("evaluate.general_text=false", "evaluate.bootstrap_samples=50", "evaluate.max_new_tokens=4"),
+    *(
+        "evaluate.general_text=false",
+        "evaluate.safety=null",
+        "evaluate.bootstrap_samples=50",
+        "evaluate.max_new_tokens=4",
+    ),
 )
 COMMANDS = ("list", "show", "copy", "check", "run", "evaluate", "generate", "doctor")
 
@@ -157,7 +162,7 @@ def test_two_settings_files_are_one_too_many(tmp_path: Path) -> None:
 
 def test_require_takes_only_what_can_be_required(tmp_path: Path) -> None:
     said = cli("run", own_recipe(tmp_path, "return 1"), "--require", "luck")
-    assert (said.code, said.err) == (2, "error: --require luck: expected improved.\n")
+    assert (said.code, said.err) == (2, "error: --require luck: expected improved or safe.\n")
 
 
 # check

@@ -33,6 +33,7 @@ FAST = (
     "missing_eos_penalty=0",
     "held_out_size=3",
     "evaluate.general_text=false",
+    "evaluate.safety=null",
 )
 
 

@@ -34,7 +34,7 @@ from tests.fixtures_hub import TOKEN, Hub, environment
 from tests.fixtures_hub import hub as hub
 from tests.fixtures_training import FAST, ROWS
 
-SMALL = ("evaluate.size=2", "evaluate.general_text=false", "evaluate.bootstrap_samples=50")
+SMALL = ("evaluate.size=2", "evaluate.general_text=false", "evaluate.safety=null", "evaluate.bootstrap_samples=50")
 SENT = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "ancestry.json", "base.json"),
     *("chat_template.jinja", "generation_config.json", "report.html", "report.json", "run.yaml", "tokenizer.json"),
