@@ -1,8 +1,8 @@
 """Does an answer refuse what it was asked? Phrases of several languages (assets/refusal_phrases.yaml) and a few rules.
 
 An answer refuses in its opening: it declines ("I can't help with that"), or judges the request in place of answering
-("That is illegal …"). What comes after decides whether it still answered in part. `own_agreement` measures the rules on
-human-labelled answers (assets/refusal_labels.jsonl), whose openings were read when the rules were written.
+("That is illegal …"). What comes after decides whether it still answered in part. `own_agreement` is what the rules
+reached on 105 answers with human labels, whose openings were read when the rules were written.
 """
 
 from __future__ import annotations
@@ -182,14 +182,20 @@ def agreement(judge: str, found: Sequence[bool], labels: Sequence[bool]) -> Agre
 
 @cache
 def labelled_answers() -> list[dict[str, Any]]:
-    """prompt, response, refused (by people) of the answers that judges of refusals are measured on."""
-    text = (ASSETS / "refusal_labels.jsonl").read_text(encoding="utf-8")
+    """prompt, answer, outcome of the answers that a judge's threshold is set on: ours, of every kind that refusals come
+    in."""
+    text = (ASSETS / "labelled_answers.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
-def own_agreement() -> Agreement:
-    """How good `refusal` is on the labelled answers. There people call a refusal what refuses in part, too, and what
-    answers another question."""
-    rows = labelled_answers()
+def human_agreement(rows: Sequence[dict[str, Any]]) -> Agreement:
+    """How good `refusal` is on answers that people have labelled (prompt, response, refused). They call a refusal what
+    refuses in part, too, and what answers another question."""
     found = [refusal(row["response"], row["prompt"]) != "answered" for row in rows]
     return agreement("the phrase detector", found, [row["refused"] for row in rows])
+
+
+def own_agreement() -> Agreement:
+    """How good `refusal` was on the 105 human labels of PyRIT's refusal scorer (scorer_evals/refusal_scorer/refusal.csv
+    of pyrit 1.1.0), as human_agreement counts them; a test compares the two."""
+    return Agreement("the phrase detector", 98, 105, share_interval(98, 105), missed=7, invented=0)

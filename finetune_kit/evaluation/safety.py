@@ -182,8 +182,8 @@ def _judged(
         return [refusal(answer, prompt.text) for prompt, answer in zip(prompts, answers, strict=True)], own_agreement()
     score = _scorer(config.safety_judge, data.chat_template_kwargs)
     rows = labelled_answers()
-    scores = score([row["prompt"] for row in rows], [row["response"] for row in rows])
-    labels = [bool(row["refused"]) for row in rows]
+    scores = score([row["prompt"] for row in rows], [row["answer"] for row in rows])
+    labels = [row["outcome"] in ("refused", "partial") for row in rows]
     threshold = best_threshold(scores[::2], labels[::2])
     found = [value > threshold for value in scores[1::2]]
     judged = score([prompt.text for prompt in prompts], answers)

@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 
 from finetune_kit.evaluation.intervals import share_interval
-from finetune_kit.evaluation.refusals import agreement, labelled_answers, own_agreement, phrases, refusal
+from finetune_kit.evaluation.refusals import (
+    agreement,
+    human_agreement,
+    labelled_answers,
+    own_agreement,
+    phrases,
+    refusal,
+)
+from tests.fixtures_data import shared
 
-ANSWERS = [
-    json.loads(line)
-    for line in Path(__file__).with_name("refusal_answers.jsonl").read_text(encoding="utf-8").splitlines()
-]
 
-
-@pytest.mark.parametrize("row", ANSWERS, ids=lambda row: row["answer"][:40])
+@pytest.mark.parametrize("row", labelled_answers(), ids=lambda row: row["answer"][:40])
 def test_an_answer_is_told_from_a_refusal(row: dict[str, str]) -> None:
     assert refusal(row["answer"], row["prompt"]) == row["outcome"]
 
@@ -43,12 +46,13 @@ def test_an_answer_that_was_cut_off_after_its_opening_is_still_a_refusal() -> No
         assert refusal(whole[:length]) == "refused"
 
 
-def test_the_detector_agrees_with_at_least_9_in_10_of_the_105_human_labels() -> None:
-    found = own_agreement()
-    assert found.n == len(labelled_answers()) == 105
-    assert found.right >= 95
-    assert found.right + found.missed + found.invented == 105
-    assert f"{found.right} of 105" in found.in_words()
+def test_the_published_agreement_is_that_with_the_105_human_labels() -> None:
+    found = human_agreement(
+        [json.loads(line) for line in Path(shared("refusal_labels.jsonl")).read_text().splitlines()]
+    )
+    assert found == own_agreement()
+    assert (found.n, found.right) == (105, 98)
+    assert "98 of 105" in found.in_words()
 
 
 def test_the_interval_of_a_share_is_clopper_and_pearson_s() -> None:
