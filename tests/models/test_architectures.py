@@ -76,6 +76,13 @@ def test_the_page_has_a_row_for_each_with_what_came_of_it_and_why_not(benchmark:
     )
 
 
+def test_kept_results_hold_no_path_of_the_machine_that_they_were_made_on(benchmark: Any, tmp_path: Path) -> None:
+    why = f"{tmp_path}/a/model is none; see '/opt/b.py' and https://host.org/page/of/it for a/b/c, 3/4 or /."
+    benchmark.write({"a": {"cells": {"lora": {"why": why}}}}, tmp_path / "kept.jsonl")
+    kept = benchmark.read(tmp_path / "kept.jsonl")["a"]["cells"]["lora"]["why"]
+    assert kept == "…/model is none; see '…/b.py' and https://host.org/page/of/it for a/b/c, 3/4 or /."
+
+
 def test_every_causal_architecture_of_transformers_is_on_the_list_and_those_that_read_images(benchmark: Any) -> None:
     names = benchmark.every()
     assert {"llama", "gpt2", "qwen3_moe", "mistral3", "llava"} <= set(names)
