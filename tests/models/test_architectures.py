@@ -15,7 +15,7 @@ import torch
 from finetune_kit.models.language import sees_ahead
 from finetune_kit.runs import verify
 from tests.fixtures_cli import ROOT, python
-from tests.models.architectures import auto_class, empty_model, tiny_config
+from tests.models.architectures import MOST_PARAMETERS, auto_class, empty_model, tiny_config
 
 # dense layers apart: Conv1D, fused products, experts of four makes, and among them such as PEFT renames; linear
 # attention and state spaces between layers of attention, and alone; sliding windows; a router that is a linear layer
@@ -97,7 +97,7 @@ def test_every_architecture_writes_from_left_to_right_or_is_seen_not_to(benchmar
     for name in benchmark.every():
         try:
             empty = empty_model(name)
-            assert sum(weight.numel() for weight in empty.parameters()) < benchmark.MOST_PARAMETERS
+            assert sum(weight.numel() for weight in empty.parameters()) < MOST_PARAMETERS
             torch.manual_seed(0)
             model = auto_class(name).from_config(tiny_config(name)).float().eval()
             with torch.no_grad():
