@@ -12,7 +12,7 @@ from finetune_kit.evaluation.choices import read_choices
 from finetune_kit.evaluation.fairness import read_bbq
 from finetune_kit.evaluation.guards import choice_sources
 from finetune_kit.evaluation.safety import read_prompts
-from finetune_kit.models import quantization
+from finetune_kit.models import classifier, quantization
 from finetune_kit.models.adapters import take_adapter_settings
 from finetune_kit.models.device import device, weight_dtype
 from finetune_kit.models.load import check_writes
@@ -101,7 +101,9 @@ def _check_weights(config: RecipeConfig, elsewhere: bool) -> None:
     """That the weights can be trained, or kept frozen as the reference, in the form that is asked for."""
     lora, model = config.lora, config.model
     in_full = lora is None or lora.r == 0
-    if not config.scores:
+    if config.scores:
+        classifier.loading(load_model_config(model))
+    else:
         check_writes(model, lora)
         check_text(model)
     if model.load_in_4bit:

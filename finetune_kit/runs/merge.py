@@ -112,7 +112,8 @@ def merge(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         whole = Path(scratch) / "model"
         expected, dtype, device = outputs(model, probe), model.dtype, model.device
-        results["tied_embeddings"] = bool(model.config.get_text_config().tie_word_embeddings)
+        words, head = model.get_input_embeddings(), model.get_output_embeddings()
+        results["tied_embeddings"] = head is not None and head.weight is words.weight  # not every config says it
         kind, code = auto_class(model), definition(model.config) if run.is_reward_model else ""
         with doing("saving the merged model"):
             _save(model, tokenizer, run, whole, max_shard_size)

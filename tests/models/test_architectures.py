@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_kit.models.language import sees_ahead
+from finetune_kit.models.language import sees_ahead, settle_text
 from finetune_kit.runs import verify
 from tests.fixtures_cli import ROOT, python
-from tests.models.architectures import MOST_PARAMETERS, auto_class, empty_model, tiny_config
+from tests.models.architectures import EIGHT, MOST_PARAMETERS, auto_class, empty_model, tiny_config
 
 # dense layers apart: Conv1D, fused products, experts of four makes, and among them such as PEFT renames; linear
-# attention and state spaces between layers of attention, and alone; sliding windows; a router that is a linear layer
+# attention and state spaces between layers of attention, and alone; sliding windows; a router that is a linear layer;
+# logits of distances, in a model whose config says nothing of tied embeddings
 KINDS = ("gpt2", "phi3", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "granitemoehybrid")
-KINDS += ("qwen3_5_text", "nemotron_h", "mamba2", "gemma3_text", "lfm2")
+KINDS += ("qwen3_5_text", "nemotron_h", "mamba2", "gemma3_text", "lfm2", "inkling_text")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,14 @@ def test_each_layer_kind_trains_is_proven_and_merges_to_the_adapter_s_logits(
     assert benchmark.one("merge", tmp_path, kind, log).get("why", "") == ""
     folder = tmp_path / "runs" / kind / "merged"
     assert json.loads((folder / "merge.json").read_text())["reload_max_logit_difference"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "jamba", "emu3", "llama4", "deepseek_v2", "recurrent_gemma"])
+def test_an_architecture_whose_sizes_must_fit_each_other_is_small_and_reads(kind: str) -> None:
+    model = auto_class(kind).from_config(tiny_config(kind)).float().eval()
+    settle_text(model)
+    assert sum(weight.numel() for weight in model.parameters()) < 5_000_000
+    assert model(input_ids=EIGHT).logits.shape[:2] == EIGHT.shape
 
 
 def test_the_page_has_a_row_for_each_with_what_came_of_it_and_why_not(benchmark: Any) -> None:

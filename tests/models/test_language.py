@@ -92,6 +92,7 @@ def test_a_short_name_means_the_language_models_layers_and_a_whole_one_what_it_n
         ("roformer", "RoFormerForCausalLM", "(is_decoder=false)"),
         ("xlm", "XLMWithLMHeadModel", "(causal=false)"),
         ("xlnet", "XLNetLMHeadModel", "reads from both sides"),
+        ("cpmant", "CpmAntForCausalLM", "reads from both sides: in a CpmAntForCausalLM"),
         ("kosmos-2", "Kosmos2ForConditionalGeneration", "specify either `pixel_values` or `image_embeds`"),
     ],
 )
@@ -107,6 +108,24 @@ def test_what_is_no_language_model_is_refused_before_any_data_is_read(
         check_start(settings("lora_sft", tmp_path))
     assert said in error.value.message
     assert "Get all of its files" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("blenderbot", "is an encoder-decoder: no score can be put on it"),
+        ("bert", "has a head of another kind than one layer `score`"),
+        ("llama4", "has no backbone of its own in transformers"),
+    ],
+)
+def test_what_no_score_can_be_put_on_is_refused_before_any_data_is_read(
+    tmp_path: Path, tiny_model: Path, kind: str, said: str
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    (tmp_path / "tiny" / "model.safetensors").unlink()
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path / "tiny")
+    with pytest.raises(SettingsError, match=said):  # there are no rows
+        check_start(settings("reward_model", tmp_path))
 
 
 def test_a_loaded_model_is_seen_to_read_ahead_whatever_makes_its_mask(tmp_path: Path) -> None:
