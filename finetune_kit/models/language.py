@@ -256,6 +256,14 @@ def settle_text(model: Any) -> None:
         model.base_model_prefix = "text_backbone"
 
 
+def settle_saved(model: Any) -> None:
+    """Let the row of Youtu's pad token be read as it was saved (transformers 5.24): where its config names that token,
+    as TRL writes it there, each loading fills the row with zeros, and it is one of the head, too."""
+    text = model.config.get_text_config()
+    if text.model_type == "youtu":
+        text.pad_token_id = None
+
+
 def _without_pictures(module: Any, args: Any, output: Any) -> None:
     if not hasattr(output, "image_outputs"):
         output.image_outputs = None
