@@ -45,7 +45,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-MOST_PARAMETERS = 20_000_000
 RECIPES = {
     "lora": "lora_sft",
     "full": "full_sft",
@@ -109,7 +108,7 @@ def furnish(home: Path) -> None:
 
 def make(model_type: str, folder: Path) -> dict[str, Any]:
     """Save the small model with its tokenizer; how many parameters it has."""
-    from tests.models.architectures import empty_model, write_small
+    from tests.models.architectures import MOST_PARAMETERS, empty_model, write_small
 
     count = sum(parameter.numel() for parameter in empty_model(model_type).parameters())
     if count > MOST_PARAMETERS:
@@ -302,7 +301,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(results: dict[str, Any], path: Path) -> None:
     """The file anew, a line for each; one that is half written is never there."""
-    lines = [json.dumps({"architecture": name, **results[name]}) for name in sorted(results)]
+    lines = [
+        without_paths(json.dumps({"architecture": name, **results[name]}, ensure_ascii=False))
+        for name in sorted(results)
+    ]
     beside = path.with_suffix(".part")
     beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     beside.replace(path)
@@ -448,9 +450,14 @@ def page(results: dict[str, Any], names: Sequence[str]) -> str:
     )
 
 
+def without_paths(said: str) -> str:
+    """A text with "…" in the place of the folders of each absolute path; addresses of the web stay."""
+    return re.sub(r"(?<![\w:/.…])/(?:[\w.+-]+/)+", "…/", said)
+
+
 def plain(said: str) -> str:
-    """A message without paths of the machine that it was made on, in one line."""
-    said = re.sub(r"(/[\w.+-]+){2,}/", "…/", " ".join(said.split()))
+    """A message in one line, without paths of the machine that it was made on, as a table's cell can hold it."""
+    said = without_paths(" ".join(said.split()))
     return said.replace("|", "/").replace("<", "‹").replace(">", "›")[:300]
 
 

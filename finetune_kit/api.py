@@ -50,12 +50,13 @@ class Run:
     `folder` is its place. Weights are loaded when they are first needed, and kept.
     """
 
-    def __init__(self, folder: str | Path, *, recipe: str | None = None) -> None:
+    def __init__(self, folder: str | Path, *, recipe: str | None = None, base: str | None = None) -> None:
+        from finetune_kit.runs.saved import moved_base
         from finetune_kit.runs.saved import open_run as read_run
 
         self.folder = Path(folder)
-        self._recipe = recipe
-        self._finished = read_run(self.folder, [], recipe)
+        self._recipe, self._base = recipe, base
+        self._finished = read_run(self.folder, moved_base(base), recipe)
         self._model: Any = None
 
     def __repr__(self) -> str:
@@ -130,17 +131,17 @@ class Run:
     def evaluate(self, **settings: Any) -> Report:
         """Measure it again beside its base: on its own held-out rows, or with evaluate.… and data.… settings as for
         `run`, such as data={"path": "other.jsonl"}. Nothing in the folder changes."""
-        from finetune_kit.runs.saved import compare_run
+        from finetune_kit.runs.saved import compare_run, moved_base
         from finetune_kit.runs.saved import open_run as read_run
 
-        words = _words(type(self.settings), settings)
+        words = [*moved_base(self._base), *_words(type(self.settings), settings)]
         return Report(compare_run(read_run(self.folder, words, self._recipe)).to_json())
 
     def merge(self, target: str | Path, *, candidate: str = "auto", max_shard_size: str = "5GB") -> Path:
         """Write the adapter merged into its base as a plain model, proven by a fresh process; its folder."""
         from finetune_kit.runs.merge import merge
 
-        return merge(self.folder, Path(target), candidate, max_shard_size, recipe=self._recipe).folder
+        return merge(self.folder, Path(target), candidate, max_shard_size, None, self._recipe, self._base).folder
 
     def push(self, repo_id: str, *, private: bool = True, message: str | None = None) -> str:
         """Push it to the Hugging Face Hub, as one commit; the repository's address."""
@@ -175,14 +176,25 @@ def run(recipe: str | Path, *, config: str | Path | None = None, **settings: Any
     return Run(artifact.folder, recipe=None if loaded.word in recipes.BUILTIN else str(loaded.path))
 
 
-def open_run(folder: str | Path, *, recipe: str | Path | None = None, revision: str | None = None) -> Run:
+def open_run(
+    folder: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    revision: str | None = None,
+    base: str | Path | None = None,
+) -> Run:
     """A finished run: its folder, or the user/name that it was pushed to.
 
-    `recipe`: the recipe's file, where it was no built-in's. Raises SettingsError, ResourceError.
+    `recipe`: the recipe's file, where it was no built-in's. `base`: its base, where that is elsewhere now. Raises
+    SettingsError, ResourceError.
     """
     from finetune_kit.runs.hub import folder_of
 
-    return Run(folder_of(str(folder), revision), recipe=None if recipe is None else str(recipe))
+    return Run(
+        folder_of(str(folder), revision),
+        recipe=None if recipe is None else str(recipe),
+        base=None if base is None else str(base),
+    )
 
 
 def load_settings(recipe: str | Path, *, config: str | Path | None = None, **settings: Any) -> Any:

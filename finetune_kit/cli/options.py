@@ -74,4 +74,8 @@ RecipeFile = Annotated[
     str | None,
     typer.Option("--recipe", metavar="FILE.py", help="The run's recipe, if it is your own file."),
 ]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="The run's base, if it is elsewhere now: a folder or a Hub id."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a run on the Hub.")]

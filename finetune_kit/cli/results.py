@@ -11,6 +11,7 @@ import typer
 
 from finetune_kit.cli.options import (
     REQUIRE,
+    Base,
     Debug,
     RecipeFile,
     Revision,
@@ -161,6 +162,7 @@ def generate(
     batch_size: Annotated[int | None, typer.Option(help="How many of --prompts to answer together; unset: 32.")] = None,
     revision: Revision = None,
     recipe: RecipeFile = None,
+    base: Base = None,
     debug: Debug = False,
 ) -> None:
     """Ask the model of a finished run.
@@ -176,13 +178,13 @@ def generate(
         raise SettingsError("--batch-size has no effect without --prompts.", "Leave it out.")
     from finetune_kit.runs import answering
     from finetune_kit.runs.hub import folder_of
-    from finetune_kit.runs.saved import open_run
+    from finetune_kit.runs.saved import moved_base, open_run
 
     decoding = answering.Decoding(
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     with doing("opening the run"):
-        asked = answering.prepare(open_run(folder_of(folder, revision), [], recipe), decoding, system)
+        asked = answering.prepare(open_run(folder_of(folder, revision), moved_base(base), recipe), decoding, system)
     if prompts and output:
         from finetune_kit.system.progress_bar import progress_bar
 
@@ -234,6 +236,7 @@ def merge(
     size: Annotated[int | None, typer.Option(help="Held-out rows to measure candidates on; unset: all.")] = None,
     revision: Revision = None,
     recipe: RecipeFile = None,
+    base: Base = None,
     debug: Debug = False,
 ) -> None:
     """Merge a run's adapter into a plain model.
@@ -246,7 +249,7 @@ def merge(
     from finetune_kit.runs.merge import merge as merge_run
     from finetune_kit.runs.merge import table_of, verdict_of
 
-    results = merge_run(folder_of(folder, revision), target, candidate, max_shard_size, size, recipe).results
+    results = merge_run(folder_of(folder, revision), target, candidate, max_shard_size, size, recipe, base).results
     heads, *lines = table_of(results)
     table = Table(*heads, box=None, pad_edge=False, header_style="bold")
     for line in lines:

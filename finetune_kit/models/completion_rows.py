@@ -67,8 +67,12 @@ def states(model: Any, rows: Rows, *, head: bool = True) -> tuple[Tensor, Tensor
     found: list[Tensor] = []
 
     def cut(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        found.append(rows.states(args[0]))
-        return ((found[0] if head else found[0][:0])[None], *args[1:])
+        given = args[0]
+        while given.dim() > 3:  # ProphetNet's head reads one state for each token ahead; the next one's is the first
+            given = given[:, 0]
+        found.append(rows.states(given))
+        kept = found[0] if head else found[0][:0]
+        return (kept[(None,) * (args[0].dim() - 2)], *args[1:])
 
     causal = model.get_base_model() if is_adapter(model) else model
     hook = causal.get_output_embeddings().register_forward_pre_hook(cut)

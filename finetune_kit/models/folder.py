@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,21 @@ MOST_PARAMETERS = 10**13
 MOST_LAYERS = 4096
 # A file in 4 bits holds two parameters a byte. Ten times that: no layout of weights is that much smaller.
 PARAMETERS_A_BYTE = 20
+# kind, names of how many there are, and of how many share one or are taken at a time
+PARTS = (
+    ("heads", ("num_attention_heads", "n_head"), ("num_key_value_heads",)),
+    (
+        "experts",
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"),
+    ),
+)
+# endings of settings, and what their numbers are
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("rope_theta$", lambda value: value > 0, "a number above 0"),
+    ("(dropout|_pdrop)$", lambda value: 0 <= value < 1, "a number in [0, 1)"),
+    ("(_eps|_epsilon)$", lambda value: value >= 0, "0 or more"),
+)
 
 
 def check_model(folder: Path, whole: bool = True) -> None:
@@ -192,10 +207,12 @@ def _check_shapes(config: dict[str, Any], path: Path, weights: int) -> None:
             )
     names = ["num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size"]
     names += ["head_dim", "num_attention_heads", "n_head", "num_key_value_heads"]
+    names += ["max_position_embeddings", "n_positions"]
     names += [] if any("expert" in key for key in shape) else ["intermediate_size"]  # of a model of experts alone
     for name in names:
         if name in shape and isinstance(shape[name], int) and shape[name] < 1:
             raise SettingsError(f"{path}: {name} is {shape[name]}; expected 1 or more.", "Download the model again.")
+    _check_values(shape, path)
     layers, width = number("num_hidden_layers", "n_layer"), number("hidden_size", "n_embd")
     positions = number("n_positions", "max_position_embeddings")
     parameters = (number("vocab_size") + (positions if "n_positions" in shape else 0)) * width
@@ -208,6 +225,28 @@ def _check_shapes(config: dict[str, Any], path: Path, weights: int) -> None:
             f"{path}: {layers:,} layers of width {width:,} and {number('vocab_size'):,} words are {size}{beside}.",
             "Nothing was allocated. Download the model again: this config.json is not that of its weights.",
         )
+
+
+def _check_values(shape: dict[str, Any], path: Path) -> None:
+    """That numbers fit each other and lie where they can: transformers takes them, and a pass fails or gives NaN."""
+    again = "Download the model again."
+    for kind, whole, part in PARTS:
+        most, count = (
+            next((shape[name] for name in names if _is_count(shape.get(name))), 0) for names in (whole, part)
+        )
+        uneven = count > most or (kind == "heads" and count > 0 and most % count > 0)
+        if most > 1 and uneven:  # a dense model of an architecture with experts may say 1
+            raise SettingsError(f"{path}: {most} {kind} and {count} of {part[0]} do not fit each other.", again)
+    for key, value in _settings(shape):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        expected = next((said for ending, fits, said in RANGES if re.search(ending, key) and not fits(value)), "")
+        if value != value or expected:
+            raise SettingsError(f"{path}: {key} is {value}; expected {expected or 'a number'}.", again)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def settings_with(folder: Path, value: str) -> list[str]:

@@ -133,8 +133,8 @@ def sees_ahead(model: Any) -> bool:
     """Whether a token of a model sees those behind it: its loss would then be that of a word that it reads.
 
     Of a loaded one, two rows tell that differ in their last token alone. Of one without weights (on torch's meta
-    device), the masks tell that it asks transformers for, or the settings of one that makes its own, if there are such.
-    What cannot run on a few tokens is not judged.
+    device), the masks tell that it asks transformers for, or the settings of one that makes its own, if there are such,
+    or those masks themselves. What cannot run on a few tokens is not judged.
     """
     import torch
 
@@ -182,7 +182,51 @@ def _asks_to_see_ahead(model: Any) -> bool:
     text = model.config.get_text_config()
     # XLM's word, XLNet's, and that of the many like BERT
     words = [getattr(text, name, None) for name in ("causal", "attn_type", "is_decoder")]
-    return any(seen) if seen else words[0] is False or words[1] == "bi" or words[2] is False
+    return any(seen) if seen else words[0] is False or words[1] == "bi" or words[2] is False or _leaves_open(model)
+
+
+def _leaves_open(model: Any) -> bool:
+    """Whether a model without weights makes masks of its own, as CPM-Ant does, of which none bars its first token from
+    the last one. Masks are made of ids and places, not of weights: on real ids they are real numbers, and meet what is
+    none where they are used."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves, tree_map_only
+
+    barred: list[bool] = []  # of each mask; True, too, for what may be one and cannot be looked into
+
+    class Masks(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs, name = kwargs or {}, func.__name__
+            tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+            if not any(one.is_meta for one in tensors):
+                return func(*args, **kwargs)
+            for one in tensors:
+                if one.dim() < 2 or min(one.shape[-2:]) < LOOK:
+                    continue
+                if one.dtype == torch.bool:
+                    barred.append(one.is_meta or "masked_fill" not in name or bool(_corner(one)))
+                elif not one.is_meta and _corner(one) < -1e4:
+                    barred.append(True)
+            if "attention" in name:  # whose own mask is no tensor
+                barred.append(True)
+            return func(*tree_map_only(torch.Tensor, to_meta, args), **tree_map_only(torch.Tensor, to_meta, kwargs))
+
+    def to_meta(one: Any) -> Any:
+        return one.to("meta")
+
+    ids = torch.arange(LOOK)[None] + 1  # 0 is the pad token of CPM-Ant
+    try:
+        with torch.no_grad(), Masks():  # type: ignore[no-untyped-call]  # torch's own has no types
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except Exception:  # as of _run
+        return False
+    return bool(barred) and not any(barred)
+
+
+def _corner(mask: Any) -> Any:
+    """What a mask has for the first token of a row and the last one."""
+    return mask[..., -LOOK, -1].flatten()[0].item()
 
 
 def _run(model: Any, ids: Any) -> Any:
@@ -210,6 +254,14 @@ def settle_text(model: Any) -> None:
         model.language_model.register_forward_hook(_without_pictures)
         vars(model)["text_backbone"] = model.language_model.model  # no child: weights keep their names
         model.base_model_prefix = "text_backbone"
+
+
+def settle_saved(model: Any) -> None:
+    """Let the row of Youtu's pad token be read as it was saved (transformers 5.24): where its config names that token,
+    as TRL writes it there, each loading fills the row with zeros, and it is one of the head, too."""
+    text = model.config.get_text_config()
+    if text.model_type == "youtu":
+        text.pad_token_id = None
 
 
 def _without_pictures(module: Any, args: Any, output: Any) -> None:

@@ -59,7 +59,8 @@ def resolve_name(name_or_path: str, weights: bool = False) -> str:
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise SettingsError(
             f"model.name_or_path={name_or_path}: no such folder.",
-            f"{near_path(name_or_path)}Name it: model.name_or_path=FOLDER. {OFFLINE_DEFAULT}",
+            f"{near_path(name_or_path)}Name it: model.name_or_path=FOLDER, for generate and merge --base FOLDER. "
+            + OFFLINE_DEFAULT,
         )
     return name_or_path
 

@@ -35,7 +35,7 @@ TILE_TOKENS, TILE_WORDS = 4096, 32768
 MEASURED = ("log_probs", "entropy", "is_top1")
 MOST_OPERATIONS = 20_000  # of a rehearsed step: some 5 s; a Llama with adapters takes 10,000
 MOST_IN_A_BLOCK = 4_000  # of them, in one block's forward pass: a Llama's with adapters takes 800
-SHORT = (8, 16)  # tokens of the rows in the place of those that take more
+SHORT = (4, 8)  # tokens of the rows in the place of those that take more
 
 
 class TooLong(RuntimeError):

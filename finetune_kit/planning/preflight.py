@@ -12,7 +12,7 @@ from finetune_kit.evaluation.choices import read_choices
 from finetune_kit.evaluation.fairness import read_bbq
 from finetune_kit.evaluation.guards import choice_sources
 from finetune_kit.evaluation.safety import read_prompts
-from finetune_kit.models import quantization
+from finetune_kit.models import classifier, quantization
 from finetune_kit.models.adapters import take_adapter_settings
 from finetune_kit.models.device import device, weight_dtype
 from finetune_kit.models.load import check_writes
@@ -24,6 +24,7 @@ from finetune_kit.rewards.settings import RewardConfig
 from finetune_kit.rewards.sources import check_sources
 from finetune_kit.settings.schema import RecipeConfig
 from finetune_kit.training.arguments import arguments_of, check_parts, check_schedule, check_train, instance
+from finetune_kit.training.begin import check_measures
 from finetune_kit.training.reference import check_smoothing
 
 # TRL's names, by recipe or kind of rows; where a trainer looks at the name only in its first step
@@ -66,6 +67,7 @@ def _check_evaluation(config: RecipeConfig) -> None:
     named = ", ".join([*evaluate.metrics, *evaluate.hub_metrics, *filter(None, [evaluate.reward_model])])
     if named and evaluate.size == 0:
         raise SettingsError(f"evaluate: scoring answers ({named}) has no effect: evaluate.size is 0.", "Leave it out.")
+    check_measures(config)
     named_here = ("safety", "choices", "fairness", "guards")
     if config.scores and (given := next((name for name in named_here if getattr(evaluate, name)), None)):
         raise SettingsError(f"evaluate.{given} has no effect: a reward model writes no answers.", "Leave it out.")
@@ -101,7 +103,9 @@ def _check_weights(config: RecipeConfig, elsewhere: bool) -> None:
     """That the weights can be trained, or kept frozen as the reference, in the form that is asked for."""
     lora, model = config.lora, config.model
     in_full = lora is None or lora.r == 0
-    if not config.scores:
+    if config.scores:
+        classifier.loading(load_model_config(model))
+    else:
         check_writes(model, lora)
         check_text(model)
     if model.load_in_4bit:

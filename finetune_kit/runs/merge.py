@@ -39,7 +39,7 @@ from finetune_kit.run_folder.lineage import ANCESTRY
 from finetune_kit.runs import merge_rewards
 from finetune_kit.runs.card import card_metadata, how_to_use
 from finetune_kit.runs.redact import without_paths
-from finetune_kit.runs.saved import FinishedRun, open_run, tokenizer_of
+from finetune_kit.runs.saved import FinishedRun, moved_base, open_run, tokenizer_of
 from finetune_kit.runs.saved_tensors import check_saved_tensors
 from finetune_kit.runs.verify import (
     PROBE,
@@ -85,16 +85,18 @@ def merge(
     max_shard_size: str = "5GB",
     size: int | None = None,
     recipe: str | None = None,
+    base: str | None = None,
 ) -> Merged:
     """Write the run in `folder` to `out` as a plain model, proven by a fresh process; `out` appears when it is whole.
 
     With a 4-bit base, `candidate` is base, dequantised or auto (see above), and `size` the number of held-out rows to
     measure on (None: all of them, with the run's own evaluate.size answers). `recipe`: as `open_run` takes it.
+    `base`: its base, where that is elsewhere now.
 
     Raises SettingsError (nothing to merge, `out` not empty, an argument without effect, an adapter of another base),
     NumericsError (what was merged or saved is not what was trained), ResourceError (disk).
     """
-    run = _open(folder, out, candidate, max_shard_size, size, recipe)
+    run = _open(folder, out, candidate, max_shard_size, size, recipe, base)
     tokenizer = tokenizer_of(run)
     probe = list(general_rows(tokenizer)[0][0][:PROBE])
     if run.is_reward_model:
@@ -112,7 +114,8 @@ def merge(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         whole = Path(scratch) / "model"
         expected, dtype, device = outputs(model, probe), model.dtype, model.device
-        results["tied_embeddings"] = bool(model.config.get_text_config().tie_word_embeddings)
+        words, head = model.get_input_embeddings(), model.get_output_embeddings()
+        results["tied_embeddings"] = head is not None and head.weight is words.weight  # not every config says it
         kind, code = auto_class(model), definition(model.config) if run.is_reward_model else ""
         with doing("saving the merged model"):
             _save(model, tokenizer, run, whole, max_shard_size)
@@ -140,7 +143,7 @@ def merge(
 
 
 def _open(
-    folder: Path, out: Path, candidate: str, max_shard_size: str, size: int | None, recipe: str | None
+    folder: Path, out: Path, candidate: str, max_shard_size: str, size: int | None, recipe: str | None, base: str | None
 ) -> FinishedRun:
     """The run, with all that can be refused before anything is loaded."""
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
@@ -148,7 +151,7 @@ def _open(
             f"{folder} holds a whole model, no adapter: nothing to merge.",
             f"Use it as it is: model.name_or_path={folder}",
         )
-    run = open_run(folder, [], recipe)
+    run = open_run(folder, moved_base(base), recipe)
     if not run.is_adapter:
         raise SettingsError(f"{folder} holds no adapter: nothing to merge.")
     if candidate not in (AUTO, *CANDIDATES):

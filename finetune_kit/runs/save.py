@@ -15,6 +15,7 @@ from finetune_kit.data.load import Data
 from finetune_kit.evaluation.compare import Report
 from finetune_kit.evaluation.report import write_html
 from finetune_kit.models.adapters import covered, is_adapter
+from finetune_kit.models.language import settle_saved
 from finetune_kit.models.precision import plain_forward
 from finetune_kit.models.provenance import BASE_RECORD, base_record
 from finetune_kit.models.source import hub_name
@@ -158,6 +159,8 @@ def save_weights(
         record = json.dumps(base_record(config.model), indent=1, ensure_ascii=False)
         (folder / BASE_RECORD).write_text(record, encoding="utf-8")
     else:
+        if generation is not None:
+            settle_saved(model)
         model.save_pretrained(folder, max_shard_size="5GB", **given)
         copy_processor(config.model, folder)
     tokenizer.save_pretrained(folder)

@@ -120,6 +120,11 @@ def open_run(folder: Path, words: list[str], recipe: str | None = None) -> Finis
     return FinishedRun(folder, config)
 
 
+def moved_base(base: str | None) -> list[str]:
+    """The words of `open_run` for a run whose base is elsewhere now."""
+    return [f"model.name_or_path={base}"] if base else []
+
+
 def _those_here(paths: str | list[str]) -> list[str]:
     """Of the places that a run was trained on those that can be read: a pushed run names its files as ./name."""
     return [path for path in _listed(paths) if is_here(path) or not path.startswith("./")]

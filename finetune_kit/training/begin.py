@@ -50,7 +50,12 @@ def check_measurable(config: RecipeConfig, data: Data) -> None:
             "No row is held out, so whether training changes anything could not be measured.",
             f"Hold some out: data.held_out_size={FEWEST}, or give others: data.held_out_path=FILE",
         )
-    if data.kind == "prompt" and not config.evaluate.size and not config.evaluate.general_text:
+    check_measures(config)
+
+
+def check_measures(config: RecipeConfig) -> None:
+    """Raises SettingsError where no row could tell what training changed: nothing but answers to prompts could."""
+    if config.kind == "prompt" and not config.evaluate.size and not config.evaluate.general_text:
         raise SettingsError(
             "With evaluate.size=0 and evaluate.general_text=false nothing is measured: prompts have no held-out loss.",
             f"Set evaluate.size={FEWEST} or more.",

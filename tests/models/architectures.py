@@ -14,34 +14,53 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGES
 
-from finetune_kit.models.language import has_parts
+from finetune_kit.models.language import has_parts, settle_text
 from finetune_kit.models.tiny import write_tiny_model
 
+MOST_PARAMETERS = 20_000_000
+EIGHT = torch.arange(5, 13)[None]
 # what configs call their sizes: a name that a config has gets this value
 SMALL = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "lru_width", "embedding_size"), 64),
-    **dict.fromkeys(("embedding_dim", "ple_embed_dim", "dim_model", "moe_latent_size"), 64),
+    **dict.fromkeys(("embedding_dim", "ple_embed_dim", "dim_model", "moe_latent_size", "codebook_size"), 64),
+    **dict.fromkeys(
+        (
+            "adapter_in_dim",
+            "adapter_input_size",
+            "adapter_out_dim",
+            "projector_input_dim",
+            "projector_output_dim",
+            "vision_output_dim",
+        ),
+        64,
+    ),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 96),
-    **dict.fromkeys(("ffn_hidden_size", "dim_ff", "feed_forward_size", "d_inner"), 96),
+    **dict.fromkeys(("ffn_hidden_size", "dim_ff", "feed_forward_size", "d_inner", "intermediate_size_mlp"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "mamba_d_head", "mamba_head_dim"), 32),
-    **dict.fromkeys(("shared_experts_intermediate_size", "indexer_budget"), 32),
+    **dict.fromkeys(("shared_experts_intermediate_size", "indexer_budget", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("attention_head_dim", "base_channels"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
     **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 4),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "time_step_rank"), 4),
-    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "num_experts_per_tok", "max_window_layers"), 2),
-    **dict.fromkeys(("num_kv_heads", "heads_per_ngram"), 2),
+    **dict.fromkeys(
+        ("num_kv_heads", "swa_num_key_value_heads", "heads_per_ngram", "moe_k", "moe_topk", "num_experts_per_token"), 2
+    ),
+    **dict.fromkeys(("zero_expert_num", "attn_layer_period"), 2),
     **dict.fromkeys(("head_dim", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim", "kv_lora_rank"), 16),
     **dict.fromkeys(("dim_head", "d_head", "attention_head_size", "index_head_dim", "global_head_dim"), 16),
+    **dict.fromkeys(("rotary_dim", "swa_head_dim", "linear_head_dim", "mamba_headdim"), 16),
     **dict.fromkeys(("qk_nope_head_dim", "mamba_d_state", "state_size", "ssm_state_size"), 8),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 512),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "num_dense_layers"), 1),
-    **dict.fromkeys(("n_groups", "mamba_n_groups"), 1),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 261),
+    **dict.fromkeys(("n_groups", "mamba_n_groups", "num_expert_group", "attn_layer_offset"), 1),
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"), 261),
     **dict.fromkeys(("ngram_vocab_size_base", "encoder_hash_byte_group_vocab"), 64),
+    "swa_num_attention_heads": 4,
     "q_lora_rank": 24,
     "dim_model_base": 64,
     "qk_rope_head_dim": 16,
@@ -66,17 +85,36 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 @functools.cache
 def _found(model_type: str) -> Any:
     ways: tuple[Callable[[str], Any], ...] = (_by_values, functools.partial(_by_values, fill=True), _by_attributes)
-    first = None
+    built, first = None, None
     for way in ways:
         try:
             config = way(model_type)
             with torch.device("meta"):
-                auto_class(model_type).from_config(copy.deepcopy(config))
-            return config
+                empty = auto_class(model_type).from_config(copy.deepcopy(config))
         except Exception as error:  # whatever a config or a model refuses about small shapes
             first = first or error
-    assert first is not None
-    raise first
+            continue
+        if _reads(model_type, config, empty):
+            return config
+        built = built or config
+    if built is None:
+        assert first is not None
+        raise first
+    return built
+
+
+def _reads(model_type: str, config: Any, empty: Any) -> bool:
+    """Whether a small model reads eight tokens: what shapes must fit together some find out only then."""
+    if sum(parameter.numel() for parameter in empty.parameters()) > MOST_PARAMETERS:
+        return False
+    with torch.random.fork_rng(), torch.no_grad(), torch.device("cpu"):
+        try:
+            model = auto_class(model_type).from_config(copy.deepcopy(config)).float().eval()
+            settle_text(model)
+            model(input_ids=EIGHT)
+        except Exception:  # of what a model makes of shapes that do not fit there is no one class
+            return False
+    return True
 
 
 def tiny_config(model_type: str) -> Any:
@@ -154,8 +192,22 @@ def _small(values: dict[str, Any], fill: bool) -> dict[str, Any]:
         found["num_key_value_heads"] = found["num_attention_heads"]
     if {"num_heads", "head_dim", "expand"} <= found.keys():  # a state space, whose heads make up all its width
         found["num_heads"] = found["expand"] * found["hidden_size"] // found["head_dim"]
+    if "mamba_d_ssm" in found:
+        found["mamba_d_ssm"] = found["mamba_n_heads"] * found["mamba_d_head"]
+    if "hybrid_layer_ids" in found:
+        found["hybrid_layer_ids"] = [at for at, layer in enumerate(kept) if layer in values["hybrid_layer_ids"]]
+    if "block_types" in found:  # a pattern that the layers repeat
+        found["block_types"] = list(dict.fromkeys(found["block_types"]))
+    if found.pop("num_layers_per_stack", None):  # its own config works out how often each stack's layers count
+        found["num_hidden_layers"] = 2
+    if fill and "attn_config" in found:
+        found["attn_config"] |= {"rope_theta": 10000.0, "clip_qkv": 8}  # as Dbrx's checkpoints have them
     if set(found.get("layer_types") or ()) == {"linear_attention"} and "num_attention_heads" in found:
         found["layer_types"][-1] = "full_attention"  # a hybrid whose default has none
+    if "qk_head_dim" in found:
+        found["qk_head_dim"] = found["qk_nope_head_dim"] + found["qk_rope_head_dim"]
+    if "attention_hidden_size" in found:  # of layers that read what they get beside the words
+        found["attention_hidden_size"] = 2 * found["hidden_size"]
     if "qk_nope_head_dim" in found and values.get("head_dim") != values.get("qk_rope_head_dim"):
         found["head_dim"] = found["qk_nope_head_dim"] + found["qk_rope_head_dim"]
     return found
@@ -194,8 +246,9 @@ def write_small(model_type: str, folder: Path) -> None:
     """Save one with random weights and the tiny model's tokenizer, once it has read eight tokens."""
     torch.manual_seed(0)
     model = auto_class(model_type).from_config(tiny_config(model_type)).float().eval()
+    settle_text(model)
     with torch.no_grad():
-        model(input_ids=torch.arange(5, 13)[None])
+        model(input_ids=EIGHT)
     write_tiny_model(folder)
     for path in (folder / "model.safetensors", folder / "config.json"):
         path.unlink()

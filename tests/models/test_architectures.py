@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_kit.models.language import sees_ahead
+from finetune_kit.models.language import sees_ahead, settle_text
 from finetune_kit.runs import verify
 from tests.fixtures_cli import ROOT, python
-from tests.models.architectures import auto_class, empty_model, tiny_config
+from tests.models.architectures import EIGHT, MOST_PARAMETERS, auto_class, empty_model, tiny_config
 
 # dense layers apart: Conv1D, fused products, experts of four makes, and among them such as PEFT renames; linear
-# attention and state spaces between layers of attention, and alone; sliding windows; a router that is a linear layer
+# attention and state spaces between layers of attention, and alone; sliding windows; a router that is a linear layer;
+# logits of distances, in a model whose config says nothing of tied embeddings
 KINDS = ("gpt2", "phi3", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "granitemoehybrid")
-KINDS += ("qwen3_5_text", "nemotron_h", "mamba2", "gemma3_text", "lfm2")
+KINDS += ("qwen3_5_text", "nemotron_h", "mamba2", "gemma3_text", "lfm2", "inkling_text")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,14 @@ def test_each_layer_kind_trains_is_proven_and_merges_to_the_adapter_s_logits(
     assert json.loads((folder / "merge.json").read_text())["reload_max_logit_difference"] < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["falcon_h1", "jamba", "emu3", "llama4", "deepseek_v2", "recurrent_gemma"])
+def test_an_architecture_whose_sizes_must_fit_each_other_is_small_and_reads(kind: str) -> None:
+    model = auto_class(kind).from_config(tiny_config(kind)).float().eval()
+    settle_text(model)
+    assert sum(weight.numel() for weight in model.parameters()) < 5_000_000
+    assert model(input_ids=EIGHT).logits.shape[:2] == EIGHT.shape
+
+
 def test_the_page_has_a_row_for_each_with_what_came_of_it_and_why_not(benchmark: Any) -> None:
     yes = {"is": "yes", "seconds": 1.0}
     cells = {**dict.fromkeys(benchmark.CELLS, yes), "coverage": {**yes, "share": 0.5, "left_out": {"gate": "a router"}}}
@@ -76,6 +85,13 @@ def test_the_page_has_a_row_for_each_with_what_came_of_it_and_why_not(benchmark:
     )
 
 
+def test_kept_results_hold_no_path_of_the_machine_that_they_were_made_on(benchmark: Any, tmp_path: Path) -> None:
+    why = f"{tmp_path}/a/model is none; see '/opt/b.py' and https://host.org/page/of/it for a/b/c, 3/4 or /."
+    benchmark.write({"a": {"cells": {"lora": {"why": why}}}}, tmp_path / "kept.jsonl")
+    kept = benchmark.read(tmp_path / "kept.jsonl")["a"]["cells"]["lora"]["why"]
+    assert kept == "…/model is none; see '…/b.py' and https://host.org/page/of/it for a/b/c, 3/4 or /."
+
+
 def test_every_causal_architecture_of_transformers_is_on_the_list_and_those_that_read_images(benchmark: Any) -> None:
     names = benchmark.every()
     assert {"llama", "gpt2", "qwen3_moe", "mistral3", "llava"} <= set(names)
@@ -90,7 +106,7 @@ def test_every_architecture_writes_from_left_to_right_or_is_seen_not_to(benchmar
     for name in benchmark.every():
         try:
             empty = empty_model(name)
-            assert sum(weight.numel() for weight in empty.parameters()) < benchmark.MOST_PARAMETERS
+            assert sum(weight.numel() for weight in empty.parameters()) < MOST_PARAMETERS
             torch.manual_seed(0)
             model = auto_class(name).from_config(tiny_config(name)).float().eval()
             with torch.no_grad():

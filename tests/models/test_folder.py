@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from finetune_kit.errors import SettingsError
 from finetune_kit.models import folder
@@ -24,6 +25,16 @@ SHAPE = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "voca
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected 1 or more"),
         ({"hidden_size": -64}, "hidden_size is -64; expected 1 or more"),
         ({"vocab_size": 0}, "vocab_size is 0; expected 1 or more"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0; expected 1 or more"),
+        ({"n_positions": -1}, "n_positions is -1; expected 1 or more"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "4 heads and 3 of num_key_value_heads do not fit"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 8}, "4 heads and 8 of num_key_value_heads do not fit"),
+        ({"num_local_experts": 4, "num_experts_per_tok": 5}, "4 experts and 5 of num_experts_per_tok do not fit"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0; expected a number above 0"),
+        ({"attention_dropout": 2}, r"attention_dropout is 2; expected a number in \[0, 1\)"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05; expected 0 or more"),
+        ({"initializer_range": float("nan")}, "nan"),
+        ({"text_config": {**SHAPE, "max_position_embeddings": 0}}, "max_position_embeddings is 0"),
         ({"architectures": [3]}, "architectures is [[]3[]]; expected a list of names"),
         ({"architectures": "x"}, "architectures is 'x'; expected a list of names"),
     ],
@@ -34,6 +45,12 @@ def test_shapes_that_no_machine_holds_are_refused(changed: dict[str, object], te
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, **changed}))
     with pytest.raises(SettingsError, match=text):
         check_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2", "gemma3", "jamba", "mamba2"])
+def test_the_shapes_that_transformers_gives_an_architecture_pass(kind: str, tmp_path: Path) -> None:
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    check_config(tmp_path / "config.json")
 
 
 def test_a_model_with_an_adapter_beside_it_is_refused_for_transformers_would_load_that_one_s_base(

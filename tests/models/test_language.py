@@ -16,6 +16,7 @@ from finetune_kit.data.template import dialect_of
 from finetune_kit.errors import FinetuneKitError, SettingsError
 from finetune_kit.models import language
 from finetune_kit.models.adapters import attach, covered
+from finetune_kit.models.completion_rows import make_rows, states
 from finetune_kit.models.load import load_base, load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.planning.preflight import check_start
@@ -92,6 +93,7 @@ def test_a_short_name_means_the_language_models_layers_and_a_whole_one_what_it_n
         ("roformer", "RoFormerForCausalLM", "(is_decoder=false)"),
         ("xlm", "XLMWithLMHeadModel", "(causal=false)"),
         ("xlnet", "XLNetLMHeadModel", "reads from both sides"),
+        ("cpmant", "CpmAntForCausalLM", "reads from both sides: in a CpmAntForCausalLM"),
         ("kosmos-2", "Kosmos2ForConditionalGeneration", "specify either `pixel_values` or `image_embeds`"),
     ],
 )
@@ -107,6 +109,24 @@ def test_what_is_no_language_model_is_refused_before_any_data_is_read(
         check_start(settings("lora_sft", tmp_path))
     assert said in error.value.message
     assert "Get all of its files" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("blenderbot", "is an encoder-decoder: no score can be put on it"),
+        ("bert", "has a head of another kind than one layer `score`"),
+        ("llama4", "has no backbone of its own in transformers"),
+    ],
+)
+def test_what_no_score_can_be_put_on_is_refused_before_any_data_is_read(
+    tmp_path: Path, tiny_model: Path, kind: str, said: str
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    (tmp_path / "tiny" / "model.safetensors").unlink()
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path / "tiny")
+    with pytest.raises(SettingsError, match=said):  # there are no rows
+        check_start(settings("reward_model", tmp_path))
 
 
 def test_a_loaded_model_is_seen_to_read_ahead_whatever_makes_its_mask(tmp_path: Path) -> None:
@@ -211,3 +231,27 @@ def test_a_package_that_an_architecture_needs_is_named(tmp_path: Path, tiny_mode
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lacks)
     with pytest.raises(FinetuneKitError, match="needs a package that is not here: it requires the timm library"):
         load_base(ModelConfig(name_or_path=str(tiny_model)))
+
+
+def test_the_row_of_the_pad_token_is_loaded_as_it_was_saved_also_where_transformers_fills_it_with_zeros(
+    tmp_path: Path,
+) -> None:
+    model = auto_class("youtu").from_config(tiny_config("youtu"))
+    model.config.pad_token_id = 0  # as TRL writes it there
+    assert model.get_input_embeddings().weight[0].abs().max() > 0
+    language.settle_saved(model)
+    model.save_pretrained(tmp_path)
+    loaded = auto_class("youtu").from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("kind", ["llama", "prophetnet"])  # whose head reads a state for each of the next two tokens
+def test_logits_in_front_of_each_completion_token_are_those_of_the_whole_row(kind: str) -> None:
+    torch.manual_seed(0)
+    model = auto_class(kind).from_config(tiny_config(kind)).eval()
+    rows = make_rows([[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]], 3, "cpu")
+    with torch.no_grad():
+        found, hidden = states(model, rows)
+        whole = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
+    assert (found.shape, hidden.shape) == ((5, 261), (5, 64))
+    assert torch.allclose(found, whole.flatten(0, 1)[rows.before], atol=1e-5)

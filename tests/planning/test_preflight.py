@@ -106,6 +106,7 @@ def test_answers_end_where_the_learned_positions_do_and_a_prompt_that_fills_them
 
 
 OPTIMS = "lora_sft data.path=none.jsonl train.optim="
+NOTHING = "data.path=reasoning_gym/chain_sum evaluate.size=0 evaluate.general_text=false"
 BEFORE = [
     (5, OPTIMS + "galore_adamw", "need to install `galore_torch`"),
     (5, OPTIMS + "lomo", "need to install `lomo_optim`"),
@@ -133,6 +134,7 @@ BEFORE = [
     (2, "lora_sft data.path=none.jsonl evaluate.reward_model=tiny", "evaluate.reward_model: tiny is LlamaForCausalLM"),
     (2, "lora_sft data.path=none.jsonl evaluate.reward_model=./rm", "evaluate.reward_model: ./rm: no reward model"),
     (2, "lora_sft data.path=none.jsonl evaluate.size=0 evaluate.metrics=[rouge]", "evaluate.size is 0"),
+    *((2, f"{recipe} {NOTHING}", "nothing is measured") for recipe in ("ppo", "grpo", "rloo")),
 ]
 
 

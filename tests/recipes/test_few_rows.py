@@ -75,11 +75,11 @@ def test_rows_that_fill_no_batch_end_in_a_message_and_not_in_a_run_of_0_steps(ho
         fit_only("lora_sft", home, "per_device_train_batch_size=8", "train.extra={dataloader_drop_last: true}")
 
 
-@pytest.mark.parametrize("recipe", ["lora_sft", "grpo", "ppo"])
+@pytest.mark.parametrize("recipe", ["lora_sft", "grpo", "rloo", "ppo"])
 def test_a_run_that_could_measure_nothing_is_refused_before_it_trains_and_leaves_nothing(
     recipe: str, prompts: Path
 ) -> None:
-    words = few(prompts)[:1] + (("per_device_train_batch_size=8",) if recipe == "grpo" else ())
+    words = few(prompts)[:1] + (("per_device_train_batch_size=8",) if recipe in ("grpo", "rloo") else ())
     if recipe == "lora_sft":
         write_rows(prompts / "rows.jsonl")
         words = ()

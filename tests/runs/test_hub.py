@@ -474,6 +474,11 @@ def test_the_base_and_the_rows_of_a_run_from_another_machine_are_named_by_two_se
     assert "model.name_or_path=FOLDER" in said.err
     said = cli("evaluate", "ada/sums", *SMALL, rows, f"model.name_or_path={lora_run.folder.parent / 'tiny'}")
     assert said.code == 0, said.err
+    for words in (("generate", "ada/sums", "2 + 2 =", "--max-new-tokens=2"), ("merge", "ada/sums", desk / "merged")):
+        shown = cli(*words)
+        assert (shown.code, "for generate and merge --base FOLDER" in shown.err) == (2, True), shown.err
+        shown = cli(*words, "--base", lora_run.folder.parent / "tiny")
+        assert shown.code == 0, shown.err
     assert "what it was trained on (./rows.jsonl) is not here" in " ".join(said.err.split())
 
 
