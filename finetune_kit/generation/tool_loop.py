@@ -25,6 +25,8 @@ from finetune_kit.errors import DataError
 from finetune_kit.generation import decoding
 from finetune_kit.generation.generate import Call, Completion, _completion
 from finetune_kit.models.inference import evaluation_mode, in_batches
+from finetune_kit.settings.schema import RecipeConfig
+from finetune_kit.tools.load import load_tools
 from finetune_kit.tools.tool import Outcome, Tool, carry_out
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,20 @@ class Toolbox:
     @property
     def schemas(self) -> list[dict[str, Any]]:
         return [tool.schema for tool in self.tools.values()]
+
+
+def toolbox_of(config: RecipeConfig) -> Toolbox | None:
+    """The tools that a recipe's answers may call; None for none. Raises as `load_tools`."""
+    if not config.tools:
+        return None
+    data = config.data
+    return Toolbox(
+        load_tools(config.tools),
+        config.max_tool_calls,
+        config.tool_timeout,
+        data.chat_template_kwargs,
+        data.special_tokens_in_text,
+    )
 
 
 @dataclass(slots=True)

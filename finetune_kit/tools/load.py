@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from finetune_kit.errors import SettingsError
@@ -32,7 +33,7 @@ def load_tools(sources: Sequence[str]) -> dict[str, Tool]:
     """
     tools: dict[str, Tool] = {}
     for source in sources:
-        tool = _load(source)
+        tool = _loaded(source)
         if tool.name in tools:
             raise SettingsError(f"tools: two of them are called {tool.name}.", "Give each another name.")
         tools[tool.name] = tool
@@ -42,6 +43,12 @@ def load_tools(sources: Sequence[str]) -> dict[str, Tool]:
 def is_built_in(source: str) -> bool:
     """Whether a tool runs no code of the user's own."""
     return source in ("calculator", "python") or source.startswith("search:")
+
+
+@cache
+def _loaded(source: str) -> Tool:
+    """Once a process: rows are read, and answers are measured, with the same tool."""
+    return _load(source)
 
 
 def _load(source: str) -> Tool:
