@@ -105,6 +105,51 @@ def greedy(logits: Any, rows: list[list[int]]) -> list[int]:
     return found
 
 
+def sampling(
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    do_sample: bool = True,
+    repetition_penalty: float = 1.0,
+) -> Draw:
+    """A draw by transformers' own processors, in their order; what is drawn follows from the seed and the calls."""
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    steps: list[Any] = []
+    if repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
+    if do_sample:
+        steps.append(TemperatureLogitsWarper(float(temperature)))
+        steps += [TopKLogitsWarper(top_k)] if top_k else []
+        steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        steps += [MinPLogitsWarper(min_p)] if min_p else []
+    processors, generators = LogitsProcessorList(steps), {}
+
+    def draw(logits: Any, rows: list[list[int]]) -> list[int]:
+        device = logits.device
+        scores = torch.cat(
+            [processors(torch.tensor([row], device=device), logits[at : at + 1]) for at, row in enumerate(rows)]
+        )
+        if not do_sample:
+            return greedy(scores, rows)
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        found: list[int] = decoding.pick(scores.softmax(-1), generators[device])[:, 0].tolist()
+        return found
+
+    return draw
+
+
 def answer_with_tools(
     model: Any,
     tokenizer: Any,

@@ -10,10 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune_kit.data.calls import parse_calls, syntax_of
-from finetune_kit.data.chat import end_token_ids, samples_of
+from finetune_kit.data.chat import end_token_ids, render_prompt, samples_of
 from finetune_kit.errors import DataError
 from finetune_kit.generation import tool_loop
-from finetune_kit.generation.tool_loop import Toolbox, answer_with_tools, turns_of
+from finetune_kit.generation.generate import generate
+from finetune_kit.generation.tool_loop import Toolbox, answer_with_tools, sampling, turns_of
 from finetune_kit.settings.schema import DataConfig
 from finetune_kit.tools import tool
 from finetune_kit.tools.tool import Tool, ToolError
@@ -286,3 +287,40 @@ def test_turns_of_calls_are_those_of_data() -> None:
         assistant("So:", tool_calls=[{"type": "function", "function": {"name": "echo", "arguments": {"number": 1}}}]),
         {"role": "tool", "name": "echo", "content": "10.0"},
     ]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_where_no_tool_is_called_the_answer_is_that_of_generate(penalty: float) -> None:
+    tokenizer = template("plain")
+    model, chats = tiny(tokenizer), [[user("Q")], [user("A longer question, which is padded.")]]
+    prompts = [render_prompt(tokenizer, turns, [ECHO]) for turns in chats]
+    ends = end_token_ids(tokenizer)
+    plain = generate(model, tokenizer, prompts, max_new_tokens=12, end_token_ids=ends, repetition_penalty=penalty)
+    draw = sampling(seed=0, do_sample=False, repetition_penalty=penalty)
+    asked = [(turns, [ECHO]) for turns in chats]
+    called = answer_with_tools(model, tokenizer, asked, BOX, max_new_tokens=12, end_token_ids=ends, draw=draw)
+    assert [(one.ids, one.text, one.ended) for one in called] == [(one.ids, one.text, one.ended) for one in plain]
+
+
+def test_samples_follow_from_the_seed_and_from_what_may_be_drawn() -> None:
+    tokenizer = template("plain")
+    model, asked = tiny(tokenizer), [([user("Q")], [ECHO])]
+
+    def drawn(**settings: Any) -> list[int]:
+        settings = {"seed": 1, **settings}
+        return answer_with_tools(
+            model, tokenizer, asked, BOX, max_new_tokens=12, end_token_ids=[], draw=sampling(**settings)
+        )[0].ids
+
+    assert drawn() == drawn() != drawn(seed=2)
+    likeliest = drawn(do_sample=False)
+    assert drawn(top_k=1) == drawn(top_p=1e-9) == drawn(min_p=1.0) == drawn(temperature=1e-6) == likeliest
+
+
+def test_a_stop_text_ends_an_answer() -> None:
+    tokenizer = template("plain")
+    answer = answer_with_tools(
+        tiny(tokenizer), tokenizer, [([user("Q")], [ECHO])], BOX, max_new_tokens=50, end_token_ids=[],
+        draw=written(tokenizer, "One. STOP and more words that are not reached"), stop=["STOP"],
+    )[0]  # fmt: skip
+    assert (answer.text, answer.ended) == ("One. ", True)
