@@ -29,7 +29,7 @@ from typing import ClassVar
 
 from finetune_kit.data.load import load_data
 from finetune_kit.evaluation.evaluator import Evaluator
-from finetune_kit.generation.tool_loop import toolbox_of
+from finetune_kit.generation.toolbox import toolbox_of
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save

@@ -213,7 +213,7 @@ def generate(
 
 def _toolbox(sources: list[str], most: int | None, seconds: float | None, yes: bool) -> Any:
     """The tools of --tools; what is not built in is asked for before each call."""
-    from finetune_kit.generation.tool_loop import Toolbox
+    from finetune_kit.generation.toolbox import Toolbox
     from finetune_kit.tools.load import is_built_in, load_tools
 
     if (most is not None and most < 1) or (seconds is not None and not seconds > 0):

@@ -16,7 +16,7 @@ from finetune_kit.evaluation.tools import tools_report, tools_sentence
 from finetune_kit.settings.schema import EvaluateConfig
 
 if TYPE_CHECKING:
-    from finetune_kit.generation.tool_loop import Toolbox
+    from finetune_kit.generation.toolbox import Toolbox
 
 SAMPLES = 8  # answers kept in report.json: the first rows, whatever they show
 REFUSALS = {"harmful_refused": "Harmful prompts refused", "harmless_refused": "Harmless prompts refused"}

@@ -10,7 +10,7 @@ from finetune_kit.data.load import Data
 from finetune_kit.evaluation.compare import Report, compare, held_out_scores
 from finetune_kit.evaluation.measure import Judge, Measurement, measure
 from finetune_kit.evaluation.reward_gate import Rewards, compare_rewards, held_out_rewards, measure_rewards
-from finetune_kit.generation.tool_loop import Toolbox
+from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.settings.schema import EvaluateConfig
 from finetune_kit.system.progress_bar import progress_bar
 

@@ -26,7 +26,7 @@ from finetune_kit.evaluation.loss import general_losses, row_losses
 from finetune_kit.evaluation.metrics import choose_metrics, score_rows
 from finetune_kit.evaluation.safety import Safety, measure_safety
 from finetune_kit.generation.generate import Completion, generate
-from finetune_kit.generation.tool_loop import Toolbox, answer_with_tools
+from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.models.shapes import positions_of
 from finetune_kit.settings.schema import EvaluateConfig, ModelConfig
 from finetune_kit.system.terminal import console, doing, moved
@@ -203,6 +203,8 @@ def _answer(
         for limit in sorted({limits[index] for index in mine}, reverse=True):  # one, where the positions have no end
             chosen, done = [index for index in mine if limits[index] == limit], len(found)
             if toolbox is not None and toolbox.tools:
+                from finetune_kit.generation.tool_loop import answer_with_tools  # it loads torch
+
                 called = answer_with_tools(
                     model,
                     tokenizer,

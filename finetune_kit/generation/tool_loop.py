@@ -24,10 +24,9 @@ from finetune_kit.data.records import Message
 from finetune_kit.errors import DataError
 from finetune_kit.generation import decoding
 from finetune_kit.generation.generate import Call, Completion, _completion
+from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.models.inference import evaluation_mode, in_batches
-from finetune_kit.settings.schema import RecipeConfig
-from finetune_kit.tools.load import load_tools
-from finetune_kit.tools.tool import Outcome, Tool, carry_out
+from finetune_kit.tools.tool import Outcome, carry_out
 
 log = logging.getLogger(__name__)
 
@@ -35,36 +34,6 @@ AT_WORK = 4  # tools that run at one time
 
 Draw = Callable[[Any, list[list[int]]], list[int]]  # (rows, vocabulary) logits, each row's tokens -> a token each
 Told = Callable[[str, Any], None]  # "token", its id; "turn", None; "call", a Call
-
-
-@dataclass(frozen=True)
-class Toolbox:
-    """The tools that may be called, how often in one answer, and for how long each; how conversations are rendered."""
-
-    tools: dict[str, Tool]
-    max_calls: int = 8
-    timeout: float = 10.0
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    in_text: str = "text"
-    allow: Callable[[Tool, dict[str, Any]], bool] | None = None  # asked before a tool runs that is not built in
-
-    @property
-    def schemas(self) -> list[dict[str, Any]]:
-        return [tool.schema for tool in self.tools.values()]
-
-
-def toolbox_of(config: RecipeConfig) -> Toolbox | None:
-    """The tools that a recipe's answers may call; None for none. Raises as `load_tools`."""
-    if not config.tools:
-        return None
-    data = config.data
-    return Toolbox(
-        load_tools(config.tools),
-        config.max_tool_calls,
-        config.tool_timeout,
-        data.chat_template_kwargs,
-        data.special_tokens_in_text,
-    )
 
 
 @dataclass(slots=True)

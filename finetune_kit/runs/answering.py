@@ -18,7 +18,8 @@ from finetune_kit.data.records import Message
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.generation.generate import Completion, generate
 from finetune_kit.generation.prompt_file import Line, answered, append_answers, read_prompts
-from finetune_kit.generation.tool_loop import Answer, Toolbox, answer_with_tools, greedy, sampling
+from finetune_kit.generation.tool_loop import Answer, answer_with_tools, greedy, sampling
+from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.models.load import load_base
 from finetune_kit.models.source import load_model_config
 from finetune_kit.runs.saved import FinishedRun, check_writes, model_of, own_model, tokenizer_of

@@ -19,7 +19,7 @@ from finetune_kit.evaluation.loss import general_rows
 from finetune_kit.evaluation.measure import Judge
 from finetune_kit.evaluation.measure import measure as measure_model
 from finetune_kit.evaluation.reward_gate import compare_rewards, measure_rewards
-from finetune_kit.generation.tool_loop import toolbox_of
+from finetune_kit.generation.toolbox import toolbox_of
 from finetune_kit.models.adapter_config import read_adapter_config
 from finetune_kit.models.adapters import as_started, detach
 from finetune_kit.models.folder import check_files

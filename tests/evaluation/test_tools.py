@@ -12,7 +12,7 @@ from finetune_kit.evaluation.compare import compare
 from finetune_kit.evaluation.measure import Measurement, measure
 from finetune_kit.evaluation.tools import calling, same_call, same_calls, tools_report, tools_sentence
 from finetune_kit.generation.generate import Call, Completion
-from finetune_kit.generation.tool_loop import Toolbox
+from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.settings.schema import DataConfig, EvaluateConfig
 from finetune_kit.tools.load import load_tools
 from tests.fixtures_data import bpe_tokenizer, write_jsonl

@@ -14,7 +14,8 @@ from finetune_kit.data.chat import end_token_ids, render_prompt, samples_of
 from finetune_kit.errors import DataError
 from finetune_kit.generation import tool_loop
 from finetune_kit.generation.generate import generate
-from finetune_kit.generation.tool_loop import Toolbox, answer_with_tools, sampling, turns_of
+from finetune_kit.generation.tool_loop import answer_with_tools, sampling, turns_of
+from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.settings.schema import DataConfig
 from finetune_kit.tools import tool
 from finetune_kit.tools.tool import Tool, ToolError

@@ -16,7 +16,7 @@ from finetune_kit.cli import main
 from finetune_kit.data.load import load_data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, SettingsError
-from finetune_kit.generation.tool_loop import Toolbox
+from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.runs import answering
 from finetune_kit.runs.answering import (
     Decoding,
