@@ -43,6 +43,8 @@ def run_python(program: str, seconds: float) -> str:
 
     Raises ToolError with its error, and where it takes more than `seconds`, the memory or the output that it may have.
     """
+    if not sys.platform.startswith("linux"):
+        raise ToolError(f"there is no Landlock and seccomp on {sys.platform}")
     command = [sys.executable, "-I", "-S", "-E", "-B", str(CHILD), str(math.ceil(seconds) + 1), str(MEMORY)]
     process = subprocess.Popen(
         command,
