@@ -32,10 +32,11 @@ from typing import ClassVar
 
 from finetune_kit.data.load import load_data
 from finetune_kit.evaluation.evaluator import Evaluator
+from finetune_kit.generation.toolbox import toolbox_of
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
-from finetune_kit.settings.schema import EvaluateConfig, LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.settings.schema import EvaluateConfig, LoraConfig, ToolsRecipeConfig, TrainConfig, section, setting
 from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
@@ -43,7 +44,7 @@ from finetune_kit.training.reference import frozen_copy, set_reference
 
 
 @dataclass
-class Config(RecipeConfig):
+class Config(ToolsRecipeConfig):
     kind: ClassVar[str] = "preference"
     trainer_config: ClassVar[str] = "trl.DPOConfig"
     lora: LoraConfig = section(LoraConfig)
@@ -89,7 +90,7 @@ def run(config: Config) -> Artifact:
     )
     begin(config, tokenizer, pairs, policy)
     set_reference(trainer, config, pairs)
-    evaluator = Evaluator(tokenizer, pairs, config.evaluate, beta=config.beta)
+    evaluator = Evaluator(tokenizer, pairs, config.evaluate, beta=config.beta, toolbox=toolbox_of(config))
     before = evaluator.measure(policy, "before")
     history = fit(trainer, config.train, evaluator.scores)
     after = evaluator.measure(trainer.model, "after")

@@ -29,17 +29,18 @@ from typing import ClassVar
 
 from finetune_kit.data.load import load_data
 from finetune_kit.evaluation.evaluator import Evaluator
+from finetune_kit.generation.toolbox import toolbox_of
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
-from finetune_kit.settings.schema import RecipeConfig, TrainConfig, section
+from finetune_kit.settings.schema import ToolsRecipeConfig, TrainConfig, section
 from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 
 
 @dataclass
-class Config(RecipeConfig):
+class Config(ToolsRecipeConfig):
     trainer_config: ClassVar[str] = "trl.SFTConfig"
     # a tenth of the rate that suits an adapter: every weight moves, so each needs to move less
     train: TrainConfig = section(TrainConfig, learning_rate=2e-5, warmup_steps=0.05, gradient_checkpointing=False)
@@ -53,7 +54,7 @@ def run(config: Config) -> Artifact:
     policy = load_policy(config.model, trained_in_full=True)
     trainer = build(SFTTrainer, SFTConfig, config, policy, tokenizer, data)
     begin(config, tokenizer, data, policy)
-    evaluator = Evaluator(tokenizer, data, config.evaluate)
+    evaluator = Evaluator(tokenizer, data, config.evaluate, toolbox=toolbox_of(config))
     before = evaluator.measure(policy, "before")
     history = fit(trainer, config.train, evaluator.scores)
     after = evaluator.measure(trainer.model, "after")

@@ -29,17 +29,18 @@ from typing import ClassVar
 
 from finetune_kit.data.load import load_data
 from finetune_kit.evaluation.evaluator import Evaluator
+from finetune_kit.generation.toolbox import toolbox_of
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.runs.save import Artifact, save
-from finetune_kit.settings.schema import LoraConfig, RecipeConfig, TrainConfig, section
+from finetune_kit.settings.schema import LoraConfig, ToolsRecipeConfig, TrainConfig, section
 from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 
 
 @dataclass
-class Config(RecipeConfig):
+class Config(ToolsRecipeConfig):
     trainer_config: ClassVar[str] = "trl.SFTConfig"
     lora: LoraConfig = section(LoraConfig)
     # far above full_sft's rate: the adapter's weights start at zero and are few
@@ -54,7 +55,7 @@ def run(config: Config) -> Artifact:
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
     trainer = build(SFTTrainer, SFTConfig, config, policy, tokenizer, data)
     begin(config, tokenizer, data, policy)
-    evaluator = Evaluator(tokenizer, data, config.evaluate)
+    evaluator = Evaluator(tokenizer, data, config.evaluate, toolbox=toolbox_of(config))
     before = evaluator.measure(policy, "before")
     history = fit(trainer, config.train, evaluator.scores)
     after = evaluator.measure(trainer.model, "after")

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md",
     "docs/data.md",
+    "docs/tools.md",
     "docs/choose.md",
     "docs/add_a_method.md",
     "docs/ppo.md",

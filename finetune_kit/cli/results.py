@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,6 +161,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed for sampling; unset: 0.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="How many of --prompts to answer together; unset: 32.")] = None,
+    tools: Annotated[
+        list[str] | None,
+        typer.Option(help="A tool that answers may call: calculator, python, search:DIR, FILE.py:NAME; repeatable."),
+    ] = None,
+    max_tool_calls: Annotated[int | None, typer.Option(help="Calls in one answer; unset: 8.")] = None,
+    tool_timeout: Annotated[float | None, typer.Option(help="Longest call of a tool, in seconds; unset: 10.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask before a tool of your own runs.")] = False,
     revision: Revision = None,
     recipe: RecipeFile = None,
     base: Base = None,
@@ -176,6 +184,11 @@ def generate(
         raise SettingsError("A prompt and --prompts are both given.", "Give one of them.")
     if batch_size is not None and not prompts:
         raise SettingsError("--batch-size has no effect without --prompts.", "Leave it out.")
+    if tools and prompts:
+        raise SettingsError("--tools acts on a prompt and in a conversation, and not on --prompts.", "Leave it out.")
+    limits = {"--max-tool-calls": max_tool_calls, "--tool-timeout": tool_timeout, "--yes": yes or None}
+    if idle := [name for name, value in limits.items() if value is not None and not tools]:
+        raise SettingsError(f"{idle[0]} has no effect without --tools.", "Such as: --tools calculator")
     from finetune_kit.runs import answering
     from finetune_kit.runs.hub import folder_of
     from finetune_kit.runs.saved import moved_base, open_run
@@ -184,7 +197,10 @@ def generate(
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     with doing("opening the run"):
-        asked = answering.prepare(open_run(folder_of(folder, revision), moved_base(base), recipe), decoding, system)
+        box = _toolbox(tools, max_tool_calls, tool_timeout, yes) if tools else None
+        asked = answering.prepare(
+            open_run(folder_of(folder, revision), moved_base(base), recipe), decoding, system, box
+        )
     if prompts and output:
         from finetune_kit.system.progress_bar import progress_bar
 
@@ -197,6 +213,24 @@ def generate(
         answering.converse(answering.load(asked, compare), _user_turn, _tell)
     else:
         _answer(asked, sys.stdin.read().rstrip("\n") if prompt is None else prompt, compare)
+
+
+def _toolbox(sources: list[str], most: int | None, seconds: float | None, yes: bool) -> Any:
+    """The tools of --tools; what is not built in is asked for before each call."""
+    from finetune_kit.generation.toolbox import Toolbox
+    from finetune_kit.tools.load import is_built_in, load_tools
+
+    if (most is not None and most < 1) or (seconds is not None and not seconds > 0):
+        raise SettingsError("--max-tool-calls and --tool-timeout: expected numbers above 0.")
+    own = [source for source in sources if not is_built_in(source)]
+    if own and not yes and not sys.stdin.isatty():
+        raise SettingsError(f"{own[0]} is not built in, and there is nobody here to ask.", "If it may run: --yes")
+
+    def allow(tool: Any, arguments: dict[str, Any]) -> bool:
+        call = escaped(f"{tool.name}({json.dumps(arguments, ensure_ascii=False)})")
+        return yes or typer.confirm(f"\nRun {call}?", err=True)
+
+    return Toolbox(load_tools(sources), most or 8, seconds or 10.0, allow=allow)
 
 
 def _answer(asked: Any, prompt: str, compare: bool) -> None:

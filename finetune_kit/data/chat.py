@@ -428,3 +428,40 @@ def truncate(sample: Sample, max_length: int) -> Sample | None:
         return sample
     turns = [(start, min(stop, max_length)) for start, stop in sample.turns if start < max_length]
     return Sample(sample.input_ids[:max_length], sample.labels[:max_length], turns) if turns else None
+
+
+def written_turn(
+    tokenizer: Any,
+    before: list[Message],
+    answer: Message,
+    tools: list[dict[str, Any]] | None = None,
+    kwargs: dict[str, Any] | None = None,
+) -> Turn:
+    """The text of an assistant's turn as it is trained. Raises DataError where the template refuses it."""
+    dialect = dialect_of(tokenizer, kwargs, bool(tools))
+    messages, tools = adapt([*before, answer], tools, dialect)
+    index = len(messages) - 1
+    return _turn(tokenizer, messages, index, tools, kwargs, dialect, silent, "a tool call")
+
+
+def after_calls(
+    tokenizer: Any,
+    before: list[Message],
+    answer: Message,
+    results: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    in_text: str = "text",
+) -> tuple[list[int], bool]:
+    """What stands, in training, between a turn that calls tools and the turn that follows their `results`.
+
+    (token ids that follow the turn's end token, True); where the template writes the turns before otherwise once there
+    are results, (the ids of the whole conversation, False). Raises DataError where the template refuses it.
+    """
+    whole = render_prompt(tokenizer, [*before, answer, *results], tools, kwargs, in_text)
+    hidden = _hides(tokenizer, [before, answer, tools], in_text, "a tool call")
+    if hidden:
+        before, answer, tools = hide(tokenizer, before), hide(tokenizer, answer), hide(tokenizer, tools)
+    turn = written_turn(tokenizer, before, answer, tools, kwargs)
+    written = (ids_of_hidden if hidden else ids_of)(tokenizer, turn.prompt + turn.completion)
+    return (whole[len(written) :], True) if whole[: len(written)] == written else (whole, False)

@@ -21,6 +21,7 @@ from finetune_kit.data.sources import BUILDERS, MOST_UNKNOWN, of_one_kind, passe
 from finetune_kit.data.split import FEWEST, drop_overlap, drop_repeated, held_out_count, labels, mix, sample, split_off
 from finetune_kit.data.template import prepare_tokenizer
 from finetune_kit.data.tokenise import Tokens, mark_contradictions
+from finetune_kit.data.tool_rows import offer_tools
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.settings.schema import DataConfig
 from finetune_kit.system.terminal import doing
@@ -74,6 +75,9 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
     if not train and (config.path or not held_out):
         raise DataError(f"data.path={_shown(config)}: no training rows.", "Give a file with rows in it.")
     kind = of_one_kind([*train, *held_out])
+    if config.tools:
+        for note in offer_tools([*train, *held_out], config.tools):
+            ledger.note(note)
     if config.packing and kind not in ("prompt_completion", "text"):
         raise SettingsError(f"data.packing has no effect on {kind.replace('_', '-')} rows.", "Leave it out.")
     mark_contradictions([*train, *held_out])

@@ -108,6 +108,16 @@ def prompt_of(record: Record) -> list[Message]:
     return record.messages if isinstance(record, Prompt) else record.prompt
 
 
+def asked_of(record: Record) -> list[Message]:
+    """The turns that a model with tools is given: of a conversation all up to its last user turn, whose answer may
+    take several turns; else as `prompt_of`."""
+    if not isinstance(record, PromptCompletion):
+        return prompt_of(record)
+    before = prompt_of(record)
+    last = max((at for at, turn in enumerate(before) if turn["role"] == "user"), default=-1)
+    return before[: last + 1] if last >= 0 else before
+
+
 def reference_of(record: Record) -> str:
     """Text of the last assistant turn (of the chosen side in a preference), or a prompt's own answer; "" if there is
     none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.evaluation import choices, fairness, preferences, safety
@@ -12,7 +12,11 @@ from finetune_kit.evaluation.guards import choice_sources, guarded, sentence
 from finetune_kit.evaluation.intervals import ALIKE, SHARE, entry
 from finetune_kit.evaluation.measure import Measurement, held_out_only, measure
 from finetune_kit.evaluation.metrics import BUILT_IN
+from finetune_kit.evaluation.tools import tools_report, tools_sentence
 from finetune_kit.settings.schema import EvaluateConfig
+
+if TYPE_CHECKING:
+    from finetune_kit.generation.toolbox import Toolbox
 
 SAMPLES = 8  # answers kept in report.json: the first rows, whatever they show
 REFUSALS = {"harmful_refused": "Harmful prompts refused", "harmless_refused": "Harmless prompts refused"}
@@ -107,6 +111,9 @@ def compare(
     broken = [line["name"] for line in guards if line["verdict"] == "worse"]
     if guards:
         details["guards"] = {"held": [line["name"] for line in guards if line["name"] not in broken], "failed": broken}
+    if before.with_tools and after.with_tools:
+        details["tools"] = tools_report(before, after, config)
+        verdict += f" {tools_sentence(details['tools'])}"
     if spent := [line["objective/kl"] for line in history if "objective/kl" in line]:
         details["kl_spent"] = spent[-1]
         verdict += f" KL spent: {spent[-1]:.2f} nats a completion."
@@ -198,9 +205,23 @@ def _samples(before: Measurement, after: Measurement) -> list[dict[str, Any]]:
             **{side: measured.completions[row].text for side, measured in (("before", before), ("after", after))},
             "scores": {name: [before.metrics[name][row], after.metrics[name][row]] for name in before.metrics},
             "ended": [before.completions[row].ended, after.completions[row].ended],
+            **_sample_calls(before, after, row),
         }
         for row in range(min(SAMPLES, len(before.completions)))
     ]
+
+
+def _sample_calls(before: Measurement, after: Measurement, row: int) -> dict[str, Any]:
+    """What both called for a row, where they were given tools."""
+    if not before.with_tools:
+        return {}
+    sides = (before.completions[row], after.completions[row])
+    return {
+        "calls": [
+            [{"name": call.name, "arguments": call.arguments, "result": call.result} for call in side.calls]
+            for side in sides
+        ]
+    }
 
 
 def held_out_scores(
@@ -211,6 +232,7 @@ def held_out_scores(
     metric: str = "loss",
     start: Measurement | None = None,
     beta: float = 1.0,
+    toolbox: Toolbox | None = None,
 ) -> dict[str, float]:
     """{"loss": nats a token} on the held-out rows, with the mean of one more metric of the report where it is named.
 
@@ -218,7 +240,8 @@ def held_out_scores(
     equation 7) and the preference accuracy. Raises SettingsError for a metric that these data do not have.
     """
     answered = config if metric != "loss" else replace(config, size=0, metrics=[], hub_metrics=[], reward_model=None)
-    measurement = measure(model, tokenizer, data, held_out_only(answered), distributions=False)
+    quiet = held_out_only(answered)
+    measurement = measure(model, tokenizer, data, quiet, distributions=False, toolbox=toolbox, both_ways=False)
     scores = {"loss": measurement.loss}
     if start is not None and start.rejected_nll:
         scores = preferences.scores(start, measurement, beta)

@@ -10,6 +10,7 @@ from finetune_kit.data.load import Data
 from finetune_kit.evaluation.compare import Report, compare, held_out_scores
 from finetune_kit.evaluation.measure import Judge, Measurement, measure
 from finetune_kit.evaluation.reward_gate import Rewards, compare_rewards, held_out_rewards, measure_rewards
+from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.settings.schema import EvaluateConfig
 from finetune_kit.system.progress_bar import progress_bar
 
@@ -18,7 +19,7 @@ class Evaluator:
     """What one run measures by: its tokenizer, its held-out rows, its settings.
 
     `beta`: of a method that trains on preferences; the first model measured is then its reference. `judge`: a reward
-    that scores the answers, as metric "reward".
+    that scores the answers, as metric "reward". `toolbox`: tools that the answers may call.
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class Evaluator:
         *,
         beta: float | None = None,
         judge: Judge | None = None,
+        toolbox: Toolbox | None = None,
     ) -> None:
         self.tokenizer, self.data, self.config, self.beta, self.judge = tokenizer, data, config, beta, judge
+        self.toolbox = toolbox
         self.start: Measurement | None = None
 
     def measure(self, model: Any, when: str) -> Measurement:
@@ -38,7 +41,9 @@ class Evaluator:
 
         Raises as `evaluation.measure.measure` does, and SettingsError for a guard that names nothing measured.
         """
-        found = measure(model, self.tokenizer, self.data, self.config, progress_bar(when), judge=self.judge)
+        found = measure(
+            model, self.tokenizer, self.data, self.config, progress_bar(when), judge=self.judge, toolbox=self.toolbox
+        )
         if self.start is None and self.config.guards:  # one that names nothing is told now, not after training
             compare(found, found, replace(self.config, bootstrap_samples=1), self.beta or 1.0)
         self.start = self.start or found
@@ -47,7 +52,7 @@ class Evaluator:
     def scores(self, model: Any, metric: str = "loss") -> dict[str, float]:
         """The held-out loss and, where it is another one, `metric`: what a run is watched by while it trains."""
         start, beta = (None, 1.0) if self.beta is None else (self.start, self.beta)
-        return held_out_scores(model, self.tokenizer, self.data, self.config, metric, start, beta)
+        return held_out_scores(model, self.tokenizer, self.data, self.config, metric, start, beta, self.toolbox)
 
     def compare(self, before: Measurement, after: Measurement, history: Sequence[dict[str, float]] = ()) -> Report:
         """The report: differences with their intervals, and the verdict."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_kit import distributed
 from finetune_kit.data.chat import render_prompt
-from finetune_kit.data.records import LabelledCompletion, prompt_of, reference_of
+from finetune_kit.data.records import LabelledCompletion, PromptCompletion, asked_of, prompt_of, reference_of
 from finetune_kit.data.split import source_rows
+from finetune_kit.data.tool_rows import calls_of
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.evaluation import preferences
 from finetune_kit.evaluation.choices import Choices, measure_choices, read_choices
@@ -24,6 +26,7 @@ from finetune_kit.evaluation.loss import general_losses, row_losses
 from finetune_kit.evaluation.metrics import choose_metrics, score_rows
 from finetune_kit.evaluation.safety import Safety, measure_safety
 from finetune_kit.generation.generate import Completion, generate
+from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.models.shapes import positions_of
 from finetune_kit.settings.schema import EvaluateConfig, ModelConfig
 from finetune_kit.system.terminal import console, doing, moved
@@ -61,6 +64,9 @@ class Measurement:
     prompts: list[str] = field(default_factory=list)  # text of the last turn before the answer
     references: list[str] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
+    with_tools: bool = False
+    bare: dict[str, list[float]] = field(default_factory=dict)  # the same scores of answers without the tools
+    wanted: list[list[dict[str, Any]]] = field(default_factory=list)  # the calls of each answered row of the data
     decoding: dict[str, Any] = field(default_factory=dict)
     safety: Safety | None = None  # answers to harmful and harmless prompts
     choices: list[Choices] = field(default_factory=list)  # of each file, what is likeliest
@@ -90,19 +96,22 @@ def measure(
     progress: Progress | None = None,
     distributions: bool = True,
     judge: Judge | None = None,
+    toolbox: Toolbox | None = None,
+    both_ways: bool = True,
 ) -> Measurement:
     """Loss on all held-out rows, answers to the first `config.size` held-out prompts, loss on the general text.
 
     `data` is a `data.load.Data`. Plain text has no prompts and gets the losses only; prompts alone have no losses. The
     model's mode, its generation settings and the random state are left as they were. `distributions`: of preferences,
     also keep the next-token distributions at some positions, for the KL divergence. `judge`: scores the answers, as
-    metric "reward"; in its place evaluate.reward_model where that is set.
+    metric "reward"; in its place evaluate.reward_model where that is set. `toolbox`: tools that the answers may call;
+    `both_ways`: the same prompts are then also answered and scored with no tool offered.
     Raises SettingsError (a metric that has no effect), DataError (nothing to measure), NumericsError (a loss or a score
     that is not a number, with its row), ResourceError (memory, or a metric's package).
     """
     started = time.perf_counter()
     with doing("measuring") if progress else contextlib.nullcontext():
-        measurement = _measured(model, tokenizer, data, config, progress, distributions, judge)
+        measurement = _measured(model, tokenizer, data, config, progress, distributions, judge, toolbox, both_ways)
     measurement.seconds = time.perf_counter() - started
     return measurement
 
@@ -115,13 +124,22 @@ def _measured(
     progress: Progress | None,
     distributions: bool,
     judge: Judge | None,
+    toolbox: Toolbox | None,
+    both_ways: bool,
 ) -> Measurement:
-    measurement = Measurement()
+    measurement = Measurement(with_tools=toolbox is not None)
     if data.kind != "text" and config.size > 0 and (_asked(data) or not data.held_out_records):
         metrics = choose_metrics(config.metrics, data, config.hub_metrics)  # before the work: it may refuse
-        _answer(measurement, model, tokenizer, data, config, progress)
+        _answer(measurement, model, tokenizer, data, config, progress, toolbox)
         moved("scoring the answers")
         measurement.metrics = distributed.from_main(lambda: _scores(measurement, metrics, data, config, judge))
+        if toolbox is not None and both_ways and measurement.metrics:
+            bare = Measurement()
+            _answer(bare, model, tokenizer, data, config, progress, replace(toolbox, tools={}))
+            measurement.bare = distributed.from_main(lambda: _scores(bare, metrics, data, config, judge))
+    elif toolbox is not None and (data.kind == "text" or config.size == 0):
+        reason = "plain text has no answers" if data.kind == "text" else "evaluate.size is 0"
+        raise SettingsError(f"tools have no effect: {reason}.", "Leave them out.")
     elif config.metrics or config.hub_metrics or config.reward_model:
         reason = "plain text has no answers to score" if data.kind == "text" else "evaluate.size is 0"
         named = ", ".join([*config.metrics, *config.hub_metrics, *filter(None, [config.reward_model])])
@@ -158,17 +176,22 @@ def _answer(
     data: Any,
     config: EvaluateConfig,
     progress: Progress | None,
+    toolbox: Toolbox | None,
 ) -> None:
-    """Greedy answers to the first `config.size` held-out prompts."""
+    """Greedy answers to the first `config.size` held-out prompts. A toolbox without tools: the same prompts, with none
+    offered."""
     records = _asked(data)[: config.size]
-    turns = [prompt_of(record) for record in records]
+    turns = [prompt_of(record) if toolbox is None else asked_of(record) for record in records]
+    measurement.wanted = [calls_of(record) for record in records] if toolbox is not None else []
     measurement.where = [record.where for record in records]
     measurement.prompts = [str(before[-1]["content"]) if before else "" for before in turns]
     measurement.conversations = [_conversation(before) for before in turns]
     measurement.references = [reference_of(record) for record in records]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in measurement.references]
+    if toolbox is not None:
+        lengths = [_tokens_of_answer(tokenizer, record) for record in records]
     longest = config.max_new_tokens or max(lengths, default=0) + MARGIN
-    tools = [record.tools for record in records]
+    tools = [record.tools if toolbox is None or toolbox.tools else None for record in records]
     rendering = (data.chat_template_kwargs, data.special_tokens_in_text)
     prompts = [render_prompt(tokenizer, *pair, *rendering) for pair in zip(turns, tools, strict=True)]
 
@@ -179,6 +202,22 @@ def _answer(
         found: dict[int, Completion] = {}
         for limit in sorted({limits[index] for index in mine}, reverse=True):  # one, where the positions have no end
             chosen, done = [index for index in mine if limits[index] == limit], len(found)
+            if toolbox is not None and toolbox.tools:
+                from finetune_kit.generation.tool_loop import answer_with_tools  # it loads torch
+
+                called = answer_with_tools(
+                    model,
+                    tokenizer,
+                    [(turns[index], tools[index]) for index in chosen],
+                    toolbox,
+                    max_new_tokens=limit,
+                    end_token_ids=data.end_token_ids,
+                    batch_size=config.batch_size,
+                    positions=positions_of(model),
+                    progress=_beside(told, done),
+                )
+                found.update(zip(chosen, called, strict=True))
+                continue
             answers = generate(
                 model,
                 tokenizer,
@@ -191,9 +230,30 @@ def _answer(
             found.update(zip(chosen, answers, strict=True))
         return [found[index] for index in mine]
 
+    if toolbox is not None and toolbox.tools and distributed.is_sharded(model):
+        raise SettingsError(
+            "tools: a model that is cut into shards has to go on with all its rows together, and these wait for tools.",
+            "Measure the finished run on one device: python -m finetune_kit evaluate DIR tools=…",
+        )
     measurement.completions = distributed.spread(len(prompts), answer, distributed.is_sharded(model))
     ends = tokenizer.convert_ids_to_tokens(data.end_token_ids)
     measurement.decoding = {"do_sample": False, "max_new_tokens": longest, "end_tokens": ends}
+    if toolbox is not None:
+        measurement.decoding["tools"] = list(toolbox.tools)
+
+
+def _tokens_of_answer(tokenizer: Any, record: Any) -> int:
+    """About how many tokens of its own a row's answer has, in all its turns."""
+    if not isinstance(record, PromptCompletion):
+        return len(tokenizer(reference_of(record), add_special_tokens=False)["input_ids"])
+    turns = record.messages[len(asked_of(record)) :]
+    own = [turn for turn in turns if turn["role"] == "assistant"]
+    texts = [str(turn["content"]) for turn in own]
+    texts += [json.dumps(call["function"]) for turn in own for call in turn.get("tool_calls") or ()]
+    marks = 16 * sum(len(turn.get("tool_calls") or ()) for turn in own) + len(
+        own
+    )  # what a template writes around a call
+    return sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]) + marks
 
 
 def _beside(told: Callable[[int], None] | None, done: int) -> Callable[[int], None] | None:

@@ -64,6 +64,15 @@ class Growing:
         mask = self.mask if _has_columns(self.cache) else None
         self.cache, self.logits = _forward(self.model, tokens, mask, self.positions, self.cache)
 
+    def feed(self, tokens: Tensor, real: Tensor) -> None:
+        """Go on by (b, k) tokens, of which those are real where (b, k) `real` is 1. A row has only real ones or none:
+        it then stands still, for which the cache must be plain, and its logits say nothing."""
+        self.mask = torch.cat([self.mask, real], dim=1)
+        positions = self.positions + real.cumsum(dim=1)
+        mask = self.mask if _has_columns(self.cache) else None
+        self.cache, self.logits = _forward(self.model, tokens, mask, positions, self.cache)
+        self.positions = positions[:, -1:]
+
     def keep(self, rows: Sequence[int]) -> bool:
         """Continue with some rows alone, where every layer of the cache lets rows go; whether it did.
 
@@ -117,6 +126,14 @@ class Whole:
     def step(self, tokens: Tensor) -> None:
         """Continue by (b, 1) tokens."""
         self.rows = [[*row, token] for row, (token,) in zip(self.rows, tokens.tolist(), strict=True)]
+        self._look()
+
+    def feed(self, tokens: Tensor, real: Tensor) -> None:
+        """Go on by (b, k) tokens, of which those are real where (b, k) `real` is 1."""
+        fed = zip(self.rows, tokens.tolist(), real.tolist(), strict=True)
+        self.rows = [
+            [*row, *(token for token, is_real in zip(new, own, strict=True) if is_real)] for row, new, own in fed
+        ]
         self._look()
 
     def keep(self, rows: Sequence[int]) -> bool:

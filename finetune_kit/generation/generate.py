@@ -6,7 +6,7 @@ import contextlib
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,17 +16,32 @@ from finetune_kit.models.inference import evaluation_mode, in_batches
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool call and what came of it. `valid`: it could be read, and fits the schema of a known tool; `ok`: the tool
+    gave a result and no error; `seconds`: in the tool."""
+
+    name: str
+    arguments: dict[str, Any]
+    result: str
+    valid: bool
+    ok: bool
+    seconds: float
+
+
 @dataclass(slots=True)
 class Completion:
     """What the model wrote after one prompt.
 
     `ids`: the new tokens without the end token; those of a stop string are among them. `text`: the same decoded up to
     the stop string, special tokens left out. `ended`: an end token or a stop string came before max_new_tokens.
+    With tools (tool_loop.py) `ids` are those of all its turns, `text` is that of the last one; `calls`: what it called.
     """
 
     ids: list[int]
     text: str
     ended: bool
+    calls: list[Call] = field(default_factory=list)
 
 
 def generate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,11 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune_kit.data.calls import syntax_of
 from finetune_kit.data.chat import end_token_ids, render_prompt
 from finetune_kit.data.records import Message
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.generation.generate import Completion, generate
 from finetune_kit.generation.prompt_file import Line, answered, append_answers, read_prompts
+from finetune_kit.generation.tool_loop import Answer, answer_with_tools, greedy, sampling
+from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.models.load import load_base
 from finetune_kit.models.source import load_model_config
 from finetune_kit.runs.saved import FinishedRun, check_writes, model_of, own_model, tokenizer_of
@@ -105,24 +109,34 @@ class LoadedRun:
     positions: int | None
     system: str | None
     decoding: Decoding
+    toolbox: Toolbox | None = None
     model: Any = None
     base: Any = None
 
 
-def prepare(run: FinishedRun, decoding: Decoding, system: str | None = None) -> LoadedRun:
+def prepare(
+    run: FinishedRun, decoding: Decoding, system: str | None = None, toolbox: Toolbox | None = None
+) -> LoadedRun:
     """Everything but the weights, so that prompts can be checked before those are loaded.
 
-    `system` takes the place of the run's own system prompt. Raises SettingsError for settings that cannot be.
+    `system` takes the place of the run's own system prompt; answers may call what is in `toolbox`. Raises SettingsError
+    for settings that cannot be.
     """
     check(decoding)
     check_writes(run)
     tokenizer = tokenizer_of(run)
     if system and _is_bare(run, tokenizer):
         raise SettingsError("--system has no effect: this run was trained on bare prompts.", "Leave it out.")
+    if toolbox is not None:
+        if _is_bare(run, tokenizer):
+            raise SettingsError("--tools has no effect: this run was trained on bare prompts.", "Leave it out.")
+        data = run.config.data
+        toolbox = replace(toolbox, kwargs=data.chat_template_kwargs, in_text=data.special_tokens_in_text)
+        syntax_of(tokenizer, toolbox.kwargs)  # refused before the weights are loaded
     shapes = load_model_config(own_model(run)).get_text_config()
     positions = getattr(shapes, "max_position_embeddings", None)  # ALiBi and state-space models have no such limit
     own = run.config.data.system_prompt if system is None else system
-    return LoadedRun(run, tokenizer, _end_token_ids(run, tokenizer), positions, own or None, decoding)
+    return LoadedRun(run, tokenizer, _end_token_ids(run, tokenizer), positions, own or None, decoding, toolbox)
 
 
 def _end_token_ids(run: FinishedRun, tokenizer: Any) -> list[int]:
@@ -160,6 +174,7 @@ def prompt_ids(asked: LoadedRun, messages: list[Message], tools: list[dict[str, 
     else:
         if asked.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": asked.system}, *messages]
+        tools = tools or (asked.toolbox.schemas if asked.toolbox else None)
         ids = render_prompt(asked.tokenizer, messages, tools, kwargs, in_text)
     wanted = asked.decoding.max_new_tokens
     if asked.positions is not None and len(ids) + wanted > asked.positions:
@@ -274,7 +289,10 @@ def answer_one(asked: LoadedRun, messages: list[Message], tell: Callable[[str], 
                 tell(begun.pop() + text if begun else text)
 
             begun = [before] if before else []
-            found = answers(asked, [ids], shift=turn, stream=told, **of)[0]
+            if asked.toolbox is not None:
+                found: Completion = _answer_with_tools(asked, messages, turn, told, **of)
+            else:
+                found = answers(asked, [ids], shift=turn, stream=told, **of)[0]
         if begun:  # it wrote nothing
             tell(before)
         return found
@@ -283,6 +301,48 @@ def answer_one(asked: LoadedRun, messages: list[Message], tell: Callable[[str], 
         return written("")
     written("base:  ", of_base=True)
     return written("\ntuned: ")
+
+
+def _answer_with_tools(
+    asked: LoadedRun, messages: list[Message], shift: int, tell: Callable[[str], None], of_base: bool = False
+) -> Answer:
+    """The answer to a conversation, with each call and its result told between its turns."""
+    box = asked.toolbox
+    assert box is not None
+    if asked.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": asked.system}, *messages]
+    model = asked.base if of_base else asked.model
+    given = asked.decoding.arguments(shift)
+    longest, stop = given.pop("max_new_tokens"), given.pop("stop")
+    sampled = asked.decoding.samples
+    draws = sampled or asked.decoding.repetition_penalty != 1
+    draw = sampling(**{"seed": 0, "do_sample": sampled, **given}) if draws else greedy
+    shown: list[int] = []
+
+    def told(what: str, value: Any) -> None:
+        if what == "token":
+            before = str(asked.tokenizer.decode(shown, skip_special_tokens=True)).rstrip("\ufffd")
+            shown.append(value)
+            after = str(asked.tokenizer.decode(shown, skip_special_tokens=True)).rstrip("\ufffd")
+            if new := after.removeprefix(before):
+                tell(new)
+        elif what == "call":
+            shown.clear()
+            tell(f"\n[{value.name}({json.dumps(value.arguments, ensure_ascii=False)}) → {value.result}]\n")
+
+    with model.disable_adapter() if of_base and asked.run.is_adapter else contextlib.nullcontext():
+        return answer_with_tools(
+            model,
+            asked.tokenizer,
+            [(messages, box.schemas)],
+            box,
+            max_new_tokens=longest,
+            end_token_ids=asked.end_token_ids,
+            draw=draw,
+            stop=stop,
+            positions=asked.positions,
+            told=told,
+        )[0]
 
 
 def converse(asked: LoadedRun, read: Callable[[], str], tell: Callable[[str], None]) -> None:
@@ -315,7 +375,8 @@ def converse(asked: LoadedRun, read: Callable[[], str], tell: Callable[[str], No
         turns = [*messages, {"role": "user", "content": said}]
         try:
             completion = answer_one(asked, turns, tell)
-            messages = [*turns, {"role": "assistant", "content": completion.text}]
+            before = completion.messages if isinstance(completion, Answer) else turns
+            messages = [*before, {"role": "assistant", "content": completion.text}]
             tell("\n" if completion.ended else "\n(cut off: --max-new-tokens)\n")
         except DataError as error:
             tell(f"{error}\n/reset starts over.\n")

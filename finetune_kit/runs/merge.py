@@ -54,6 +54,7 @@ from finetune_kit.runs.verify import (
     reload_logits,
     sentence,
 )
+from finetune_kit.settings.checks import check_own_tools
 from finetune_kit.settings.load import to_yaml
 from finetune_kit.settings.schema import EvaluateConfig
 from finetune_kit.system.parsing import read_object
@@ -201,6 +202,7 @@ def _exact(run: FinishedRun, tokenizer: Any, probe: list[int]) -> tuple[PreTrain
 
 def _best(run: FinishedRun, tokenizer: Any, candidate: str, size: int | None) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The candidate that is nearest to the adapter on its 4-bit base, with the measurements of all."""
+    check_own_tools(run.config)
     data = load_data(run.config.data, run.config.kind, tokenizer, seed=run.config.train.seed)
     evaluate = held_out_only(run.config.evaluate)
     if size is not None:

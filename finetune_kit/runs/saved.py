@@ -19,6 +19,7 @@ from finetune_kit.evaluation.loss import general_rows
 from finetune_kit.evaluation.measure import Judge
 from finetune_kit.evaluation.measure import measure as measure_model
 from finetune_kit.evaluation.reward_gate import compare_rewards, measure_rewards
+from finetune_kit.generation.toolbox import toolbox_of
 from finetune_kit.models.adapter_config import read_adapter_config
 from finetune_kit.models.adapters import as_started, detach
 from finetune_kit.models.folder import check_files
@@ -35,6 +36,7 @@ from finetune_kit.runs.redact import is_here
 from finetune_kit.runs.verify import PROBE, Proof, prove, release, sentence
 from finetune_kit.settings import values
 from finetune_kit.settings.aliases import near_path
+from finetune_kit.settings.checks import check_own_tools
 from finetune_kit.settings.load import recipe_of_yaml, resolve
 from finetune_kit.settings.schema import BY_THE_USER, DataConfig, ModelConfig, RecipeConfig, TrainConfig
 from finetune_kit.system.parsing import read_object
@@ -45,6 +47,7 @@ from finetune_kit.system.versions import check_floors
 log = logging.getLogger(__name__)
 
 OF_ITS_BASE = ("model.name_or_path", "model.trust_remote_code")  # settings that may be overridden
+TOOLS = ("tools", "max_tool_calls", "tool_timeout")  # and what answers may call
 BASE = "base"  # its column among the adapters
 
 
@@ -95,11 +98,12 @@ def open_run(folder: Path, words: list[str], recipe: str | None = None) -> Finis
         if word.split(".")[0] not in ("data", "evaluate") and word.split("=")[0] not in (
             *OF_ITS_BASE,
             "reward.sources",
+            *TOOLS,
         ):
             raise SettingsError(
                 f"{word} has no effect on a finished run.",
-                "Only data.… and evaluate.… settings act here, reward.sources, and model.name_or_path where its base "
-                "has moved.",
+                "Only data.… and evaluate.… settings act here, reward.sources, tools, and model.name_or_path where its "
+                "base has moved.",
             )
     made_by, settings = _recipe_of(folder, recipe), folder / "run.yaml"
     config = resolve(made_by.config_class, made_by.word, settings, words)
@@ -192,24 +196,30 @@ def check_writes(run: FinishedRun) -> None:
 def compare_run(run: FinishedRun) -> Report:
     """The run's model against what it started from on the held-out rows: its base, or the adapter it continued from."""
     _refuse_its_metrics(run)
+    check_own_tools(run.config)
     if run.is_reward_model:
         return _compare_rewards(run)
     config = run.config
+    toolbox = toolbox_of(config)
     tokenizer = tokenizer_of(run)
     data = load_data(config.data, config.kind, tokenizer, seed=config.train.seed)
     if run.is_adapter:
         model = _shares_beginnings(run, model_of(run))
         judge = _judge(run, data, model)
         with as_started(model, config.lora.init_from if config.lora else None):
-            before = measure_model(model, tokenizer, data, config.evaluate, progress_bar("before"), judge=judge)
+            before = measure_model(
+                model, tokenizer, data, config.evaluate, progress_bar("before"), judge=judge, toolbox=toolbox
+            )
     else:  # one after the other, in the types of training
         judge = _judge(run, data)
         base = _shares_beginnings(run, load_base(config.model, trained_in_full=True))
-        before = measure_model(base, tokenizer, data, config.evaluate, progress_bar("before"), judge=judge)
+        before = measure_model(
+            base, tokenizer, data, config.evaluate, progress_bar("before"), judge=judge, toolbox=toolbox
+        )
         del base
         release()
         model = _shares_beginnings(run, load_base(own_model(run), trained_in_full=True))
-    after = measure_model(model, tokenizer, data, config.evaluate, progress_bar("after"), judge=judge)
+    after = measure_model(model, tokenizer, data, config.evaluate, progress_bar("after"), judge=judge, toolbox=toolbox)
     return compare(before, after, config.evaluate, config.beta)
 
 
@@ -343,6 +353,7 @@ def compare_adapters(run: FinishedRun, folders: list[Path]) -> Adapters:
     """
     check_writes(run)
     _refuse_its_metrics(run)
+    check_own_tools(run.config)
     columns = _columns(run, folders)
     for folder in columns.values():
         check_adapter(folder)
@@ -352,11 +363,12 @@ def compare_adapters(run: FinishedRun, folders: list[Path]) -> Adapters:
     for folder in columns.values():
         check_base(base, folder)  # before the long part
     rows = model.get_input_embeddings().weight.shape[0]
-    before = measure_model(model, tokenizer, data, config.evaluate, progress_bar(BASE))
+    toolbox = toolbox_of(config)
+    before = measure_model(model, tokenizer, data, config.evaluate, progress_bar(BASE), toolbox=toolbox)
     compared = Adapters(public_name(base.name_or_path), notes=_other_data(run, folders))
     for name, folder in columns.items():
         adapted = load_adapted(base, folder, model)
-        after = measure_model(adapted, tokenizer, data, config.evaluate, progress_bar(name))
+        after = measure_model(adapted, tokenizer, data, config.evaluate, progress_bar(name), toolbox=toolbox)
         compared.reports[name] = compare(before, after, config.evaluate, config.beta)
         model = detach(adapted)
         if model.get_input_embeddings().weight.shape[0] != rows:  # this adapter's run had made the vocabulary longer

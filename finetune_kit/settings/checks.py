@@ -9,7 +9,15 @@ from pathlib import Path
 
 from finetune_kit.errors import SecurityError, SettingsError
 from finetune_kit.settings.aliases import together
-from finetune_kit.settings.schema import BY_THE_USER, COMMAND_LINE, HubConfig, RecipeConfig, TrainConfig, leaves
+from finetune_kit.settings.schema import (
+    BY_THE_USER,
+    COMMAND_LINE,
+    HubConfig,
+    RecipeConfig,
+    ToolsRecipeConfig,
+    TrainConfig,
+    leaves,
+)
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 
@@ -40,6 +48,7 @@ def check(config: RecipeConfig) -> None:
     for name in ("lr_scheduler_type", "optim"):
         _check_name(name, getattr(train, name), _named(config, f"train.{name}"))
     _check_trust(config)
+    _check_tools(config)
     _check_output_dir(config)
     _check_hub(config)
 
@@ -102,6 +111,8 @@ def check_code(config: RecipeConfig) -> None:
     for leaf in leaves(config):
         if leaf.key == "evaluate.hub_metrics" and leaf.value:
             named[leaf.key] = f"[{', '.join(leaf.value)}]"
+        if leaf.key in ("tools", "data.tools") and any(".py" in tool for tool in leaf.value):
+            named[leaf.key] = f"[{','.join(leaf.value)}]"
         if leaf.key == "reward.sources" and any(".py" in source for source in leaf.value):
             named[leaf.key] = f"[{', '.join(leaf.value)}]"
     for name, value in config.train.extra.items():
@@ -115,6 +126,45 @@ def check_code(config: RecipeConfig) -> None:
                 f"{key} ({origin}): {value} would be run or followed, and a file names it, not you.",
                 f"If you trust it, say so on the command line: '{key}={value}'",
             )
+
+
+def _check_tools(config: RecipeConfig) -> None:
+    """Raises SettingsError for tools in a recipe that cannot use them, or for limits of none."""
+    if not isinstance(config, ToolsRecipeConfig):
+        if config.data.tools:
+            why = "its rollouts call no tools" if config.kind == "prompt" else "its answers call no tools"
+            raise SettingsError(
+                f"{_named(config, 'data.tools')} has no effect in {config.recipe}: {why}.",
+                "Recipes with tools: lora_sft, full_sft, qlora_sft, dpo.",
+            )
+        return
+    if not config.data.apply_chat_template and config.tools:
+        raise SettingsError(
+            f"{_named(config, 'tools')}: bare prompts have no turns in which a tool could be called.",
+            "Leave out data.apply_chat_template=false.",
+        )
+    for name in ("max_tool_calls", "tool_timeout"):
+        if not config.tools and getattr(config, name) != getattr(ToolsRecipeConfig, name):
+            raise SettingsError(f"{_named(config, name)} has no effect without tools.", "Add tools=calculator")
+
+
+def own_tools(config: RecipeConfig) -> list[str]:
+    """Tools that are code which a file names, and not the person who starts the command, as key=value words."""
+    named = {"tools": config.tools, "data.tools": config.data.tools}
+    return [
+        f"{key}=[{','.join(tools)}]"
+        for key, tools in named.items()
+        if any(".py" in tool for tool in tools) and config.origins.get(key, COMMAND_LINE) not in BY_THE_USER
+    ]
+
+
+def check_own_tools(config: RecipeConfig) -> None:
+    """Raises SecurityError where a run's folder alone names a user's own tools, which would be run."""
+    if named := own_tools(config):
+        raise SecurityError(
+            f"run.yaml names tools that would be run as code: {', '.join(named)}.",
+            f"If you trust them, say so on the command line: '{named[0]}', or measure without: tools=[] data.tools=[]",
+        )
 
 
 def _check_output_dir(config: RecipeConfig) -> None:

@@ -11,7 +11,16 @@ from finetune_kit.errors import SettingsError
 from finetune_kit.settings import values
 from finetune_kit.settings.aliases import SHOW, find_name, near_path, together
 from finetune_kit.settings.checks import check, is_hub_name, out_of_range
-from finetune_kit.settings.schema import COMMAND_LINE, SECTIONS, Leaf, RecipeConfig, leaves
+from finetune_kit.settings.schema import (
+    BY_THE_USER,
+    COMMAND_LINE,
+    SECTIONS,
+    DataConfig,
+    Leaf,
+    RecipeConfig,
+    ToolsRecipeConfig,
+    leaves,
+)
 
 
 def resolve(
@@ -42,6 +51,7 @@ def resolve(
     if problems:
         raise together(problems)
     _measure_whole_answers(config)
+    _same_tools(config)
     check(config)
     return config
 
@@ -69,6 +79,19 @@ def _measure_whole_answers(config: RecipeConfig) -> None:
         if config.kind == "prompt" and config.evaluate.max_new_tokens is None and hasattr(config, name):
             config.evaluate.max_new_tokens = getattr(config, name)
             config.origins["evaluate.max_new_tokens"] = name
+
+
+def _same_tools(config: RecipeConfig) -> None:
+    """The tools that rows are offered are those that answers may call, where one of the two is not given."""
+    if not isinstance(config, ToolsRecipeConfig):
+        return
+    sides: list[tuple[str, ToolsRecipeConfig | DataConfig]] = [("tools", config), ("data.tools", config.data)]
+    for (key, one), (name, other) in (sides, sides[::-1]):
+        given, own = config.origins.get(key, ""), config.origins.get(name, "")
+        # of a run's own file both are there, and whoever measures it again gives one
+        if given and (not own or (given in BY_THE_USER and own not in BY_THE_USER)):
+            other.tools = list(one.tools)
+            config.origins[name] = given
 
 
 def recipe_of_yaml(path: Path) -> str:

@@ -106,6 +106,9 @@ class DataConfig:
         "text",
         "special tokens such as <|im_end|> in a row's text; text: plain text, refuse: drop the row, keep: tokens",
     )
+    tools: list[str] = setting(
+        [], "tools that rows without any are offered (calculator: what they calculate becomes calls); unset: as `tools`"
+    )
     merge_turns: bool = setting(False, "join consecutive user turns with a blank line; false: refuse such rows")
     skip_bad_rows: int = setting(
         0, "unreadable rows to skip and count before one stops the run", "rows", within="[0, inf)"
@@ -248,11 +251,15 @@ class RecipeConfig:
         num_generations: int | None = None  # completions of a prompt that are judged against each other
         batch_size: int | None = None  # prompts of an update of PPO
         precompute_ref_log_probs: bool = False
+        tools: list[str] = field(default_factory=list)  # of ToolsRecipeConfig
+        max_tool_calls: int = 8
+        tool_timeout: float = 10.0
         loss_type: list[str] | None = None
         loss_weights: list[float] = field(default_factory=list)
     else:
         lora = reward = num_generations = batch_size = loss_type = None
         beta, precompute_ref_log_probs, loss_weights = 1.0, False, ()
+        tools, max_tool_calls, tool_timeout = (), 8, 10.0
 
     @property
     def micro_batch_dependence(self) -> str:
@@ -268,6 +275,19 @@ class RecipeConfig:
         self.origins: dict[str, str] = {}
         self.entry_origins: dict[str, str] = {}  # of single entries of a dict, such as train.extra.deepspeed
         self.allow_changed: tuple[str, ...] = ()
+
+
+@dataclass
+class ToolsRecipeConfig(RecipeConfig):
+    """A recipe whose answers, before and after, may call tools."""
+
+    tools: list[str] = setting(
+        [],
+        "tools that answers may call: calculator, python, search:<folder or file>, my_tools.py:function; "
+        "unset: as data.tools",
+    )
+    max_tool_calls: int = setting(8, "calls in one answer, beyond which a call gets an error", within="[1, inf)")
+    tool_timeout: float = setting(10.0, "longest call of a tool", "seconds", within="(0, inf)")
 
 
 @dataclass(frozen=True)

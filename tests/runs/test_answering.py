@@ -16,6 +16,8 @@ from finetune_kit.cli import main
 from finetune_kit.data.load import load_data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, SettingsError
+from finetune_kit.generation.toolbox import Toolbox
+from finetune_kit.runs import answering
 from finetune_kit.runs.answering import (
     Decoding,
     LoadedRun,
@@ -31,6 +33,7 @@ from finetune_kit.runs.answering import (
 )
 from finetune_kit.runs.save import Artifact
 from finetune_kit.runs.saved import FinishedRun, open_run, tokenizer_of
+from finetune_kit.tools.load import load_tools
 from tests.fixtures_data import write_jsonl
 
 SHORT = Decoding(max_new_tokens=8)
@@ -428,3 +431,81 @@ def test_on_a_terminal_without_a_prompt_it_converses_until_exit(full_run: Artifa
     os.close(terminal)
     assert b"/reset starts over" in shown
     assert b"\nyes\r\n" in shown
+
+
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6*7"}}\n</tool_call><|im_end|>'
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, asked: LoadedRun, *turns: str) -> None:
+    """Let the model write these turns."""
+    left = [token for turn in turns for token in asked.tokenizer(turn, add_special_tokens=False)["input_ids"]]
+    monkeypatch.setattr(answering, "greedy", lambda logits, rows: [left.pop(0) for _ in rows])
+
+
+def with_tools(run: FinishedRun, *tools: str, **more: Any) -> LoadedRun:
+    box = Toolbox(load_tools(tools), **more)
+    return load(prepare(run, Decoding(max_new_tokens=300), toolbox=box))
+
+
+def test_a_conversation_shows_each_call_with_its_result_and_keeps_both(
+    lora_run: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = with_tools(open_run(lora_run.folder, []), "calculator")
+    scripted(monkeypatch, asked, CALL, "It is 42.<|im_end|>", "Yes, 42.<|im_end|>")
+    said, lengths = said_in(asked, ["six times seven?", "sure?"])
+    assert '[calculator({"expression": "6*7"}) → 42]\n' in said
+    assert "It is 42.\n" in said
+    assert "Yes, 42.\n" in said
+    first, _, second = [length for length in lengths if length > 1]
+    turns = [{"role": "user", "content": "six times seven?"}]
+    assert first == len(prompt_ids(asked, turns))
+    assert second > first + len(asked.tokenizer(CALL)["input_ids"])
+
+
+def test_a_tool_of_one_s_own_is_asked_for_and_what_is_refused_is_told_the_model(
+    lora_run: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        'def lookup(word: str) -> str:\n    """\n    Look up.\n\n    Args:\n        word: It\n    """\n'
+        "    return word * 2\n"
+    )
+    questions: list[tuple[str, dict[str, Any]]] = []
+
+    def allow(tool: Any, arguments: dict[str, Any]) -> bool:
+        questions.append((tool.name, arguments))
+        return len(questions) > 1
+
+    asked = with_tools(open_run(lora_run.folder, []), f"{tmp_path / 'mine.py'}:lookup", allow=allow)
+    call = CALL.replace("calculator", "lookup").replace("expression", "word")
+    scripted(monkeypatch, asked, call, call, "Done.<|im_end|>")
+    told: list[str] = []
+    answer = answer_one(asked, QUESTION, told.append)
+    assert [made.result for made in answer.calls] == ["Error: the user does not allow this call", "6*76*7"]
+    assert questions == [("lookup", {"word": "6*7"})] * 2
+    assert '[lookup({"word": "6*7"}) → 6*76*7]' in "".join(told)
+
+
+def test_a_run_of_bare_prompts_takes_no_tools(lora_run: Artifact) -> None:
+    bare = with_settings(open_run(lora_run.folder, []), apply_chat_template=False)
+    with pytest.raises(SettingsError, match="trained on bare prompts"):
+        prepare(bare, SHORT, toolbox=Toolbox(load_tools(["calculator"])))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["q", "--max-tool-calls", "2"], "--max-tool-calls has no effect without --tools"),
+        (["q", "--yes"], "--yes has no effect without --tools"),
+        (["q", "--tools", "mine.py:lookup"], "nobody here to ask"),
+        (["--prompts", "a", "--output", "b", "--tools", "calculator"], "--tools acts on a prompt"),
+        (["q", "--tools", "calculator", "--tool-timeout", "0"], "expected numbers above 0"),
+    ],
+)
+def test_options_of_tools_that_cannot_act_are_refused(
+    lora_run: Artifact, words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["finetune_kit", "generate", str(lora_run.folder), *words])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    assert stop.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
