@@ -56,7 +56,6 @@ def test_an_annotation_that_the_calculator_does_not_agree_with_stays_text_and_is
 
 
 def test_an_arithmetic_task_calls_its_expression_and_another_task_only_sees_the_tool() -> None:
-    pytest.importorskip("reasoning_gym")
     products, words = task_rows("products", 8, 7), task_rows("word_sequence_reversal", 4, 7)
     offer_tools([*products, *words], ["calculator"])
     for record in products:

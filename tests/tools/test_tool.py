@@ -144,7 +144,6 @@ def test_two_tools_of_one_name_are_refused() -> None:
 
 
 def test_search_finds_the_passage_and_says_its_file_and_leaves_links_out_alone(tmp_path: Path) -> None:
-    pytest.importorskip("bm25s")
     texts, secret = tmp_path / "texts", tmp_path / "secret.txt"
     texts.mkdir()
     secret.write_text("The zebra is secret.")
