@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from finetune_kit.data.files import (
     refuse,
 )
 from finetune_kit.data.ledger import REPEATED, Ledger, fingerprint_of
-from finetune_kit.data.records import Prompt, PromptCompletion, Record, Text
+from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
 from finetune_kit.data.sources import BUILDERS, MOST_UNKNOWN, of_one_kind, passed_over, read_source
 from finetune_kit.data.split import FEWEST, drop_overlap, drop_repeated, held_out_count, labels, mix, sample, split_off
 from finetune_kit.data.template import prepare_tokenizer
@@ -60,7 +60,7 @@ class Data:
 def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> Data:
     """Rows of `config.path` as `kind`, split, tokenised and accounted for.
 
-    "prompt_completion" takes plain text too (`Data.kind` is then "text"). A tokenizer without a chat template gets the
+    "prompt_completion" takes plain text too (`Data.kind` is then "text"), "text" nothing else. A tokenizer without a chat template gets the
     fallback one where the data are conversations. With no path at all there are held-out rows alone, to measure on.
     Raises DataError (rows), SettingsError, ResourceError (Hub, package).
     """
@@ -74,7 +74,9 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
     train, held_out = _split(config, kind, seed, ledger)
     if not train and (config.path or not held_out):
         raise DataError(f"data.path={_shown(config)}: no training rows.", "Give a file with rows in it.")
-    kind = of_one_kind([*train, *held_out])
+    asked, kind = kind, of_one_kind([*train, *held_out])
+    if asked == "text" and kind != "text":
+        raise _no_text([*train, *held_out], kind)
     if config.tools:
         for note in offer_tools([*train, *held_out], config.tools):
             ledger.note(note)
@@ -110,6 +112,26 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
         packed=kind == "text" if config.packing is None else config.packing,
         chat_template_kwargs=config.chat_template_kwargs,
         special_tokens_in_text=config.special_tokens_in_text,
+    )
+
+
+def training_texts(config: DataConfig, seed: int = 0) -> Iterator[str]:
+    """The plain texts that `load_data` with these settings trains on, none of which is held out: what a tokenizer may
+    learn from. Read when they are asked for. Raises as `load_data` does."""
+    ledger = Ledger()  # load_data keeps the account
+    train, held_out = _split(config, "text", seed, ledger)
+    ledger.train.rows = len(train)
+    for record in drop_overlap(train, held_out, ledger):
+        if not isinstance(record, Text):
+            raise _no_text([record], KINDS[type(record)])
+        yield record.text
+
+
+def _no_text(records: list[Record], kind: str) -> DataError:
+    first = next(record.where for record in records if not isinstance(record, Text))
+    return DataError(
+        f"{first}: a {kind.replace('_', '-')} row; this recipe needs plain text.",
+        "Give .txt files or rows with a text column; fine-tune on such rows afterwards: run full_sft",
     )
 
 

@@ -134,7 +134,10 @@ class TrainConfig:
         0.0, "linear warm-up; below 1: a share of all steps", "steps or share", within="[0, inf)"
     )
     lr_scheduler_type: str = setting("linear", "schedule by transformers' name: linear, cosine, constant, …")
-    optim: str = setting("auto", "optimizer by transformers' name; auto: fused AdamW")
+    decay_steps: float = setting(
+        0.2, "of warmup_stable_decay: its last steps, in which the rate falls", "steps or share", within="(0, inf)"
+    )
+    optim: str = setting("auto", "optimizer by transformers' name, or muon; auto: fused AdamW")
     weight_decay: float = setting(0.0, "decoupled weight decay of the optimizer", within="[0, inf)")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm", within="[0, inf)")
     on_nonfinite: Literal["stop", "skip", "rollback"] = setting(
