@@ -33,7 +33,7 @@ from finetune_kit.models.load import load_policy
 from finetune_kit.models.new import NewModelConfig, check_shapes
 from finetune_kit.models.new_tokenizer import TokenizerConfig, check_tokenizer, make_tokenizer
 from finetune_kit.runs.save import Artifact, save
-from finetune_kit.settings.schema import DataConfig, RecipeConfig, TrainConfig, section
+from finetune_kit.settings.schema import DataConfig, RecipeConfig, TrainConfig, section, setting
 from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
@@ -46,7 +46,9 @@ class Config(RecipeConfig):
     model: NewModelConfig = section(NewModelConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
     # no chat: `generate` continues a text
-    data: DataConfig = section(DataConfig, path="tiny_shakespeare", max_length=256, apply_chat_template=False)
+    data: DataConfig = section(
+        DataConfig, path="tiny_shakespeare", max_length=256, packing=False, apply_chat_template=False
+    )
     train: TrainConfig = section(
         TrainConfig,
         optim="muon",
@@ -55,6 +57,10 @@ class Config(RecipeConfig):
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
         num_train_epochs=3,
+        eval_steps=200,
+    )
+    sample_tokens: int = setting(
+        48, "tokens by which a held-out text is continued at each eval_steps", within="[0, inf)"
     )
 
     def check_itself(self) -> None:
@@ -71,7 +77,7 @@ def run(config: Config) -> Artifact:
     policy = load_policy(config.model, trained_in_full=True)
     trainer = build(SFTTrainer, SFTConfig, config, policy, tokenizer, data)
     begin(config, tokenizer, data, policy)
-    evaluator = Evaluator(tokenizer, data, config.evaluate)
+    evaluator = Evaluator(tokenizer, data, config.evaluate, continues=config.sample_tokens)
     before = evaluator.measure(policy, "before")
     history = fit(trainer, config.train, evaluator.scores)
     after = evaluator.measure(trainer.model, "after")

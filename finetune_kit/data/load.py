@@ -18,7 +18,18 @@ from finetune_kit.data.files import (
 from finetune_kit.data.ledger import REPEATED, Ledger, fingerprint_of
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
 from finetune_kit.data.sources import BUILDERS, MOST_UNKNOWN, of_one_kind, passed_over, read_source
-from finetune_kit.data.split import FEWEST, drop_overlap, drop_repeated, held_out_count, labels, mix, sample, split_off
+from finetune_kit.data.split import (
+    FEWEST,
+    MOST_SHARED,
+    drop_overlap,
+    drop_repeated,
+    held_out_count,
+    labels,
+    mix,
+    sample,
+    split_off,
+    texts_within,
+)
 from finetune_kit.data.template import prepare_tokenizer
 from finetune_kit.data.tokenise import Tokens, mark_contradictions
 from finetune_kit.data.tool_rows import offer_tools
@@ -60,9 +71,9 @@ class Data:
 def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> Data:
     """Rows of `config.path` as `kind`, split, tokenised and accounted for.
 
-    "prompt_completion" takes plain text too (`Data.kind` is then "text"), "text" nothing else. A tokenizer without a chat template gets the
-    fallback one where the data are conversations. With no path at all there are held-out rows alone, to measure on.
-    Raises DataError (rows), SettingsError, ResourceError (Hub, package).
+    "prompt_completion" takes plain text too (`Data.kind` is then "text"), "text" nothing else. A tokenizer without a
+    chat template gets the fallback one where the data are conversations. With no path at all there are held-out rows
+    alone, to measure on. Raises DataError (rows), SettingsError, ResourceError (Hub, package).
     """
     with doing(f"reading {_shown(config)}"):
         return _load_data(config, kind, tokenizer, seed)
@@ -89,6 +100,7 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
     ledger.held_out.rows += len(held_out)
     held_out = drop_repeated(held_out, ledger)
     train = drop_overlap(train, held_out, ledger)
+    _check_apart(train, held_out, ledger, refuses=asked == "text")
     build = BUILDERS[kind]
     trained = build(train, "train", config, tokenizer, ledger)
     measured = build(held_out, "held_out", config, tokenizer, ledger)
@@ -125,6 +137,21 @@ def training_texts(config: DataConfig, seed: int = 0) -> Iterator[str]:
         if not isinstance(record, Text):
             raise _no_text([record], KINDS[type(record)])
         yield record.text
+
+
+def _check_apart(train: list[Record], held_out: list[Record], ledger: Ledger, refuses: bool) -> None:
+    """Note held-out texts that are part of training texts. Raises DataError where these are most of them and it
+    `refuses`: what would be measured there is memory."""
+    within = texts_within(held_out, train)
+    if not within:
+        return
+    said = f"{len(within)} of {len(held_out)} held-out texts stand in the training text, too ({within[0].where})"
+    if refuses and len(within) > MOST_SHARED * len(held_out):
+        raise DataError(
+            f"{said}: what is measured there would be memory.",
+            "Take them out of the one or the other; without data.held_out_path some are split off.",
+        )
+    ledger.note(f"{said}: there memory counts as skill")
 
 
 def _no_text(records: list[Record], kind: str) -> DataError:

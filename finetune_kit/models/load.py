@@ -89,7 +89,9 @@ def random_weights(model: NewModelConfig) -> PreTrainedModel:
     """A new model on its device, in evaluation mode: the same weights for the same shapes and model.seed."""
     import torch
     import transformers
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     shapes = load_model_config(model)
     kind = getattr(transformers, language.auto_class(shapes, model.name_or_path))
     with doing("making the model"), plain_errors(model), torch.random.fork_rng():

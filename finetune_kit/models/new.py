@@ -1,8 +1,8 @@
 """A model from random weights: its shapes by one number, or those of another model, and how its weights begin.
 
-Depth is the one knob. A model of d layers is 64 d wide, has d heads of 64, and an MLP of 8/3 of its width, rounded up to
-64: d = 12 is GPT-2's 12 layers of 768, and every part grows with every other. The architecture is Llama's, which
-everything reads.
+Depth is the one knob. A model of d layers is 32 d wide, in heads of 64, with an MLP of 8/3 of its width, rounded up to
+a multiple of 64. Small models are better deep and thin (Liu et al. 2024, arXiv 2402.14905): 32 layers by this rule are
+1,024 wide, and those of SmolLM2-360M 960. The architecture is Llama's, which everything reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 NEW = "a new model"  # as model.name_or_path: random weights
-HEAD, MULTIPLE = 64, 64  # numbers of a head; the MLP's width is a multiple of this
+WIDTH, HEAD, MULTIPLE = 32, 64, 64  # width a layer; numbers of a head; the MLP's width is a multiple of this
 ROWS = 1024  # words of a model whose tokenizer is not made yet
 # layers of a block that write into the residual stream, by the names of transformers' architectures
 RESIDUAL = ("o_proj", "down_proj", "c_proj", "out_proj", "dense_4h_to_h", "fc2", "w2", "wo")
@@ -39,8 +39,8 @@ class NewModelConfig(ModelConfig):
     config: str | None = setting(
         None, "Hub id or folder whose architecture is taken; unset: a Llama of the shapes below"
     )
-    depth: int = setting(4, "the one knob of size: layers, with 64 of width and one head each", within="[1, 256]")
-    hidden_size: int | None = setting(None, "width; unset: 64 * depth", within="[8, inf)")
+    depth: int = setting(4, "the one knob of size: layers, each for 32 of the width", within="[1, 256]")
+    hidden_size: int | None = setting(None, "width; unset: 32 * depth", within="[8, inf)")
     intermediate_size: int | None = setting(None, "width of the MLP; unset: 8/3 of hidden_size", within="[8, inf)")
     num_hidden_layers: int | None = setting(None, "layers; unset: depth", within="[1, 4096]")
     num_attention_heads: int | None = setting(None, "heads; unset: hidden_size / 64", within="[1, inf)")
@@ -94,19 +94,13 @@ def check_shapes(model: NewModelConfig, max_length: int) -> None:
             f"data.max_length={max_length:,}: the model has {model.max_position_embeddings:,} positions.",
             f"Give it more: model.max_position_embeddings={max_length}",
         )
-    width, heads, key_heads = shape_of(model)[1], *shape_of(model)[3:]
+    _, width, _, heads, key_heads = shape_of(model)
     if width % heads or (width // heads) % 2:
-        near = max(
-            (
-                heads
-                for heads in range(1, width + 1)
-                if width % heads == 0 and width // heads % 2 == 0 and heads <= max(1, width // HEAD)
-            ),
-            default=1,
-        )
+        fitting = [count for count in range(1, max(1, width // HEAD) + 1) if width % (2 * count) == 0]
+        near = f"Such as model.num_attention_heads={fitting[-1]}" if fitting else "Set an even model.hidden_size."
         raise SettingsError(
             f"model.hidden_size={width} over {heads} heads is {width / heads:g} numbers each; expected an even number.",
-            f"Such as model.num_attention_heads={near}" if width % 2 == 0 else "Set an even model.hidden_size.",
+            near,
         )
     if heads % key_heads:
         raise SettingsError(
@@ -117,7 +111,7 @@ def check_shapes(model: NewModelConfig, max_length: int) -> None:
 def shape_of(model: NewModelConfig) -> tuple[int, int, int, int, int]:
     """(layers, width, MLP's width, heads, key and value heads) by the rule at the top, or by their own names."""
     layers = model.num_hidden_layers or model.depth
-    width = model.hidden_size or HEAD * model.depth
+    width = model.hidden_size or WIDTH * model.depth
     inner = model.intermediate_size or MULTIPLE * math.ceil(8 * width / 3 / MULTIPLE)
     heads = model.num_attention_heads or max(1, width // HEAD)
     return layers, width, inner, heads, model.num_key_value_heads or heads

@@ -22,7 +22,7 @@ SPECIAL = (PAD, TEXT, TURN, END)  # never in a text; no decoding shows them
 RESERVED = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 FEWEST = BYTES + len(SPECIAL) + len(RESERVED)
 
-# ChatML with the tool calls of Hermes and Qwen. A thought is kept in the answers of this turn's own rendering.
+# ChatML, with tool calls as Hermes and Qwen write them.
 TEMPLATE = """\
 {{- bos_token }}
 {%- set first = messages[0] if messages and messages[0].role == 'system' else none %}
@@ -30,7 +30,8 @@ TEMPLATE = """\
 {{- '<|im_start|>system\\n' + (first.content + '\\n\\n' if first else '') }}
 {{- 'You may call these tools:\\n<tools>' }}
 {%- for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}
-{{- '\\n</tools>\\nTo call one, answer with\\n<tool_call>\\n{"name": its name, "arguments": {…}}\\n</tool_call><|im_end|>\\n' }}
+{{- '\\n</tools>\\nTo call one, answer with\\n<tool_call>\\n{"name": its name, "arguments": {…}}\\n</tool_call>' }}
+{{- '<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
 {%- if message.role == 'tool' %}
@@ -41,7 +42,8 @@ TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' + (message.content or '') }}
 {%- for call in message.tool_calls %}
 {%- if message.content or not loop.first %}{{ '\\n' }}{% endif %}
-{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
 {%- endfor %}
 {{- '<|im_end|>\\n' }}
 {%- elif not (tools and first and loop.first) %}
@@ -85,18 +87,16 @@ def make_tokenizer(
         try:
             taken = load_tokenizer(ModelConfig(name_or_path=config.name_or_path), weights=False)
         except SettingsError as error:
-            message, fix = (
-                text.replace("model.name_or_path", "tokenizer.name_or_path") for text in (error.message, error.fix)
-            )
-            raise SettingsError(message, fix) from None
+            said = (text.replace("model.name_", "tokenizer.name_") for text in (error.message, error.fix))
+            raise SettingsError(*said) from None
         settle(model, taken, seed)
         return taken
     with doing("training the tokenizer"):
         tokenizer = train_tokenizer(texts, config.vocab_size)
     if len(tokenizer) < config.vocab_size:
         console.print(
-            f"note: the tokenizer has {len(tokenizer):,} words, not {config.vocab_size:,}: no two of them stand side by "
-            "side twice in these texts",
+            f"note: the tokenizer has {len(tokenizer):,} words, not {config.vocab_size:,}: no two of them stand side "
+            "by side twice in these texts",
             markup=False,
         )
     settle(model, tokenizer, seed)

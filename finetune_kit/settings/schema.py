@@ -250,6 +250,7 @@ class RecipeConfig:
     if TYPE_CHECKING:
         lora: LoraConfig | None = None
         reward: Any = None  # a RewardConfig (rewards/settings.py)
+        tokenizer: Any = None  # a TokenizerConfig (models/new_tokenizer.py)
         beta: float = 1.0
         num_generations: int | None = None  # completions of a prompt that are judged against each other
         batch_size: int | None = None  # prompts of an update of PPO
@@ -260,7 +261,7 @@ class RecipeConfig:
         loss_type: list[str] | None = None
         loss_weights: list[float] = field(default_factory=list)
     else:
-        lora = reward = num_generations = batch_size = loss_type = None
+        lora = reward = tokenizer = num_generations = batch_size = loss_type = None
         beta, precompute_ref_log_probs, loss_weights = 1.0, False, ()
         tools, max_tool_calls, tool_timeout = (), 8, 10.0
 
