@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -109,17 +110,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Every text comes back from its tokens as it was, whatever its characters. Numbers are split into digits. A text
     begins with <|endoftext|>, which also ends it; turns end with <|im_end|>. Raises DataError where there is no text.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
     split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     backend.pre_tokenizer = pre_tokenizers.Sequence(split)
     backend.decoder = decoders.ByteLevel()
-    words = [AddedToken(word, special=word in SPECIAL, normalized=False) for word in (*SPECIAL, *RESERVED)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=words,
+        special_tokens=[*SPECIAL, *RESERVED],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -134,6 +134,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     backend.train_from_iterator(counted(), trainer)
     if not seen:
         raise DataError("There is no text to train the tokenizer on.", "Give a file with text in it: data.path=FILE")
+    content = json.loads(backend.to_str())
+    for token in content["added_tokens"]:  # the trainer takes all for special
+        token["special"] = token["content"] in SPECIAL
+    backend = Tokenizer.from_str(json.dumps(content))
     backend.post_processor = processors.TemplateProcessing(
         single=f"{TEXT} $A", pair=f"{TEXT} $A {TEXT} $B", special_tokens=[(TEXT, backend.token_to_id(TEXT))]
     )
