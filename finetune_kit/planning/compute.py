@@ -47,7 +47,7 @@ def flops_a_token(policy: Any, row: float) -> float:
     heads = text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     # queries with keys and weights with values: 2 products of `width` for each of row / 2 tokens before, 6 each
-    return 6 * weights + 6 * text.num_hidden_layers * width * row
+    return float(6 * weights + 6 * text.num_hidden_layers * width * row)
 
 
 def flops_a_second(policy: Any) -> float:
@@ -63,7 +63,7 @@ def flops_a_second(policy: Any) -> float:
         begin = time.perf_counter()
         (one @ other)[0, 0].item()  # which waits for the device
         seconds.append(time.perf_counter() - begin)
-    return 2 * LARGEST * width * inner / statistics.median(seconds[1:])
+    return float(2 * LARGEST * width * inner / statistics.median(seconds[1:]))
 
 
 def compute_in_words(planned: dict[str, Any]) -> Iterator[tuple[str, str]]:
