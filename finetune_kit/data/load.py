@@ -17,7 +17,7 @@ from finetune_kit.data.files import (
 )
 from finetune_kit.data.ledger import REPEATED, Ledger, fingerprint_of
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
-from finetune_kit.data.sources import BUILDERS, MOST_UNKNOWN, of_one_kind, passed_over, read_source
+from finetune_kit.data.sources import BUILDERS, MOST_UNKNOWN, SHAKESPEARE, of_one_kind, passed_over, read_source
 from finetune_kit.data.split import (
     FEWEST,
     MOST_SHARED,
@@ -168,7 +168,7 @@ def _check_acts(config: DataConfig) -> None:
     others = [path for path in paths if not path.startswith(tasks.PREFIX)]
     if config.options and len(others) == len(paths):
         raise SettingsError(f"data.options has no effect: {_shown(config)} is no {tasks.PREFIX} task.", "Leave it out.")
-    if any(not Path(path).expanduser().exists() for path in others):
+    if any(path != SHAKESPEARE and not Path(path).expanduser().exists() for path in others):
         return
     for name, given in (("name", config.name), ("split", config.split), ("revision", config.revision)):
         if given != getattr(DataConfig, name):

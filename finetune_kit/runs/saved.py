@@ -24,7 +24,7 @@ from finetune_kit.models.adapter_config import read_adapter_config
 from finetune_kit.models.adapters import as_started, detach
 from finetune_kit.models.folder import check_files
 from finetune_kit.models.load import load_adapted, load_base
-from finetune_kit.models.new import settle
+from finetune_kit.models.new import NewModelConfig, settle
 from finetune_kit.models.provenance import check_base
 from finetune_kit.models.reward import is_classifier, load_saved, load_scorer
 from finetune_kit.models.source import public_name
@@ -143,7 +143,10 @@ def tokenizer_of(run: FinishedRun) -> Any:
     """The tokenizer that the run saved, with the chat template it was trained with. A run that began from random
     weights gets to know what makes them again."""
     tokenizer = load_tokenizer(run.config.model, saved=run.folder)
-    settle(run.config.model, tokenizer, run.config.train.seed)
+    model = run.config.model
+    settle(model, tokenizer, run.config.train.seed)
+    if isinstance(model, NewModelConfig) and model.config is not None:  # the shapes that it took are in its folder
+        model.config, model.revision = str(run.folder), None
     return tokenizer
 
 

@@ -47,6 +47,11 @@ def check(config: RecipeConfig) -> None:
                 f"{_named(config, 'train.' + name)} has no effect without held-out losses on the way.",
                 "Add train.eval_steps=20, or leave it out.",
             )
+    if lora is not None and lora.r and train.optim == MUON:
+        raise SettingsError(
+            f"{_named(config, 'train.optim')}: muon is for whole matrices, and {config.recipe} trains an adapter.",
+            "Leave it out.",
+        )
     if train.decay_steps != TrainConfig.decay_steps and train.lr_scheduler_type != STABLE:
         raise SettingsError(
             f"{_named(config, 'train.decay_steps')} has no effect with lr_scheduler_type={train.lr_scheduler_type}.",
