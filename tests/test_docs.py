@@ -284,7 +284,7 @@ def test_settings_named_on_a_page_exist() -> None:
     for page in PAGES:
         text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
         for named in re.findall(r"`((?:model|tokenizer|lora|data|train|evaluate)\.[a-z0-9_]+)", text):
-            assert named in known or named.endswith(".safetensors"), f"{page}: {named}"
+            assert named in known or named.endswith((".safetensors", ".json")), f"{page}: {named}"
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:
