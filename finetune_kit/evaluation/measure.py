@@ -362,8 +362,8 @@ def of_texts(data: Any, nll: Sequence[float], tokenizer: Any) -> tuple[list[floa
     """
     texts = [record.text for record in data.held_out_records]
     totals = [0.0] * len(texts)
-    for row, nats in zip(data.held_out["row"], nll, strict=True):
-        totals[row] += nats
+    for block, nats in zip(data.held_out, nll, strict=True):
+        totals[block["row"]] += nats
     begun = bool(bos_prefix(tokenizer))
     return totals, [len(text.encode()) - (0 if begun else _first_bytes(tokenizer, text)) for text in texts]
 

@@ -42,7 +42,7 @@ CHANGED = {
 # These act in fit.py and guard.py instead; tests/training/test_fit.py and test_guard.py show how.
 IN_FIT = {
     *("eval_steps", "early_stopping_patience", "metric_for_best_model", "padding_free", "save_total_limit"),
-    "on_nonfinite",
+    *("on_nonfinite", "decay_steps"),  # of a schedule whose steps build.py counts: tests/recipes/test_pretrain.py
 }
 
 
