@@ -47,7 +47,7 @@ LIMITS = {"card": 40, "kernels": 40, "recipes": 120, "memory": 50, "speed": 170,
 HERE = str(Path(__file__).resolve())
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", "gpu"]
 VARIANTS = (
-    *(("full_sft",), ("lora_sft",), ("qlora_sft",), ("lora_sft", "train.extra.torch_compile=true")),
+    *(("pretrain",), ("full_sft",), ("lora_sft",), ("qlora_sft",), ("lora_sft", "train.extra.torch_compile=true")),
     *(("reward_model",), ("reward_model", "model.load_in_4bit=true")),
     *((name, *own) for name in ("dpo", "kto", "orpo") for own in ((), ("lora.r=0",), ("model.load_in_4bit=true",))),
     *((name, *own) for name in ("ppo", "grpo", "rloo") for own in ((), ("lora.r=0",), ("model.load_in_4bit=true",))),
@@ -356,6 +356,8 @@ def settings(home: Path, variant: Sequence[str]) -> list[str]:
     ]
     words += [f"output_dir={home / 'runs' / folder}", "max_steps=6", "logging_steps=1", "evaluate.general_text=false"]
     words += ["evaluate.bootstrap_samples=50", "data.max_length=1024", "data.max_lost=1"]
+    if name == "pretrain":  # it makes its own model, and has texts of its own
+        return ["depth=2", *words[4:], "per_device_train_batch_size=4"]
     if name in ONLINE:
         words[1] = f"data.path={home / 'prompts.jsonl'}"
         own = [f"reward.sources=[{home / 'reward.py'}:score]", "max_new_tokens=16", "evaluate.max_new_tokens=16"]

@@ -29,6 +29,7 @@ from finetune_kit.settings.schema import RecipeConfig
 
 LIST = "python -m finetune_kit list"
 BUILTIN = (
+    "pretrain",
     "full_sft",
     "lora_sft",
     "qlora_sft",

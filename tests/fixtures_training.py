@@ -33,6 +33,7 @@ FAST = (
     "evaluate.safety=null",
     "evaluate.bootstrap_samples=50",
 )
+SMALLEST = ("depth=1", "hidden_size=32", "tokenizer.vocab_size=300", "data.max_length=32", "eval_steps=null")
 ROWS = [{"prompt": f"{n} + {n * n} =", "completion": f"{n + n * n}" + " exactly" * (n % 4)} for n in range(40)]
 
 
@@ -59,6 +60,8 @@ def settings(recipe: str, folder: Path, *words: str) -> RecipeConfig:
         words = ("evaluate.size=1", *words)  # prompts have no held-out loss, and a run measures something
     given = {word.split("=")[0].rsplit(".", 1)[-1] for word in words}
     places = [f"model.name_or_path={home / 'tiny'}", f"data.path={home / 'rows.jsonl'}", f"output_dir={run}"]
+    if recipe == "pretrain":  # which makes its own model
+        places = [f"data.path={home / 'text.txt'}", f"output_dir={run}", *SMALLEST]
     kept = [word for word in (*places, *FAST) if word.split("=")[0].rsplit(".", 1)[-1] not in given]
     found = recipes.load(recipe)
     return resolve(found.config_class, found.name, None, [*kept, *words])

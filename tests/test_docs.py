@@ -41,6 +41,7 @@ PAGES = [
     "docs/tools.md",
     "docs/choose.md",
     "docs/add_a_method.md",
+    "docs/pretrain.md",
     "docs/ppo.md",
     "docs/scale.md",
     "docs/reliability.md",
@@ -166,6 +167,17 @@ def made_by(words: list[str]) -> list[str]:
 def small(words: list[str], tiny_model: Path) -> list[str]:
     """The same command on the tiny model, two steps long; of a generated task, few problems."""
     given = dict(word.partition("=")[::2] for word in words)
+    if words[1] == "pretrain":  # which makes its own model
+        few = {"data.path": "my_book.txt", "data.max_length": "64", "depth": "1"}
+        few |= {"eval_steps": "1", "sample_tokens": "4"} if words[0] == "run" else {}
+        if not given.keys() & {"model.config", "tokenizer.vocab_size", "tokenizer.name_or_path"}:
+            few["tokenizer.vocab_size"] = "300"
+        kept = [word for word in words if not word.startswith(("depth=", "model.config="))]
+        return [
+            *kept,
+            *(f"{name}={value}" for name, value in few.items() if name not in given or name == "depth"),
+            *(SMALL if words[0] == "run" else ()),
+        ]
     path = "" if words[1].endswith(".yaml") else given.get("data.path", "reasoning_gym/")
     few = [f"data.size={FEW}"] if "reasoning_gym/" in path else []
     few += [f"data.held_out_size={FEW}"] if path.startswith("reasoning_gym/") else []
@@ -267,12 +279,12 @@ def test_the_readme_lists_the_recipes_that_exist_and_no_others() -> None:
 
 
 def test_settings_named_on_a_page_exist() -> None:
-    lora = recipe.load("lora_sft").config_class
-    known = {leaf.key for leaf in schema.leaves(lora())}
+    classes = [recipe.load(name).config_class for name in recipe.BUILTIN]
+    known = {leaf.key for config_class in classes for leaf in schema.leaves(config_class())}
     for page in PAGES:
         text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
-        for named in re.findall(r"`((?:model|lora|data|train|evaluate)\.[a-z0-9_]+)", text):
-            assert named in known or named.endswith(".safetensors"), f"{page}: {named}"
+        for named in re.findall(r"`((?:model|tokenizer|lora|data|train|evaluate)\.[a-z0-9_]+)", text):
+            assert named in known or named.endswith((".safetensors", ".json")), f"{page}: {named}"
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:

@@ -191,11 +191,13 @@ assert abs(0.63**10 - 0.01) < 0.001
 assert abs(0.9**10 - 0.35) < 0.01
 
 # %% [markdown]
-# **For real:** plain text goes through the same loss as everything else. `python -m finetune_kit run full_sft
-# data.path=my_book.txt` (`recipes/full_sft.py`) trains a model on it that has been pretrained already. The rates of
-# a schedule come from transformers by name (`train.lr_scheduler_type`, `train.warmup_steps`); the arguments of the
-# loop are put together in `finetune_kit.training.build.build`, and the loop runs in
-# `finetune_kit.training.fit.fit`. The text itself is read in `finetune_kit.data.files.read_txt`.
+# **For real:** `python -m finetune_kit run pretrain` (`recipes/pretrain.py`) does all of this on the whole text: it
+# trains a tokenizer (lesson 4), makes a Llama by the one knob `model.depth`, and moves its matrices by Muon and the
+# rest by AdamW. `python -m finetune_kit check pretrain` tells tokens a parameter and operations before. The rule of
+# sizes is in `finetune_kit.models.new.shape_of`. The rates of a schedule come from transformers by name
+# (`train.lr_scheduler_type`, `train.warmup_steps`); the arguments of the loop are put together in
+# `finetune_kit.training.build.build`, and the loop runs in `finetune_kit.training.fit.fit`. The text itself is read in
+# `finetune_kit.data.files.read_txt`.
 #
 # ## Exercise
 #

@@ -72,7 +72,7 @@ def check(
     room = budget.read_size(memory) if memory is not None else None
     if measure and on not in (None, here):
         raise SettingsError(f"--measure trains two steps here, on {here}, not on {on}.", "Leave one of them out.")
-    tokenizer, assumed = count_with(settings.model, weights=measure)
+    tokenizer, assumed = count_with(settings, weights=measure)
     given = (config or recipe.settings, words or [])
     ways: list[budget.Option] = []
     with planning_for(on), doing("planning"):

@@ -17,7 +17,6 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from finetune_kit.data.adapt import adapt
@@ -402,21 +401,19 @@ def _plain_sample(record: PromptCompletion, tokenizer: Any, in_text: str, note: 
 
 
 def _text_samples(record: Text, tokenizer: Any, max_length: int, in_text: str) -> list[Sample]:
-    """Text in blocks of `max_length`, the last one shorter, nothing lost; the end token where a document ends.
+    """Text in blocks of `max_length`, the last one shorter; the end token where a document ends.
 
-    The first token of a block has nothing before it to be predicted from, so its label is -100; a last block of one
-    token would teach nothing and takes one more from the block before.
+    A block begins with the last token of the one before, which is context there and no label: so every token of the
+    text is predicted once, but for the first where the tokenizer begins no text with a token of its own.
     """
     encode = ids_of_text if _hides(tokenizer, record.text, in_text, record.where) else ids_of
     ids = bos_prefix(tokenizer) + encode(tokenizer, record.text)
     if record.ends and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
-    if len(ids) < 2:
-        return []
-    edges = [*range(0, len(ids), max_length), len(ids)]
-    if edges[-1] - edges[-2] == 1 and max_length > 2:
-        edges[-2] -= 1
-    return [_sample(ids[start:stop], [(1, stop - start)]) for start, stop in pairwise(edges) if stop - start > 1]
+    if len(ids) < 2 or max_length < 2:
+        return []  # nothing that could be predicted from something
+    blocks = (ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1))
+    return [_sample(block, [(1, len(block))]) for block in blocks]
 
 
 def truncate(sample: Sample, max_length: int) -> Sample | None:

@@ -188,12 +188,21 @@ def read_txt(path: Path) -> list[tuple[int, str, bool]]:
     rows under this name, and for a character that is none.
     """
     whole = _whole(path, "split -C 1G {0} {1}-")
+    if b"\0" in whole[:BINARY] and not whole.startswith(UTF_16):
+        raise DataError(
+            f"{path}: a binary file, no text: byte {whole.index(0) + 1} is 0.", "Give a file of UTF-8 text."
+        )
     text = "".join(_decode(raw, path, number) for number, raw in enumerate(whole.splitlines(True), start=1))
     if _is_json_rows(text):
         raise DataError(
             f"{path} holds rows of JSON, and would be trained as plain text, braces and all.",
             f"Give it its name: mv {path.name} {path.stem}.json{'l' if text.lstrip()[0] == '{' else ''}",
         )
+    return runs_of(text, str(path))
+
+
+def runs_of(text: str, where: str) -> list[tuple[int, str, bool]]:
+    """The runs of whole lines of one text, as of `read_txt`; `where` names it."""
     longest = min(LONGEST_TEXT_RUN, max(256, len(text) // 20))
     runs: list[tuple[int, str, bool]] = []
     begin, gathered = 1, ""
@@ -201,7 +210,7 @@ def read_txt(path: Path) -> list[tuple[int, str, bool]]:
         if gathered and len(gathered) + len(line) > longest:
             runs.append((begin, gathered, False))
             begin, gathered = number, ""
-        check_text({"text": line}, f"{path}:{number}")
+        check_text({"text": line}, f"{where}:{number}")
         gathered += line
     return [*runs, (begin, gathered, True)] if gathered else runs
 
@@ -282,6 +291,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 GZIP = b"\x1f\x8b"
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+BINARY = 8192  # bytes at the beginning of a file in which a zero says that it is no text
 
 
 def _decode(raw: bytes, path: Path, line: int) -> str:
@@ -293,7 +304,7 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
                 f"{path} is compressed by gzip.", f"mv {path.name} rows.gz; gunzip -c rows.gz > {path.name}"
             ) from None
         line += raw[: error.start].count(b"\n")
-        hint = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte 0x{raw[error.start]:02x}"
+        hint = "UTF-16" if raw[:2] in UTF_16 else f"byte 0x{raw[error.start]:02x}"
         raise DataError(
             f"{path}:{line}: not UTF-8 ({hint}).", f"iconv -f LATIN1 -t UTF-8 {path.name}  (or -f UTF-16)"
         ) from None

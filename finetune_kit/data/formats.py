@@ -222,6 +222,7 @@ def check_layout(row: Row, own: Format | None, found: Format, where: str, other:
 _EXAMPLE = {
     "prompt_completion": "my_question: prompt, my_answer: completion",
     "prompt": "my_question: prompt",
+    "text": "my_column: text",
     "preference": "my_question: prompt, the_better: chosen, the_worse: rejected",
     "labelled_completion": "my_question: prompt, my_answer: completion, is_good: label",
 }

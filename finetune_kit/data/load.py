@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,20 @@ from finetune_kit.data.files import (
     refuse,
 )
 from finetune_kit.data.ledger import REPEATED, Ledger, fingerprint_of
-from finetune_kit.data.records import Prompt, PromptCompletion, Record, Text
-from finetune_kit.data.sources import BUILDERS, MOST_UNKNOWN, of_one_kind, passed_over, read_source
-from finetune_kit.data.split import FEWEST, drop_overlap, drop_repeated, held_out_count, labels, mix, sample, split_off
+from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
+from finetune_kit.data.sources import BUILDERS, MOST_UNKNOWN, SHAKESPEARE, of_one_kind, passed_over, read_source
+from finetune_kit.data.split import (
+    FEWEST,
+    MOST_SHARED,
+    drop_overlap,
+    drop_repeated,
+    held_out_count,
+    labels,
+    mix,
+    sample,
+    split_off,
+    texts_within,
+)
 from finetune_kit.data.template import prepare_tokenizer
 from finetune_kit.data.tokenise import Tokens, mark_contradictions
 from finetune_kit.data.tool_rows import offer_tools
@@ -60,9 +71,9 @@ class Data:
 def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> Data:
     """Rows of `config.path` as `kind`, split, tokenised and accounted for.
 
-    "prompt_completion" takes plain text too (`Data.kind` is then "text"). A tokenizer without a chat template gets the
-    fallback one where the data are conversations. With no path at all there are held-out rows alone, to measure on.
-    Raises DataError (rows), SettingsError, ResourceError (Hub, package).
+    "prompt_completion" takes plain text too (`Data.kind` is then "text"), "text" nothing else. A tokenizer without a
+    chat template gets the fallback one where the data are conversations. With no path at all there are held-out rows
+    alone, to measure on. Raises DataError (rows), SettingsError, ResourceError (Hub, package).
     """
     with doing(f"reading {_shown(config)}"):
         return _load_data(config, kind, tokenizer, seed)
@@ -74,7 +85,9 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
     train, held_out = _split(config, kind, seed, ledger)
     if not train and (config.path or not held_out):
         raise DataError(f"data.path={_shown(config)}: no training rows.", "Give a file with rows in it.")
-    kind = of_one_kind([*train, *held_out])
+    asked, kind = kind, of_one_kind([*train, *held_out])
+    if asked == "text" and kind != "text":
+        raise _no_text([*train, *held_out], kind)
     if config.tools:
         for note in offer_tools([*train, *held_out], config.tools):
             ledger.note(note)
@@ -87,6 +100,7 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
     ledger.held_out.rows += len(held_out)
     held_out = drop_repeated(held_out, ledger)
     train = drop_overlap(train, held_out, ledger)
+    _check_apart(train, held_out, ledger, refuses=asked == "text")
     build = BUILDERS[kind]
     trained = build(train, "train", config, tokenizer, ledger)
     measured = build(held_out, "held_out", config, tokenizer, ledger)
@@ -113,13 +127,48 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
     )
 
 
+def training_texts(config: DataConfig, seed: int = 0) -> Iterator[str]:
+    """The plain texts that `load_data` with these settings trains on, none of which is held out: what a tokenizer may
+    learn from. Read when they are asked for. Raises as `load_data` does."""
+    ledger = Ledger()  # load_data keeps the account
+    train, held_out = _split(config, "text", seed, ledger)
+    ledger.train.rows = len(train)
+    for record in drop_overlap(train, held_out, ledger):
+        if not isinstance(record, Text):
+            raise _no_text([record], KINDS[type(record)])
+        yield record.text
+
+
+def _check_apart(train: list[Record], held_out: list[Record], ledger: Ledger, refuses: bool) -> None:
+    """Note held-out texts that are part of training texts. Raises DataError where these are most of them and it
+    `refuses`: what would be measured there is memory."""
+    within = texts_within(held_out, train)
+    if not within:
+        return
+    said = f"{len(within)} of {len(held_out)} held-out texts stand in the training text, too ({within[0].where})"
+    if refuses and len(within) > MOST_SHARED * len(held_out):
+        raise DataError(
+            f"{said}: what is measured there would be memory.",
+            "Take them out of the one or the other; without data.held_out_path some are split off.",
+        )
+    ledger.note(f"{said}: there memory counts as skill")
+
+
+def _no_text(records: list[Record], kind: str) -> DataError:
+    first = next(record.where for record in records if not isinstance(record, Text))
+    return DataError(
+        f"{first}: a {kind.replace('_', '-')} row; this recipe needs plain text.",
+        "Give .txt files or rows with a text column; fine-tune on such rows afterwards: run full_sft",
+    )
+
+
 def _check_acts(config: DataConfig) -> None:
     """Raises SettingsError for a setting of a Hub data set or of a task where there is none."""
     paths = [*_listed(config.path), *([config.held_out_path] if config.held_out_path else [])]
     others = [path for path in paths if not path.startswith(tasks.PREFIX)]
     if config.options and len(others) == len(paths):
         raise SettingsError(f"data.options has no effect: {_shown(config)} is no {tasks.PREFIX} task.", "Leave it out.")
-    if any(not Path(path).expanduser().exists() for path in others):
+    if any(path != SHAKESPEARE and not Path(path).expanduser().exists() for path in others):
         return
     for name, given in (("name", config.name), ("split", config.split), ("revision", config.revision)):
         if given != getattr(DataConfig, name):

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from finetune_kit.data.files import (
     read_txt,
     refuse,
     row_at,
+    runs_of,
 )
 from finetune_kit.data.formats import (
     UNDERSTOOD,
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     pass
 
 
+SHAKESPEARE = "tiny_shakespeare"  # the text that the package carries
+HELD_OUT_SHARE = 0.1  # of it, at its end, as nanoGPT has it
 HELD_OUT_TASK_ROWS = 128
 MOST_UNKNOWN = 0.05  # share of the tokens
 TASK_ROWS = 256
@@ -96,6 +100,8 @@ def read_source(
     if path.startswith(tasks.PREFIX):
         return _read_task(path.removeprefix(tasks.PREFIX), config, kind, seed, held_out_only)
     local = Path(path).expanduser()
+    if path == SHAKESPEARE and not local.exists():
+        return _shakespeare(kind)
     if local.is_dir():
         train, held = data_files(local)
         rows = [record for file in train for record in _read_file(file, config, kind, bad, unused)]
@@ -109,6 +115,23 @@ def read_source(
             f"{near_path(path)}Expected a file ({', '.join(DATA_SUFFIXES)}), a folder or a Hub id.",
         )
     return Source(path, _records(_read_hub(path, config), path, config, kind, bad, unused))
+
+
+def _shakespeare(kind: str) -> Source:
+    """The plays of tiny Shakespeare, the last tenth of their characters held out."""
+    _check_takes_text(SHAKESPEARE, kind)
+    text = (files("finetune_kit.data") / "assets/shakespeare.txt").read_text(encoding="utf-8")
+    edge = int(len(text) * (1 - HELD_OUT_SHARE))
+    train, held_out = (
+        [Text(f"{name}:{line}", run, ends) for line, run, ends in runs_of(part, name)]
+        for name, part in ((SHAKESPEARE, text[:edge]), (f"{SHAKESPEARE}, held out", text[edge:]))
+    )
+    return Source(SHAKESPEARE, list(train), list(held_out))
+
+
+def _check_takes_text(path: object, kind: str) -> None:
+    if kind not in ("prompt_completion", "text"):
+        raise DataError(f"{path}: plain text; this recipe needs {kind.replace('_', '-')} rows.")
 
 
 def _read_task(task: str, config: DataConfig, kind: str, seed: int, held_out_only: bool) -> Source:
@@ -142,8 +165,7 @@ def _as_kind(rows: list[PromptCompletion], kind: str, seed: int, options: dict[s
 def _read_file(path: Path, config: DataConfig, kind: str, bad: Bad, unused: Counter[str]) -> list[Record]:
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        if kind != "prompt_completion":
-            raise DataError(f"{path}: plain text; this recipe needs {kind.replace('_', '-')} rows.")
+        _check_takes_text(path, kind)
         return [Text(f"{path.name}:{line}", text, ends) for line, text, ends in read_txt(path)]
     if suffix == ".parquet":
         return _records(_read_parquet(path), path.name, config, kind, bad, unused)

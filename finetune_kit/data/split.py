@@ -6,10 +6,10 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from finetune_kit.data.ledger import REPEATED, Ledger, answer_key, prompt_key, same_key
-from finetune_kit.data.records import LabelledCompletion, Preference, Record
+from finetune_kit.data.records import LabelledCompletion, Preference, Record, Text
 from finetune_kit.errors import DataError, SettingsError
 
 SHARE, LARGEST_SHARE = 0.05, 0.2
@@ -171,6 +171,28 @@ def drop_overlap(train: list[Record], held_out: list[Record], ledger: Ledger) ->
         kept.append(record)
     _note_shared(kept, held_out, ledger)
     return kept
+
+
+STRETCH = 13  # words, by which GPT-3's authors looked for test text in training text (arXiv 2005.14165, appendix C)
+MOST_SHARED = 0.5  # of a text's stretches, or of the held-out texts
+
+
+def texts_within(held_out: list[Record], train: list[Record]) -> list[Record]:
+    """The held-out texts of which more than half of all stretches of 13 words stand in a training text, too."""
+    held = [(record, set(_stretches(record.text))) for record in held_out if isinstance(record, Text)]
+    sought = {stretch for _, stretches in held for stretch in stretches}
+    if not sought:
+        return []
+    found: set[int] = set()
+    for record in train:
+        if isinstance(record, Text):
+            found.update(sought.intersection(_stretches(record.text)))
+    return [record for record, own in held if own and len(own & found) > MOST_SHARED * len(own)]
+
+
+def _stretches(text: str) -> Iterator[int]:
+    words = text.split()
+    return (hash(tuple(words[at : at + STRETCH])) for at in range(len(words) - STRETCH + 1))
 
 
 def _note_shared(train: list[Record], held_out: list[Record], ledger: Ledger) -> None:

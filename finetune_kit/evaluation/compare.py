@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def compare(
     of the method that trained on preferences; the model before is its reference. `history`: the lines of metrics.jsonl;
     where they have a KL from the reference, the last one is told as `kl_spent`, nats a sampled completion.
     """
-    same = ("tokens", "rejected_tokens", "general_tokens", "where", "references", "decoding")
+    same = ("tokens", "text_bytes", "rejected_tokens", "general_tokens", "where", "references", "decoding")
     differing = [name for name in same if getattr(before, name) != getattr(after, name)]
     if differing or before.metrics.keys() != after.metrics.keys():
         raise ValueError(f"before and after were not measured on the same rows in the same way: {differing}")
@@ -84,8 +85,11 @@ def compare(
         entries.append(entry(name, scores, after.metrics[name], config, higher_is_better=True, within=within))
     entries += preferences.entries(before, after, config, beta)
     entries += _loss_entries("held_out", before.nll, after.nll, before.tokens, config, before.sources)
+    if before.text_nll:
+        was, now = ([nats / math.log(2) for nats in side.text_nll] for side in (before, after))
+        entries.append(entry("held_out_bits_per_byte", was, now, config, weights=before.text_bytes, alike=ALIKE))
     entries += _loss_entries("general_text", before.general_nll, after.general_nll, before.general_tokens, config)
-    if before.completions:
+    if before.completions and not before.text_nll:  # continuations of texts are no answers
         was, now = ([float(completion.ended) for completion in side.completions] for side in (before, after))
         entries.append(entry("answers_ended", was, now, config, higher_is_better=True, within=SHARE))
         was, now = ([float(len(item.ids)) for item in side.completions] for side in (before, after))

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_kit.data.load import Data
 from finetune_kit.evaluation.compare import Report, compare, held_out_scores
+from finetune_kit.evaluation.continuations import continue_texts, say_continuation
 from finetune_kit.evaluation.measure import Judge, Measurement, measure
 from finetune_kit.evaluation.reward_gate import Rewards, compare_rewards, held_out_rewards, measure_rewards
 from finetune_kit.generation.toolbox import Toolbox
@@ -19,7 +20,9 @@ class Evaluator:
     """What one run measures by: its tokenizer, its held-out rows, its settings.
 
     `beta`: of a method that trains on preferences; the first model measured is then its reference. `judge`: a reward
-    that scores the answers, as metric "reward". `toolbox`: tools that the answers may call.
+    that scores the answers, as metric "reward". `toolbox`: tools that the answers may call. `continues`: tokens by
+    which the model goes on from the beginnings of held-out texts, in the report, and from one of them each time that it
+    is scored on the way.
     """
 
     def __init__(
@@ -31,9 +34,11 @@ class Evaluator:
         beta: float | None = None,
         judge: Judge | None = None,
         toolbox: Toolbox | None = None,
+        continues: int = 0,
     ) -> None:
         self.tokenizer, self.data, self.config, self.beta, self.judge = tokenizer, data, config, beta, judge
         self.toolbox = toolbox
+        self.continues = continues
         self.start: Measurement | None = None
 
     def measure(self, model: Any, when: str) -> Measurement:
@@ -46,12 +51,16 @@ class Evaluator:
         )
         if self.start is None and self.config.guards:  # one that names nothing is told now, not after training
             compare(found, found, replace(self.config, bootstrap_samples=1), self.beta or 1.0)
+        if self.continues:
+            continue_texts(found, model, self.tokenizer, self.data, self.continues)
         self.start = self.start or found
         return found
 
     def scores(self, model: Any, metric: str = "loss") -> dict[str, float]:
         """The held-out loss and, where it is another one, `metric`: what a run is watched by while it trains."""
         start, beta = (None, 1.0) if self.beta is None else (self.start, self.beta)
+        if self.continues:
+            say_continuation(model, self.tokenizer, self.data, self.continues)
         return held_out_scores(model, self.tokenizer, self.data, self.config, metric, start, beta, self.toolbox)
 
     def compare(self, before: Measurement, after: Measurement, history: Sequence[dict[str, float]] = ()) -> Report:

@@ -15,6 +15,7 @@ from finetune_kit import distributed
 from finetune_kit.data.chat import render_prompt
 from finetune_kit.data.records import LabelledCompletion, PromptCompletion, asked_of, prompt_of, reference_of
 from finetune_kit.data.split import source_rows
+from finetune_kit.data.template import bos_prefix
 from finetune_kit.data.tool_rows import calls_of
 from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.evaluation import preferences
@@ -55,6 +56,8 @@ class Measurement:
     rejected_tokens: list[int] = field(default_factory=list)
     paired: bool = False
     sources: int = 0  # rows of the data behind those of the losses; 0 where each is one
+    text_nll: list[float] = field(default_factory=list)  # nats, of each held-out text, its end token included
+    text_bytes: list[int] = field(default_factory=list)  # of UTF-8 that these nats tell, whatever the tokenizer
     positions: Positions = field(default_factory=list)  # where distributions were taken, in chosen answers
     log_probs: torch.Tensor | None = None  # (positions, vocabulary), those distributions
     general_nll: list[float] = field(default_factory=list)  # nats, of each stretch of the general text
@@ -341,11 +344,35 @@ def _losses(
         measurement.tokens, measurement.rejected_tokens = tokens[: len(chosen)], tokens[len(chosen) :]
         measurement.sources = source_rows(where) if rejected else 0
         measurement.paired = bool(rejected) and data.kind == "preference"
+        if data.kind == "text":
+            measurement.text_nll, measurement.text_bytes = of_texts(data, measurement.nll, tokenizer)
         if sum(measurement.tokens) == 0:
             raise DataError("No held-out row has a supervised token, so there is no loss to measure.")
     if config.general_text:
         moved("measuring the loss of the general text")
         measurement.general_nll, measurement.general_tokens = general_losses(model, tokenizer, config.batch_size)
+
+
+def of_texts(data: Any, nll: Sequence[float], tokenizer: Any) -> tuple[list[float], list[int]]:
+    """(nats, bytes) of each held-out text, from the nats of its blocks: what bits per byte are made of.
+
+    Bytes are counted in the text, never by decoding tokens: a token that is a part of a character decodes to a mark of
+    three bytes. Every token is predicted but the first of a text whose tokenizer begins none with a token of its own:
+    what that one says does not count. The end token costs nats and says no byte.
+    """
+    texts = [record.text for record in data.held_out_records]
+    totals = [0.0] * len(texts)
+    for block, nats in zip(data.held_out, nll, strict=True):
+        totals[block["row"]] += nats
+    begun = bool(bos_prefix(tokenizer))
+    return totals, [len(text.encode()) - (0 if begun else _first_bytes(tokenizer, text)) for text in texts]
+
+
+def _first_bytes(tokenizer: Any, text: str) -> int:
+    """Bytes of a text that its first token says; of a character that begins there and ends later, none."""
+    first = tokenizer(text, add_special_tokens=False)["input_ids"][:1]
+    said: str = tokenizer.decode(first)
+    return len(said.encode()) if text.startswith(said) else 0
 
 
 def _distributions(measurement: Measurement, model: Any, data: Any) -> None:

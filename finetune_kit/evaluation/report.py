@@ -21,6 +21,7 @@ LABELS: dict[str, str] = {
     "bleu": "BLEU (sentence)",
     "held_out_loss": "held-out loss, nats/token",
     "held_out_perplexity": "held-out perplexity",
+    "held_out_bits_per_byte": "held-out bits/byte",
     "general_text_loss": "general-text loss, nats/token",
     "pair_loss": "loss of a pair, nats",
     "answers_ended": "answers that end by themselves",

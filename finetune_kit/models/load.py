@@ -13,6 +13,7 @@ from finetune_kit.models.adapter_config import read_adapter_config
 from finetune_kit.models.device import computes_in_bfloat16, device, weight_dtype
 from finetune_kit.models.folder import check_weights
 from finetune_kit.models.generation_config import mend_generation_config
+from finetune_kit.models.new import NewModelConfig, is_new, scale_residual
 from finetune_kit.models.provenance import check_base
 from finetune_kit.models.source import load_model_config, log_once, plain_errors, public_name, source_of
 from finetune_kit.settings.schema import LoraConfig, ModelConfig
@@ -36,6 +37,8 @@ def load_base(
     import transformers
     from transformers.utils.logging import disable_progress_bar
 
+    if isinstance(model, NewModelConfig) and is_new(model):
+        return random_weights(model)
     quantised = {}
     packing: Any = nullcontext()
     writes = auto_class is None
@@ -80,6 +83,29 @@ def load_base(
     language.freeze_beside(base)
     language.settle_text(base)
     return base.eval()
+
+
+def random_weights(model: NewModelConfig) -> PreTrainedModel:
+    """A new model on its device, in evaluation mode: the same weights for the same shapes and model.seed."""
+    import torch
+    import transformers
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    shapes = load_model_config(model)
+    kind = getattr(transformers, language.auto_class(shapes, model.name_or_path))
+    with doing("making the model"), plain_errors(model), torch.random.fork_rng():
+        torch.manual_seed(model.seed)
+        base: PreTrainedModel = kind.from_config(
+            shapes,
+            trust_remote_code=model.trust_remote_code,
+            dtype=weight_dtype(model, trained_in_full=True),
+            attn_implementation=model.attn_implementation,
+        )
+    scale_residual(base)
+    language.freeze_beside(base)
+    language.settle_text(base)
+    return base.to(device()).eval()
 
 
 def language_class(model: ModelConfig) -> str:

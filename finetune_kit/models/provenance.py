@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_kit.errors import FinetuneKitError, SettingsError
 from finetune_kit.models.embedded import LICENSE as EMBEDDED_LICENSE
 from finetune_kit.models.embedded import NAME as EMBEDDED
+from finetune_kit.models.new import is_new
 from finetune_kit.settings.schema import ModelConfig
 from finetune_kit.settings.values import LARGEST, load_text
 from finetune_kit.system.network import hub_reachable
@@ -38,6 +39,8 @@ def base_record(model: ModelConfig) -> dict[str, Any]:
 
 def _commit(model: ModelConfig) -> str | None:
     """The commit that a model of the Hub was loaded from, which is its folder's name in the cache."""
+    if is_new(model):
+        return None
     name = resolve_name(model.name_or_path)
     found = None if Path(name).is_dir() else cached_folder(name, model.revision)
     return found.name if found else None
@@ -99,6 +102,8 @@ def weights_stamp(model: ModelConfig) -> list[tuple[str, int, int]]:
 
 def _weight_files(model: ModelConfig) -> list[Path]:
     """The model's weights in its folder or in the cache, where they are."""
+    if is_new(model):
+        return []
     name = resolve_name(model.name_or_path)
     folder = Path(name) if Path(name).is_dir() else cached_folder(name, model.revision) or Path(name)
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
@@ -139,6 +144,8 @@ def base_license(model: ModelConfig) -> str | None:
 
     if model.name_or_path == EMBEDDED:
         return EMBEDDED_LICENSE
+    if is_new(model):
+        return None
     card = Path(model.name_or_path).expanduser() / "README.md"
     if not card.parent.is_dir():
         where: dict[str, Any] = {"revision": model.revision, "local_files_only": not hub_reachable()}

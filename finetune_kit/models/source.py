@@ -15,6 +15,7 @@ from finetune_kit.models import language
 from finetune_kit.models.embedded import HUB_ID, embedded_folder
 from finetune_kit.models.embedded import NAME as EMBEDDED
 from finetune_kit.models.folder import check_model, settings_with
+from finetune_kit.models.new import NewModelConfig, is_new, llama_of, with_words
 from finetune_kit.settings.aliases import near_path
 from finetune_kit.settings.schema import ModelConfig
 from finetune_kit.system.network import hub_reachable
@@ -83,8 +84,20 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """The shapes of the model, without its weights."""
     from transformers import AutoConfig
 
+    if isinstance(model, NewModelConfig) and is_new(model):
+        return llama_of(model) if model.config is None else with_words(_like(model, model.config), model)
     with plain_errors(model):
         return AutoConfig.from_pretrained(**source_of(model))
+
+
+def _like(model: NewModelConfig, name: str) -> PretrainedConfig:
+    """The shapes that a new model takes from another one. Errors name the setting that leads there."""
+    other = ModelConfig(name_or_path=name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    try:
+        return load_model_config(other)
+    except FinetuneKitError as error:
+        said = (text.replace("model.name_or_path", "model.config") for text in (error.message, error.fix))
+        raise type(error)(*said) from None
 
 
 @functools.cache

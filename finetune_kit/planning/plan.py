@@ -6,14 +6,17 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_kit.data.load import Data
+from finetune_kit.data.load import Data, training_texts
 from finetune_kit.errors import ResourceError
 from finetune_kit.models.adapters import covered, is_adapter
 from finetune_kit.models.embedded import NAME as EMBEDDED
 from finetune_kit.models.language import left_alone, said
+from finetune_kit.models.new import NewModelConfig, is_new
+from finetune_kit.models.new_tokenizer import make_tokenizer
 from finetune_kit.models.shapes import empty_policy
 from finetune_kit.models.source import resolve_name
 from finetune_kit.models.tokenizer import lacks_tokenizer, load_tokenizer
+from finetune_kit.planning.compute import compute, compute_in_words
 from finetune_kit.planning.memory import Quantised, in_4_bits, memory, planned_for, quantised_weights
 from finetune_kit.settings.schema import ModelConfig, RecipeConfig
 from finetune_kit.system.terminal import format_bytes
@@ -44,8 +47,10 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
     quantised = quantised_weights(policy) if config.model.load_in_4bit else Quantised()
     unknown = data.packed or data.kind == "prompt"
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    planned = steps(config, data, processes)
     return {
-        **steps(config, data, processes),
+        **planned,
+        **({"compute": compute(data, policy, planned)} if is_new(config.model) else {}),
         "padded_share": None if unknown else padded_share(plan_batches(config.train, data, processes)),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
@@ -61,9 +66,12 @@ def plan(config: RecipeConfig, data: Data, processes: int = 1) -> dict[str, Any]
     }
 
 
-def tokenizer_to_count_with(model: ModelConfig, weights: bool) -> tuple[Any, list[str]]:
-    """(tokenizer, what is assumed, in words): the model's own, or, to plan for a folder with shapes and no vocabulary,
-    the embedded model's. `weights`: as in load_tokenizer."""
+def tokenizer_to_count_with(config: RecipeConfig, weights: bool) -> tuple[Any, list[str]]:
+    """(tokenizer, what is assumed, in words): the model's own, that of a new model, trained as the run will, or, to
+    plan for a folder with shapes and no vocabulary, the embedded model's. `weights`: as in load_tokenizer."""
+    model, seed = config.model, config.train.seed
+    if isinstance(model, NewModelConfig) and is_new(model):
+        return make_tokenizer(config.tokenizer, model, training_texts(config.data, seed), seed), []
     if not weights and lacks_tokenizer(Path(resolve_name(model.name_or_path))):
         assumed = f"{model.name_or_path} has no tokenizer: tokens are counted, and rows rendered, by {EMBEDDED}'s"
         return load_tokenizer(ModelConfig(name_or_path=EMBEDDED)), [assumed]
@@ -89,6 +97,8 @@ def print_plan(settings: RecipeConfig, planned: dict[str, Any], out: Console) ->
     budget = settings.train.max_tokens_per_batch
     cut = f", each in {planned['passes_in_a_step']} passes of at most {budget:,} tokens" if budget else ""
     table.add_row("steps", f"{planned['steps']:,} of {planned['rows_in_a_step']} rows{cut}")
+    for name, said_of in compute_in_words(planned):
+        table.add_row(name, said_of)
     if planned["padded_share"] is not None:
         table.add_row("padding", f"{planned['padded_share']:.0%} of a padded batch")
     for place, line in enumerate(said_for(planned["planned_for"], planned.get("assumed", []))):

@@ -23,7 +23,14 @@ from finetune_kit.rewards.models import check_judge
 from finetune_kit.rewards.settings import RewardConfig
 from finetune_kit.rewards.sources import check_sources
 from finetune_kit.settings.schema import RecipeConfig
-from finetune_kit.training.arguments import arguments_of, check_parts, check_schedule, check_train, instance
+from finetune_kit.training.arguments import (
+    arguments_of,
+    check_parts,
+    check_schedule,
+    check_train,
+    instance,
+    schedule_arguments,
+)
 from finetune_kit.training.begin import check_measures
 from finetune_kit.training.reference import check_smoothing
 
@@ -36,6 +43,7 @@ LOSSES = {
     "labelled_completion": ("kto", "apo_zero_unpaired"),
     "prompt": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"),
     "prompt_completion": ("nll", "dft"),
+    "text": ("nll", "dft"),
 }
 # settings of train that no trainer could refuse once they are in their interval
 PLAIN = {
@@ -143,6 +151,7 @@ def _check_trainer(config: RecipeConfig, elsewhere: bool) -> None:
         for item in dataclasses.fields(config)
         if item.name in fields and getattr(config, item.name) != []
     }
+    own |= schedule_arguments(train, 10**6)  # of as many steps as it takes
     made = instance(config_class, config, {**arguments, "output_dir": train.output_dir or "unused"}, own)
     from transformers import Trainer
 

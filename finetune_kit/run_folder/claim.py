@@ -42,6 +42,7 @@ RATE = (
     "train.learning_rate",
     "train.lr_scheduler_type",
     "train.warmup_steps",
+    "train.decay_steps",
     "train.max_steps",
     "train.num_train_epochs",
 )

@@ -24,6 +24,7 @@ from finetune_kit.models.adapter_config import read_adapter_config
 from finetune_kit.models.adapters import as_started, detach
 from finetune_kit.models.folder import check_files
 from finetune_kit.models.load import load_adapted, load_base
+from finetune_kit.models.new import NewModelConfig, settle
 from finetune_kit.models.provenance import check_base
 from finetune_kit.models.reward import is_classifier, load_saved, load_scorer
 from finetune_kit.models.source import public_name
@@ -139,8 +140,14 @@ def _listed(paths: str | list[str]) -> list[str]:
 
 
 def tokenizer_of(run: FinishedRun) -> Any:
-    """The tokenizer that the run saved, with the chat template it was trained with."""
-    return load_tokenizer(run.config.model, saved=run.folder)
+    """The tokenizer that the run saved, with the chat template it was trained with. A run that began from random
+    weights gets to know what makes them again."""
+    tokenizer = load_tokenizer(run.config.model, saved=run.folder)
+    model = run.config.model
+    settle(model, tokenizer, run.config.train.seed)
+    if isinstance(model, NewModelConfig) and model.config is not None:  # the shapes that it took are in its folder
+        model.config, model.revision = str(run.folder), None
+    return tokenizer
 
 
 def own_model(run: FinishedRun) -> ModelConfig:

@@ -19,6 +19,8 @@ from finetune_kit.settings.schema import (
     leaves,
 )
 
+MUON = "muon"  # beside transformers' names of optimizers: torch's own
+STABLE = "warmup_stable_decay"
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 
 
@@ -45,6 +47,16 @@ def check(config: RecipeConfig) -> None:
                 f"{_named(config, 'train.' + name)} has no effect without held-out losses on the way.",
                 "Add train.eval_steps=20, or leave it out.",
             )
+    if lora is not None and lora.r and train.optim == MUON:
+        raise SettingsError(
+            f"{_named(config, 'train.optim')}: muon is for whole matrices, and {config.recipe} trains an adapter.",
+            "Leave it out.",
+        )
+    if train.decay_steps != TrainConfig.decay_steps and train.lr_scheduler_type != STABLE:
+        raise SettingsError(
+            f"{_named(config, 'train.decay_steps')} has no effect with lr_scheduler_type={train.lr_scheduler_type}.",
+            f"Add lr_scheduler_type={STABLE}, or leave it out.",
+        )
     for name in ("lr_scheduler_type", "optim"):
         _check_name(name, getattr(train, name), _named(config, f"train.{name}"))
     _check_trust(config)
@@ -229,6 +241,7 @@ def _check_name(setting: str, value: str, where: str) -> None:
     from transformers.training_args import OptimizerNames
 
     choices = [str(item.value) for item in (OptimizerNames if setting == "optim" else SchedulerType)]
+    choices += [MUON] if setting == "optim" else []
     if value not in choices:
         near = difflib.get_close_matches(value, choices, n=3, cutoff=0.4)
         hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(choices)}"

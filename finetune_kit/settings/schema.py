@@ -134,7 +134,10 @@ class TrainConfig:
         0.0, "linear warm-up; below 1: a share of all steps", "steps or share", within="[0, inf)"
     )
     lr_scheduler_type: str = setting("linear", "schedule by transformers' name: linear, cosine, constant, …")
-    optim: str = setting("auto", "optimizer by transformers' name; auto: fused AdamW")
+    decay_steps: float = setting(
+        0.2, "of warmup_stable_decay: its last steps, in which the rate falls", "steps or share", within="(0, inf)"
+    )
+    optim: str = setting("auto", "optimizer by transformers' name, or muon; auto: fused AdamW")
     weight_decay: float = setting(0.0, "decoupled weight decay of the optimizer", within="[0, inf)")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm", within="[0, inf)")
     on_nonfinite: Literal["stop", "skip", "rollback"] = setting(
@@ -247,6 +250,7 @@ class RecipeConfig:
     if TYPE_CHECKING:
         lora: LoraConfig | None = None
         reward: Any = None  # a RewardConfig (rewards/settings.py)
+        tokenizer: Any = None  # a TokenizerConfig (models/new_tokenizer.py)
         beta: float = 1.0
         num_generations: int | None = None  # completions of a prompt that are judged against each other
         batch_size: int | None = None  # prompts of an update of PPO
@@ -257,7 +261,7 @@ class RecipeConfig:
         loss_type: list[str] | None = None
         loss_weights: list[float] = field(default_factory=list)
     else:
-        lora = reward = num_generations = batch_size = loss_type = None
+        lora = reward = tokenizer = num_generations = batch_size = loss_type = None
         beta, precompute_ref_log_probs, loss_weights = 1.0, False, ()
         tools, max_tool_calls, tool_timeout = (), 8, 10.0
 

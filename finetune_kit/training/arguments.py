@@ -14,6 +14,7 @@ from finetune_kit.data.load import Data
 from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.evaluation.metrics import choose_metrics
 from finetune_kit.models.device import computes_in_bfloat16, device
+from finetune_kit.settings.checks import MUON, STABLE
 from finetune_kit.settings.schema import RecipeConfig, TrainConfig
 from finetune_kit.training.batching import check_batches, micro_batch
 from finetune_kit.training.compiling import COMPILED_HERE
@@ -126,7 +127,7 @@ def arguments_of(
         "max_steps": train.max_steps,
         "warmup_steps": train.warmup_steps,
         "lr_scheduler_type": train.lr_scheduler_type,
-        "optim": DEFAULT_OPTIMIZER if train.optim == "auto" else train.optim,
+        "optim": DEFAULT_OPTIMIZER if train.optim in ("auto", MUON) else train.optim,
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "neftune_noise_alpha": train.neftune_noise_alpha,
@@ -169,6 +170,21 @@ def check_train(train: TrainConfig) -> None:
             f"train.lr_scheduler_type={train.lr_scheduler_type} needs the trainer's own evaluation, which is not used.",
             "Try train.lr_scheduler_type=cosine",
         )
+
+
+def schedule_arguments(train: TrainConfig, steps: int) -> dict[str, Any]:
+    """What warmup_stable_decay has to be told: how many of its steps the rate falls in, by 1 - sqrt of the share of
+    them that is done (Hägele et al. 2024, arXiv 2405.18392). Nothing for other schedules, or where the user says it."""
+    if train.lr_scheduler_type != STABLE or "lr_scheduler_kwargs" in train.extra:
+        return {}
+    decay = round(train.decay_steps if train.decay_steps >= 1 else train.decay_steps * steps)
+    warmup = round(train.warmup_steps if train.warmup_steps >= 1 else train.warmup_steps * steps)
+    if decay + warmup > steps:
+        raise SettingsError(
+            f"train.warmup_steps and train.decay_steps are {warmup + decay:,} steps of {steps:,}.",
+            "Set fewer of them; below 1 each is a share of all steps.",
+        )
+    return {"lr_scheduler_kwargs": {"num_decay_steps": max(1, decay), "decay_type": "1-sqrt"}}
 
 
 def check_best_metric(config: RecipeConfig, data: Data) -> None:

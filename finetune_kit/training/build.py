@@ -17,9 +17,10 @@ from finetune_kit.models.adapters import is_adapter
 from finetune_kit.models.inference import evaluation_mode
 from finetune_kit.packing import forward
 from finetune_kit.packing.proof import PROOF_ROWS, settle_head
+from finetune_kit.settings.checks import MUON
 from finetune_kit.settings.schema import RecipeConfig
 from finetune_kit.system.terminal import doing
-from finetune_kit.training.arguments import check_parts, make_arguments
+from finetune_kit.training.arguments import check_parts, make_arguments, schedule_arguments
 from finetune_kit.training.batching import check_loader
 from finetune_kit.training.callbacks import pushes_checkpoints
 from finetune_kit.training.compiling import compile_where_it_pays
@@ -57,8 +58,9 @@ def build(
             f"model.load_in_4bit: {sharding} was asked for, and 4-bit weights are not cut into shards.",
             "Start it data parallel, with accelerate_config.yaml, or leave model.load_in_4bit out.",
         )
-    steps(config, data, distributed.count())
-    trainer_config = make_arguments(config_class, config, data, **arguments)
+    planned = steps(config, data, distributed.count())
+    schedule = schedule_arguments(config.train, planned["steps"])
+    trainer_config = make_arguments(config_class, config, data, **schedule, **arguments)
     check_loader(trainer_config, config.train)
     check_parts(trainer_class, trainer_config, policy)
     parts = dict(parts or {})
@@ -97,6 +99,11 @@ def build(
             console.print(f"note: losses are computed from all logits: {wrong}")
     if tokenises:
         trainer.train_dataset = rows
+    if config.train.optim == MUON:
+        from finetune_kit.training.muon import matrices_of, muon_of  # which needs torch when it is imported
+
+        matrices_of(policy)  # it may refuse
+        trainer.optimizer_cls_and_kwargs = muon_of(config.train)
     distributed.barrier()
     if distributed.is_main():
         shutil.rmtree(scratch, ignore_errors=True)
@@ -116,7 +123,6 @@ def build(
         console.print(f"note: {way.chosen}", markup=False)
     from finetune_kit.training.collate import plan_in_collator  # which needs torch when it is imported
 
-    planned = steps(config, data, distributed.count())
     passes = planned["steps"] * planned.get("passes_in_a_step", 1)
     with doing("compiling layers where it pays"):
         said = compile_where_it_pays(policy, config.train, first_rows(config, data), passes)

@@ -34,7 +34,7 @@ def fit(trainer: Any, train: TrainConfig, score: Score) -> list[dict[str, float]
     if train.eval_steps and (sharding := distributed.sharding()):
         raise SettingsError(
             f"train.eval_steps puts the best weights back at the end, which {sharding} has in shards.",
-            "Leave it out: held-out rows are measured before and after.",
+            "Set train.eval_steps=null: held-out rows are measured before and after.",
         )
     folder = Path(trainer.args.output_dir)
     if not is_unfinished(folder):

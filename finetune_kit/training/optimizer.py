@@ -6,6 +6,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.models.device import device
+from finetune_kit.settings.checks import MUON
 from finetune_kit.training.arguments import DEFAULT_OPTIMIZER
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ def optimizer_state(policy: Any, optim: str) -> int:
     name = DEFAULT_OPTIMIZER if optim == "auto" else optim
     embeddings = {id(m.weight) for m in policy.modules() if isinstance(m, torch.nn.Embedding)}
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if name == MUON:
+        from finetune_kit.training.muon import matrices_of
+
+        matrices, others = matrices_of(policy)
+        return 4 * sum(map(torch.numel, matrices)) + sum(8 * weight.numel() + 4 for weight in others)
     if name == "sgd":
         return 0
     if name == "adafactor":

@@ -378,9 +378,9 @@ def test_text_is_cut_into_blocks_with_nothing_lost(text, max_length, ends):
     if len(whole) < 2:
         assert blocks == []
         return
-    kept = [index for block in blocks for index in block.input_ids]
-    # With blocks of two, an odd length leaves one token that nothing could be learnt from.
-    assert kept == (whole if max_length > 2 else whole[: len(whole) // 2 * 2])
+    # each token but the first is predicted once; a block begins with the last token of the one before
+    assert [index for block in blocks for index in block.labels if index != -100] == whole[1:]
+    assert [block.input_ids[0] for block in blocks] == whole[: -1 : max_length - 1]
     assert all(1 < len(block.input_ids) <= max_length for block in blocks)
     assert all(block.labels == [-100, *block.input_ids[1:]] for block in blocks)
 

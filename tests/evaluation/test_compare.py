@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from finetune_kit.data.records import Text
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.evaluation.compare import compare, held_out_scores
 from finetune_kit.evaluation.intervals import SHARE, agreeing_interval, bootstrap_interval, entry, spread_of
@@ -250,7 +251,8 @@ def test_a_model_trained_on_the_rows_is_better_and_the_same_with_another_batch_s
 
 def test_plain_text_gets_losses_only_and_a_metric_for_it_is_refused():
     rows = [{"input_ids": list(range(n, n + 20)), "labels": list(range(n, n + 20)), "row": n} for n in range(4)]
-    data = held_out(TOKENIZER, [], kind="text", held_out=rows)
+    texts = [Text(f"book.txt:{n}", "A calm day at sea.") for n in range(4)]
+    data = held_out(TOKENIZER, [], kind="text", held_out=rows, held_out_records=texts)
     measured = measure(tiny_llama(), TOKENIZER, data, CONFIG)
     assert measured.completions == []
     assert measured.tokens == [19] * 4
