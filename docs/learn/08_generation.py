@@ -156,7 +156,7 @@ assert choose(min(kept) < max(kept), True)  # after 60 steps the model is equall
 # waited for.
 
 # %%
-from finetune_kit.generation.decoding import pick
+from finetune_kit.generation.cache import pick
 
 chances = logits.softmax(-1)[None]
 torch.manual_seed(3)
@@ -238,7 +238,7 @@ print("the package's generate: the same tokens")
 # **For real:** `python -m finetune_kit generate RUN "a prompt"` writes with the model of a run. The recipe
 # `recipes/lora_sft.py` makes one. The settings are read in `finetune_kit.runs.answering.Decoding`, the batches are
 # written in `finetune_kit.generation.generate.generate`, the loop with its cache is
-# `finetune_kit.generation.decoding.decode`, and a draw is `finetune_kit.generation.decoding.pick`.
+# `finetune_kit.generation.decoding.decode`, and a draw is `finetune_kit.generation.cache.pick`.
 #
 # ## Exercise
 #

@@ -27,8 +27,6 @@ from finetune_kit.data.files import (
 )
 from finetune_kit.data.formats import (
     UNDERSTOOD,
-    answers_as_text,
-    as_kind,
     as_lists,
     check_columns,
     check_layout,
@@ -41,6 +39,7 @@ from finetune_kit.data.messages import check_media, in_turn, turns_in
 from finetune_kit.data.records import KINDS, Prompt, PromptCompletion, Record, Text
 from finetune_kit.data.spelling import opened, spelling
 from finetune_kit.data.split import held_out_count
+from finetune_kit.data.to_records import answers_as_text, as_kind
 from finetune_kit.data.tokenise import labelled, pairs, prompts, supervised
 from finetune_kit.errors import DataError, ResourceError, SettingsError
 from finetune_kit.settings.aliases import near_path

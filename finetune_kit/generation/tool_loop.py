@@ -22,7 +22,7 @@ from finetune_kit.data.calls import ParsedCall, Syntax, parse_calls, syntax_of
 from finetune_kit.data.chat import after_calls, render_prompt
 from finetune_kit.data.records import Message
 from finetune_kit.errors import DataError
-from finetune_kit.generation import decoding
+from finetune_kit.generation import cache
 from finetune_kit.generation.generate import Call, Completion, _completion
 from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.models.inference import evaluation_mode, in_batches
@@ -113,7 +113,7 @@ def sampling(
             return greedy(scores, rows)
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)
-        found: list[int] = decoding.pick(scores.softmax(-1), generators[device])[:, 0].tolist()
+        found: list[int] = cache.pick(scores.softmax(-1), generators[device])[:, 0].tolist()
         return found
 
     return draw
@@ -191,7 +191,7 @@ class _Loop:
     def go(self, rows: list[_Row], pool: ThreadPoolExecutor) -> None:
         """All rows from where they are until each is over, or has to begin anew."""
         batch = self._begin(rows)
-        stands = isinstance(batch, decoding.Whole) or decoding.is_plain(batch.cache)
+        stands = isinstance(batch, cache.Whole) or cache.is_plain(batch.cache)
         for row in rows:
             row.state = "writing"
             row.unfed.clear()
@@ -212,7 +212,7 @@ class _Loop:
             real = torch.tensor([[1 if own or not stands else 0] * count for own in fed], device=device)
             batch.feed(tokens, real)
 
-    def _begin(self, rows: list[_Row]) -> decoding.Growing | decoding.Whole:
+    def _begin(self, rows: list[_Row]) -> cache.Growing | cache.Whole:
         width = max(len(row.ids) for row in rows)
         ids = torch.zeros((len(rows), width), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -220,9 +220,9 @@ class _Loop:
             ids[place, width - len(row.ids) :] = torch.tensor(row.ids)
             mask[place, width - len(row.ids) :] = 1
         try:
-            return decoding.begin(self.model, ids.to(self.model.device), mask.to(self.model.device))
+            return cache.begin(self.model, ids.to(self.model.device), mask.to(self.model.device))
         except (TypeError, ValueError, AttributeError):  # it knows no cache of the common kind
-            return decoding.Whole(self.model, [row.ids for row in rows])
+            return cache.Whole(self.model, [row.ids for row in rows])
 
     def _write(self, rows: list[_Row], logits: Any, pool: ThreadPoolExecutor) -> None:
         """The next token of every row that has been given all of its tokens."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finetune_kit.errors import NumericsError
 from finetune_kit.generation import decoding
+from finetune_kit.generation.cache import Growing, Whole, begin, is_plain, pick
 from finetune_kit.models.adapters import is_adapter
 from finetune_kit.models.completion_rows import Rows, states
 from finetune_kit.models.inference import evaluation_mode, in_batches
@@ -98,7 +99,7 @@ def _sample_batch(
     for at in range(max_new_tokens):
         logits = state.logits.float()
         finite = finite & torch.isfinite(logits.sum())
-        tokens = decoding.pick((logits / temperature).softmax(-1), generator)
+        tokens = pick((logits / temperature).softmax(-1), generator)
         fresh.append(tokens)
         if len(fresh) == every or at + 1 == max_new_tokens:
             if not bool(finite):
@@ -125,7 +126,7 @@ def _up_to_end(tokens: list[int], end_token_ids: list[int]) -> list[int]:
     return tokens[: end + 1]
 
 
-def _begin(policy: Any, prompts: list[list[int]]) -> decoding.Growing | decoding.Whole:
+def _begin(policy: Any, prompts: list[list[int]]) -> Growing | Whole:
     """The prompts through the policy, what they begin with once where its cache allows that."""
     try:
         return _begin_with_cache(policy, prompts)
@@ -134,16 +135,16 @@ def _begin(policy: Any, prompts: list[list[int]]) -> decoding.Growing | decoding
         ValueError,
         AttributeError,
     ):  # it knows no cache of the common kind
-        return decoding.Whole(policy, prompts)
+        return Whole(policy, prompts)
 
 
-def _begin_with_cache(policy: Any, prompts: list[list[int]]) -> decoding.Growing:
+def _begin_with_cache(policy: Any, prompts: list[list[int]]) -> Growing:
     shared = common_beginning(policy, prompts)
     cache: Any = None
     if shared:
         beginning = torch.tensor([prompts[0][:shared]], device=policy.device)
         cache = getattr(policy(input_ids=beginning, use_cache=True, logits_to_keep=1), "cache", None)
-        if decoding.is_plain(cache):
+        if is_plain(cache):
             cache.batch_repeat_interleave(len(prompts))
         else:  # a state without columns would see the padding behind the beginning
             cache, shared = None, 0
@@ -156,7 +157,7 @@ def _begin_with_cache(policy: Any, prompts: list[list[int]]) -> decoding.Growing
     ):  # padded in front of what is its own, so that all continue in the same column
         ids[row, width - len(prompt) :] = torch.tensor(prompt[shared:])
         mask[row, width - (len(prompt) - shared) :] = 1
-    return decoding.begin(policy, ids.to(policy.device), mask.to(policy.device), cache)
+    return begin(policy, ids.to(policy.device), mask.to(policy.device), cache)
 
 
 def common_beginning(policy: Any, prompts: list[list[int]]) -> int:

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_kit.errors import NumericsError
 from finetune_kit.generation import decoding
-from finetune_kit.generation.decoding import Choice, Fixed, Growing, begin, can_leave, fastest, pick, prove, select
+from finetune_kit.generation.cache import Growing, begin, can_leave, pick, select
+from finetune_kit.generation.decoding import Choice, Fixed, fastest, prove
 from finetune_kit.generation.generate import generate
 from finetune_kit.rl import rollout
 from tests.fixtures_evaluation import byte_tokenizer, tiny_gpt2, tiny_llama

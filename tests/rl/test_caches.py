@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune_kit.generation import decoding
+from finetune_kit.generation import cache
 from finetune_kit.rl.rollout import _begin, sample
 from tests.models.architectures import tiny_config
 
@@ -55,16 +55,16 @@ def some_model(kind: str) -> Any:
 def test_rows_that_leave_and_rows_that_stay_get_the_tokens_that_each_row_gets_alone(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, keep = some_model(kind), decoding.Growing.keep
+    model, keep = some_model(kind), cache.Growing.keep
 
     def drawn(ends: list[int], stay: bool) -> tuple[list[list[int]], int]:
         left: list[bool] = []
 
-        def counted(state: decoding.Growing, rows: Any) -> bool:
+        def counted(state: cache.Growing, rows: Any) -> bool:
             left.append(not stay and keep(state, rows))
             return left[-1]
 
-        monkeypatch.setattr(decoding.Growing, "keep", counted)
+        monkeypatch.setattr(cache.Growing, "keep", counted)
         asked: dict[str, Any] = {"temperature": 1e-6, "seed": 0, "batch_size": 8}
         found = sample(model, PROMPTS, max_new_tokens=12, end_token_ids=ends, **asked)
         return [row.ids for row in found], sum(left)
@@ -77,7 +77,7 @@ def test_rows_that_leave_and_rows_that_stay_get_the_tokens_that_each_row_gets_al
     went, left = drawn(ends, stay=False)
     assert went == stayed
     assert (left > 0) == (KINDS[kind] is True)
-    assert isinstance(_begin(model, PROMPTS), decoding.Whole) == (KINDS[kind] is None)
+    assert isinstance(_begin(model, PROMPTS), cache.Whole) == (KINDS[kind] is None)
     if KINDS[kind] is False:
         return  # of a batch with padding on the left it makes other blocks of columns than of a row alone
     for prompt, row in list(zip(PROMPTS, free, strict=True))[::3]:
