@@ -3,7 +3,7 @@
 What it does
     Trains a byte-level tokenizer on the training texts (or takes one), makes a Llama of random weights by one knob,
     model.depth (or of another model's architecture, model.config), and trains every weight to predict the next token.
-    Special tokens of turns and tools are there from the start, so full_sft, lora_sft, dpo and ppo go on from the run.
+    Special tokens of turns and tools are there from the start, so full_sft, lora_sft, dpo and ppo can follow.
 
 Objective
     minimise  - (1 / N) * sum over tokens t of log p(token_t | tokens before t in the same text)

@@ -66,7 +66,7 @@ def syntax_of(tokenizer: Any, kwargs: dict[str, Any] | None = None) -> Syntax:
     if not tokenizer.chat_template:
         raise DataError(
             "tools: the model's tokenizer has no chat template, so no turn of it can call one.",
-            "Take a model with one: model.name_or_path=…",
+            "Use a model with one: model.name_or_path=…",
         )
     template = template_of(tokenizer, True)
     return _learned(tokenizer, template, json.dumps(kwargs or {}, sort_keys=True))
@@ -179,7 +179,7 @@ def _learned(tokenizer: Any, template: str, kwargs_json: str) -> Syntax:
 
     refusal = DataError(
         "tools: what the model's chat template makes of a tool call cannot be read back.",
-        "Take another model: model.name_or_path=…",
+        "Use another model: model.name_or_path=…",
     )
     one = turn(["probe_call"])
     text, name_at = one.completion, one.completion.find("probe_call")

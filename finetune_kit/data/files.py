@@ -292,7 +292,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 GZIP = b"\x1f\x8b"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-BINARY = 8192  # bytes at the beginning of a file in which a zero says that it is no text
+BINARY = 8192  # bytes at the beginning of a file in which a zero says that it is not text
 
 
 def _decode(raw: bytes, path: Path, line: int) -> str:

@@ -1,7 +1,7 @@
 """Rows that offer tools: `data.tools` listed in rows that list none, and what such rows calculate as calls.
 
 GSM8K's `48/2 = <<48/2=24>>24 clips` becomes the turn `48/2 =` with a call of the calculator, its result, and a turn
-that goes on with `24 clips`. A problem of reasoning_gym whose expression has its answer for a value becomes a call of
+that continues with `24 clips`. A problem of reasoning_gym whose expression has its answer for a value becomes a call of
 it, the result, and the answer. A row that calculates nothing stays as it is, with the tools listed: from such rows a
 model learns when to call none.
 """

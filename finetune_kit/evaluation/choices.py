@@ -93,7 +93,7 @@ def question_of(row: dict[str, Any], where: str, setting: str = "evaluate.choice
 
 
 def _written(context: str, row: dict[str, Any]) -> str:
-    """As the usual tasks write it: a passage, `Question: …`, `Answer:`. What is to be gone on with stays so."""
+    """As the usual tasks write it: a passage, `Question: …`, `Answer:`. What is to be continued with stays so."""
     if "endings" in row or re.search(r"\bAnswer:\s*$", context):
         return context.rstrip()
     passage = row.get("context")

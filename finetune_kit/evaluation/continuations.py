@@ -1,4 +1,4 @@
-"""How a model goes on from the beginnings of held-out texts: for people, no number comes of it."""
+"""How a model continues the beginnings of held-out texts: for people, no number comes of it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def continue_texts(measurement: Measurement, model: Any, tokenizer: Any, data: A
 
 
 def say_continuation(model: Any, tokenizer: Any, data: Any, tokens: int) -> None:
-    """Print how the model goes on from the first held-out text."""
+    """Print how the model continues the first held-out text."""
     if distributed.is_sharded(model) or not distributed.is_main():
         return
     begun = _ids(tokenizer, data, data.held_out_records[0].text)[:BEGINNING]

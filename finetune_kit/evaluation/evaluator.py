@@ -20,9 +20,9 @@ class Evaluator:
     """What one run measures by: its tokenizer, its held-out rows, its settings.
 
     `beta`: of a method that trains on preferences; the first model measured is then its reference. `judge`: a reward
-    that scores the answers, as metric "reward". `toolbox`: tools that the answers may call. `continues`: tokens by
-    which the model goes on from the beginnings of held-out texts, in the report, and from one of them each time that it
-    is scored on the way.
+    that scores the answers, as metric "reward". `toolbox`: tools that the answers may call. `continues`: how many
+    tokens the model writes after the beginnings of held-out texts, in the report, and after one of them each time that
+    it is scored on the way.
     """
 
     def __init__(

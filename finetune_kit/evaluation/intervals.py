@@ -72,7 +72,7 @@ def statistic_entry(
     statistic: Callable[[np.ndarray], np.ndarray],
     config: EvaluateConfig,
 ) -> dict[str, Any]:
-    """One line of the report for a number that is best at 0 and is no mean: `statistic` of the rows' summed columns.
+    """One line of the report for a number that is best at 0 and is not a mean: `statistic` of the rows' summed columns.
 
     `before`, `after`: of each row the same columns, (n, k); `statistic` takes their sums (k, …). Better is nearer to 0.
     The interval is a paired bootstrap; None where every resample says the same.

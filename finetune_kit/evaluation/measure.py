@@ -235,7 +235,7 @@ def _answer(
 
     if toolbox is not None and toolbox.tools and distributed.is_sharded(model):
         raise SettingsError(
-            "tools: a model that is cut into shards has to go on with all its rows together, and these wait for tools.",
+            "tools: a model in shards computes all its rows together, and these wait for their tools.",
             "Measure the finished run on one device: python -m finetune_kit evaluate DIR tools=…",
         )
     measurement.completions = distributed.spread(len(prompts), answer, distributed.is_sharded(model))

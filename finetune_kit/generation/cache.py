@@ -33,8 +33,8 @@ class Growing:
         self.cache, self.logits = one_forward(self.model, tokens, mask, self.positions, self.cache)
 
     def feed(self, tokens: Tensor, real: Tensor) -> None:
-        """Go on by (b, k) tokens, of which those are real where (b, k) `real` is 1. A row has only real ones or none:
-        it then stands still, for which the cache must be plain, and its logits say nothing."""
+        """Continue by (b, k) tokens, of which those are real where (b, k) `real` is 1. A row has only real ones or
+        none: it then stands still, for which the cache must be plain, and its logits say nothing."""
         self.mask = torch.cat([self.mask, real], dim=1)
         positions = self.positions + real.cumsum(dim=1)
         mask = self.mask if _has_columns(self.cache) else None
@@ -97,7 +97,7 @@ class Whole:
         self._look()
 
     def feed(self, tokens: Tensor, real: Tensor) -> None:
-        """Go on by (b, k) tokens, of which those are real where (b, k) `real` is 1."""
+        """Continue by (b, k) tokens, of which those are real where (b, k) `real` is 1."""
         fed = zip(self.rows, tokens.tolist(), real.tolist(), strict=True)
         self.rows = [
             [*row, *(token for token, is_real in zip(new, own, strict=True) if is_real)] for row, new, own in fed

@@ -2,9 +2,9 @@
 
 A turn that ends is read for calls by its chat template's own syntax (data/calls.py). Each call is checked, carried out
 with a time limit, and its result is put in with the very tokens that training has between such turns
-(data/chat.after_calls); the row goes on with its cache. In a batch a row whose tool is at work stands still while the
-others go on. Where a template writes the turns before otherwise once there are results (thinking models), the row
-begins anew with the conversation as it would be served.
+(data/chat.after_calls); the row continues with its cache. In a batch a row whose tool is at work stands still while the
+others continue. Where a template writes the turns before otherwise once there are results (thinking models), the row
+starts over with the conversation as it would be served.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Answer(Completion):
 @dataclass(slots=True)
 class _Row:
     """One conversation on its way. `unfed`: ids that the model has not been given yet; `turn`: where in `ids` the turn
-    that it writes began; `state`: writing, waiting (for its tools), moved (begins anew) or over."""
+    that it writes began; `state`: writing, waiting (for its tools), moved (starts over) or over."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
@@ -189,7 +189,7 @@ class _Loop:
         self.told = told or (lambda what, value: None)
 
     def go(self, rows: list[_Row], pool: ThreadPoolExecutor) -> None:
-        """All rows from where they are until each is over, or has to begin anew."""
+        """All rows from where they are until each is over, or has to start over."""
         batch = self._begin(rows)
         stands = isinstance(batch, cache.Whole) or cache.is_plain(batch.cache)
         for row in rows:
@@ -278,7 +278,7 @@ class _Loop:
         return done
 
     def _gather(self, rows: list[_Row], wait_for_all: bool) -> None:
-        """Put the results in where they are there; where no row can go on, wait for the first."""
+        """Put the results in where they are there; where no row can continue, wait for the first."""
         while waiting := [row for row in rows if row.state == "waiting"]:
             for row in waiting:
                 if all(future.done() for future in row.waits):

@@ -208,7 +208,7 @@ def _leaves_open(model: Any) -> bool:
                     barred.append(one.is_meta or "masked_fill" not in name or bool(_corner(one)))
                 elif not one.is_meta and _corner(one) < -1e4:
                     barred.append(True)
-            if "attention" in name:  # whose own mask is no tensor
+            if "attention" in name:  # whose own mask is not a tensor
                 barred.append(True)
             return func(*tree_map_only(torch.Tensor, to_meta, args), **tree_map_only(torch.Tensor, to_meta, kwargs))
 

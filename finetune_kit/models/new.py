@@ -71,11 +71,11 @@ def settle(model: ModelConfig, tokenizer: Any, seed: int) -> None:
 
 
 def check_shapes(model: NewModelConfig, max_length: int) -> None:
-    """Raises SettingsError for settings of a new model that cannot act, or that do not go together."""
+    """Raises SettingsError for settings of a new model that have no effect, or that do not go together."""
     if model.name_or_path != NEW:
         raise SettingsError(
             f"model.name_or_path={model.name_or_path}: pretrain starts from random weights.",
-            f"Take its architecture: model.config={model.name_or_path}   or go on with its weights: run full_sft",
+            f"Take its architecture: model.config={model.name_or_path}   or continue with its weights: run full_sft",
         )
     for name in ("load_in_4bit", *(() if model.config else ("revision", "trust_remote_code"))):
         if getattr(model, name) != getattr(ModelConfig, name):

@@ -65,7 +65,7 @@ class TokenizerConfig:
 
 
 def check_tokenizer(config: TokenizerConfig) -> None:
-    """Raises SettingsError for a vocabulary without room for every byte, and for settings that cannot act."""
+    """Raises SettingsError for a vocabulary without room for every byte, and for settings that have no effect."""
     if config.name_or_path is not None and config.vocab_size != TokenizerConfig.vocab_size:
         raise SettingsError(
             f"tokenizer.vocab_size={config.vocab_size} has no effect: tokenizer.name_or_path has its own words.",

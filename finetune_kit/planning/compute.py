@@ -66,7 +66,7 @@ def flops_a_second(policy: Any) -> float:
 
 
 def compute_in_words(planned: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Rows of the plan's table; none for a run that is no pretraining."""
+    """Rows of the plan's table; none for a run that is not a pretraining."""
     if "compute" not in planned:
         return
     known = planned["compute"]

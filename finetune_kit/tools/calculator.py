@@ -58,7 +58,7 @@ def _tokens(text: str) -> list[str]:
     while text[at:].strip():
         match = _TOKEN.match(text, at)
         if match is None:
-            raise Refused(f"{text[at:].strip()[:1]!r} is no arithmetic")
+            raise Refused(f"{text[at:].strip()[:1]!r} is not arithmetic")
         token = match.group().strip()
         found.append(_SAME.get(token, token))
         at = match.end()
@@ -145,7 +145,7 @@ class _Reader:
         if token[:1].isdigit() or token[:1] == ".":
             return _number(token)
         if token.isalpha():
-            raise Refused(f"{token!r} is no number; known names: {', '.join(_FUNCTIONS)}")
+            raise Refused(f"{token!r} is not a number; known names: {', '.join(_FUNCTIONS)}")
         raise Refused(f"a number was expected {'before ' + repr(token) if token else 'at the end'}")
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ def _apart(tokens: list[str]) -> list[str]:
 
 def _number(token: str) -> Fraction:
     if "," in token and not _GROUPED.fullmatch(token):
-        raise Refused(f"{token!r} is no number: a comma stands before every three digits, as in 1,234")
+        raise Refused(f"{token!r} is not a number: a comma stands before every three digits, as in 1,234")
     mantissa, _, exponent = token.replace(",", "").replace("_", "").lower().partition("e")
     if abs(int(exponent or 0)) > MOST_BITS // 4:
         raise Refused("the number is too large")

@@ -50,9 +50,7 @@ def _passages(place: Path) -> list[tuple[str, str]]:
     root = place.parent if place.is_file() else place
     inside = [path for path in files if path.resolve().is_relative_to(root.resolve()) and path.is_file()]
     if (size := sum(path.stat().st_size for path in inside)) > LARGEST:
-        raise DataError(
-            f"tools: search:{place}: {size:,} bytes of text; at most {LARGEST:,}.", "Take a smaller folder."
-        )
+        raise DataError(f"tools: search:{place}: {size:,} bytes of text; at most {LARGEST:,}.", "Use a smaller folder.")
     passages = [(str(path.relative_to(root)), text) for path in inside for text in _pieces(path)]
     if not any(any(map(str.isalnum, text)) for _, text in passages):
         raise DataError(f"tools: search:{place}: no text found.", f"Expected files that end in {', '.join(KINDS)}.")

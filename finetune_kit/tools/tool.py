@@ -30,7 +30,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 
 class ToolError(Exception):
-    """Why a call gave no result, in words for the model, which goes on with them."""
+    """Why a call gave no result, in words for the model, which continues with them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Tool:
     """`schema`: as transformers' get_json_schema makes it, {"type": "function", "function": {…}}.
 
     `call(arguments, seconds)` gives the result, any value of JSON, or raises ToolError; it keeps to `seconds` itself.
-    `built_in`: it runs no code of the user's. `waits`: it may take long enough for other rows to go on meanwhile.
+    `built_in`: it runs no code of the user's. `waits`: it may take long enough for other rows to continue meanwhile.
     """
 
     schema: dict[str, Any]

@@ -1,4 +1,4 @@
-"""pretrain from no weights at all to a model that the other recipes go on from."""
+"""pretrain from no weights at all to a model that the other recipes continue from."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The settings of tools: one of `tools` and `data.tools` gives the other, and what cannot act is refused."""
+"""The settings of tools: one of `tools` and `data.tools` gives the other, and what has no effect is refused."""
 
 from pathlib import Path
 

@@ -120,7 +120,7 @@ GREEDY = {
     "sleeps": ("import time; time.sleep(60)", "took more than"),
     "catches what it can": ("while True:\n  try:\n    while True: pass\n  except BaseException: pass", "took more than"),
     "ignores signals": ("import signal; signal.signal(15, signal.SIG_IGN)\nwhile True: pass", "took more than"),
-    "closes its pipes and goes on": ("import os; os.close(1); os.close(2)\nwhile True: pass", "took more than"),
+    "closes its pipes and continues": ("import os; os.close(1); os.close(2)\nwhile True: pass", "took more than"),
     "takes memory": ("x = bytearray(2 ** 32)", "MemoryError"),
     "takes memory by degrees": ("x = [0]\nwhile True: x += x", "MemoryError"),
     "writes without end": ("while True: print('x' * 1000)", "wrote more than"),
