@@ -190,7 +190,7 @@ def read_txt(path: Path) -> list[tuple[int, str, bool]]:
     whole = _whole(path, "split -C 1G {0} {1}-")
     if b"\0" in whole[:BINARY] and not whole.startswith(UTF_16):
         raise DataError(
-            f"{path}: a binary file, no text: byte {whole.index(0) + 1} is 0.", "Give a file of UTF-8 text."
+            f"{path}: a binary file, not text: byte {whole.index(0) + 1} is 0.", "Give a file of UTF-8 text."
         )
     text = "".join(_decode(raw, path, number) for number, raw in enumerate(whole.splitlines(True), start=1))
     if _is_json_rows(text):

@@ -157,7 +157,7 @@ def _check_index(path: Path, whole: bool) -> None:
     for name in sorted(set(names.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise SecurityError(
-                f"{path} names the weights file '{name}', which is no *.safetensors in the model's folder.",
+                f"{path} names the weights file '{name}', which is not a *.safetensors in the model's folder.",
                 "Do not use this model unless you know who made it.",
             )
         if whole and not (path.parent / name).is_file():

@@ -43,7 +43,7 @@ def resolve_name(name_or_path: str, weights: bool = False) -> str:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            what = "an adapter" if (folder / "adapter_config.json").is_file() else "no model: it has no config.json"
+            what = "an adapter" if (folder / "adapter_config.json").is_file() else "not a model: it has no config.json"
             raise SettingsError(f"model.name_or_path={name_or_path} is {what}.", "Name the folder of a base model.")
         if not any(folder.glob("*.safetensors")):
             pickles = [path.name for path in folder.glob("*.bin")] + [path.name for path in folder.glob("*.pt")]

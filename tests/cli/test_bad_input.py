@@ -457,7 +457,7 @@ def outside(model: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/outside.safetensors", "pytorch_model.bin"])
 def test_an_index_that_leads_out_of_the_model_s_folder_ends_with_code_6(name: str, folder: Path) -> None:
     outside(copied(folder, "model"), name)
-    mistakes(run("model.name_or_path=model"), 6, f"names the weights file '{name}', which is no *.safetensors in the")
+    mistakes(run("model.name_or_path=model"), 6, f"names the weights file '{name}', which is not a *.safetensors in the")
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_a_target_module_that_does_not_exist_is_answered_with_near_ones(
     monkeypatch.chdir(folder)
     words = ["model.name_or_path=tiny", "data.path=good.jsonl", "output_dir=out/run", "target_modules=[q_proj, v_prj]"]
     said = cli(*command, *words)
-    mistakes(said, 2, "lora.target_modules: 'v_prj' is no ", "Did you mean v_proj")
+    mistakes(said, 2, "lora.target_modules: 'v_prj' is not a linear layer", "Did you mean v_proj")
     assert not (folder / "out").exists()
 
 

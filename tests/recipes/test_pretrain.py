@@ -194,7 +194,7 @@ def test_sources_are_mixed_by_weight_and_the_tokenizer_learns_from_no_held_out_t
     [
         ({"a.jsonl": '{"prompt": "1?", "completion": "1"}\n' * 3}, (), "this recipe needs text rows"),
         ({"a.txt": "Short.\n"}, (), "none can be held out"),
-        ({"a.txt": b"\x7fELF\0\0 binary \0"}, (), "a binary file, no text: byte 5 is 0"),
+        ({"a.txt": b"\x7fELF\0\0 binary \0"}, (), "a binary file, not text: byte 5 is 0"),
         ({"a.txt": b"\xff\xd8\xff\xe0 no zero in it"}, (), "not UTF-8"),
         ({"a.txt": "a b\n" * 400}, ("tokenizer.vocab_size=200",), "256 bytes and 10 special tokens"),
         ({"a.txt": TEXT}, ("data.max_length=4096",), "the model has 2,048 positions"),
