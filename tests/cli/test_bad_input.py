@@ -338,7 +338,7 @@ def test_more_than_5_percent_of_lost_rows_is_refused_with_the_setting_that_allow
         ("data.split=test", ["data.split=test has no effect: no path is a Hub data set.", "Leave it out."]),
         ("data.name=main", ["data.name=main has no effect"]),
         ("data.revision=abc", ["data.revision=abc has no effect"]),
-        ("data.options={min_words: 3}", ["data.options has no effect: good.jsonl is no reasoning_gym/ task."]),
+        ("data.options={min_words: 3}", ["data.options has no effect: good.jsonl is not a reasoning_gym/ task."]),
         ("data.weights=[1, 2]", ["data.weights=[1.0, 2.0]: expected one number for each of 1 paths"]),
     ],
 )

@@ -420,4 +420,4 @@ def test_a_system_without_fcntl_and_resource_lists_and_claims(folder: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("runs/lora_sft\nfull_sft")
+    assert done.stdout.startswith("runs/lora_sft\npretrain")
