@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ PROCESSOR = (
 )
 LOOK = 8  # tokens of a row that tells whether a model sees ahead
 AHEAD = 1e-3  # the share of the last token's own change, from which on a change before it is none of rounding
+# how diffusion models are called, of transformers and of code of their own: LLaDA, Dream, SDAR
+DIFFUSION = re.compile(r"llada|dream|sdar|.*diffusion", re.IGNORECASE)
 TAKE_ANOTHER = "Use a model that writes from left to right, such as a Llama, Qwen, Gemma or Mistral."
 
 
@@ -32,6 +35,12 @@ def auto_class(config: Any, name: str) -> str:
     `name`: the model's, for people. Raises SettingsError, with the reason, where it is not a language model.
     """
     own = (getattr(config, "architectures", None) or [""])[0]
+    if is_diffusion(config):
+        raise SettingsError(
+            f"model.name_or_path={name} is a diffusion model ({own or config.model_type}), which fills a block of text "
+            "in again and again; the recipes train the next token from those in front of it.",
+            TAKE_ANOTHER,
+        )
     for kind in (CAUSAL, *MULTIMODAL):
         if kind in (getattr(config, "auto_map", None) or {}):  # code of the model's own
             return kind
@@ -42,6 +51,12 @@ def auto_class(config: Any, name: str) -> str:
     if reason := _no_language_model(config, own, chosen):
         raise SettingsError(f"model.name_or_path={name} {reason}.", TAKE_ANOTHER)
     return chosen
+
+
+def is_diffusion(config: Any) -> bool:
+    """Whether a config is that of a diffusion model, by its name, its class's, or the size of its canvas."""
+    names = (getattr(config, "architectures", None) or [""])[0], config.model_type or ""
+    return any(map(DIFFUSION.match, names)) or getattr(config, "canvas_length", None) is not None
 
 
 def class_of(model: Any) -> str:
