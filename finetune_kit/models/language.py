@@ -261,13 +261,17 @@ def _run(model: Any, ids: Any) -> Any:
 def settle_text(model: Any) -> None:
     """Let text through Llama 4 (transformers 5.24, TRL 1.16): its own class asks the output of its language model for
     the states of pictures, so that every call fails; its backbone goes by a name that it has not, where TRL looks for
-    it; and TRL reads how many experts there are by a name that its config does not know."""
+    it; and TRL reads how many experts there are by a name that its config does not know. So through Kosmos 2.5, whose
+    class has no backbone: its language model, with a head, is one part of it, and its output has no last state."""
     text = model.config.get_text_config()
     if text.model_type == "llama4_text":
         type(text).attribute_map = {**type(text).attribute_map, "num_experts": "num_local_experts"}
     if type(model).__name__ == "Llama4ForConditionalGeneration":
         model.language_model.register_forward_hook(_without_pictures)
         vars(model)["text_backbone"] = model.language_model.model  # no child: weights keep their names
+        model.base_model_prefix = "text_backbone"
+    if type(model).__name__ == "Kosmos2_5ForConditionalGeneration":
+        vars(model)["text_backbone"] = model.text_model.model
         model.base_model_prefix = "text_backbone"
 
 

@@ -257,6 +257,16 @@ def test_the_row_of_the_pad_token_is_loaded_as_it_was_saved_also_where_transform
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
+def test_the_backbone_that_trl_asks_gives_the_states_that_the_head_reads() -> None:
+    torch.manual_seed(0)
+    model = auto_class("kosmos-2.5").from_config(tiny_config("kosmos-2.5")).eval()
+    language.settle_text(model)
+    ids = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        state = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        assert torch.equal(model.get_output_embeddings()(state), model(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("kind", ["llama", "prophetnet"])  # whose head reads a state for each of the next two tokens
 def test_logits_in_front_of_each_completion_token_are_those_of_the_whole_row(kind: str) -> None:
     torch.manual_seed(0)
