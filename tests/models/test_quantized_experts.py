@@ -41,6 +41,21 @@ def test_logits_are_those_of_the_numbers_that_the_4_bits_stand_for(tmp_path: Pat
         assert torch.equal(base(IDS).logits, plain(IDS).logits)
 
 
+def test_a_router_whose_weight_is_read_past_it_keeps_its_shape_in_4_bits(tmp_path: Path) -> None:
+    base = load_base(in_4_bits(tmp_path, "longcat_flash"))
+    read = [module.weight for name, module in base.named_modules() if name.endswith(".router.classifier")]
+    assert read
+    assert all(isinstance(weight, Weight4bit) for weight in read)
+    with torch.no_grad():
+        assert torch.isfinite(base(IDS).logits).all()
+
+
+def test_experts_that_no_adapter_covers_are_in_4_bits_all_the_same() -> None:
+    for kind in ("dbrx", "mistral_large4"):
+        names = {name.rsplit(".", 1)[-1] for name in stacked(empty_model(kind))}
+        assert names >= ({"w1", "v1", "w2"} if kind == "dbrx" else {"gate_up_proj", "down_proj"})
+
+
 def test_an_adapter_covers_experts_and_dense_layers_of_4_bits_and_twice_the_same_pass_gives_the_same(
     tmp_path: Path,
 ) -> None:
@@ -77,6 +92,13 @@ class TestAWeight:
         assert torch.equal(ids @ weight[1].t(), ids @ whole[1].t())
         assert torch.equal(torch.cat([weight, weight]), torch.cat([whole, whole]))
         assert torch.equal(weight.to(torch.bfloat16), whole.to(torch.bfloat16))
+
+    def test_one_of_a_stack_is_read_in_inference_mode_too(self) -> None:
+        weight = packed(4, 96, 64)
+        whole = weight.unpacked()
+        with torch.inference_mode():
+            assert torch.equal(weight[1], whole[1])
+            assert torch.equal(weight.view(2, 192, 64)[0], whole.view(2, 192, 64)[0])
 
     def test_a_copy_and_what_moves_keep_4_bits(self) -> None:
         weight = packed(4, 96, 64)
