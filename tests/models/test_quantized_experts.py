@@ -1,5 +1,7 @@
 """Experts in 4 bits: what they stand for, what trains beside them, and that nothing changes them."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from finetune_kit.models.load import load_base, load_dequantised, load_policy
 from finetune_kit.models.quantization import layers, stacked
 from finetune_kit.models.quantized_experts import Weight4bit, compute_in_own_type, freeze, pack
 from finetune_kit.settings.schema import LoraConfig, ModelConfig
-from tests.models.architectures import empty_model, write_small
+from tests.models.architectures import empty_model, tiny_config, write_small
 
 IDS = torch.arange(5, 45)[None]
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -142,3 +144,47 @@ def test_a_layer_whose_weight_the_code_around_it_changes_stays_as_it_is_and_the_
     kept = {name.rsplit(".", 1)[-1] for name in changed_in_place(model)}
     assert kept == {"prediction_coefs"}
     assert not any("prediction_coefs" in name for name in [*layers(model), *stacked(model)])
+
+
+PEAK = """
+import sys, threading, time
+from finetune_kit.models.load import load_base
+from finetune_kit.settings.schema import ModelConfig
+
+def own():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+
+def watch():
+    while not done:
+        peaks.append(own())
+        time.sleep(0.002)
+
+peaks, done = [], False
+for folder in sys.argv[1:]:  # the first one imports what loading needs
+    peaks.clear()
+    thread = threading.Thread(target=watch)
+    done, before = False, own()
+    thread.start()
+    model = load_base(ModelConfig(name_or_path=folder, load_in_4bit=True))
+    done = True
+    thread.join()
+    print(max(peaks) - before)
+    del model
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells how much memory is a process's own")
+def test_loading_a_mixture_in_4_bits_never_holds_it_in_full(tmp_path: Path) -> None:
+    sizes = []
+    for count in (1, 1, 5):
+        config = tiny_config("mixtral")
+        config.update({"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": count})
+        folder = tmp_path / str(count)
+        model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(folder)
+        sizes.append(sum(p.numel() * p.element_size() for p in model.parameters()))
+    folders = [str(tmp_path / name) for name in ("1", "1", "5")]
+    done = subprocess.run([sys.executable, "-c", PEAK, *folders], capture_output=True, text=True, check=True)
+    _, small, large = map(int, done.stdout.split())
+    assert large - small < 0.5 * (sizes[2] - sizes[1])
