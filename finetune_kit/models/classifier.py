@@ -12,6 +12,7 @@ import inspect
 from typing import Any
 
 from finetune_kit.errors import SettingsError
+from finetune_kit.models.language import is_diffusion
 
 AUTO_CLASS = "AutoModelForSequenceClassification"
 ANOTHER = "Use a causal language model, such as Llama, Qwen, Gemma or LFM2, as model.name_or_path."
@@ -53,6 +54,8 @@ def loading(config: Any) -> tuple[str, str]:
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as OWN
 
+    if is_diffusion(config):
+        raise SettingsError(f"{config.model_type} is a diffusion model: no score can be put on it.", ANOTHER)
     known = config.model_type in OWN and type(config).__module__.startswith("transformers.")
     if known or AUTO_CLASS in (getattr(config, "auto_map", None) or {}):
         if known and not _has_score(own := MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]):

@@ -21,6 +21,8 @@ OUTSIDE = "outside the language model's layers"
 READ_PAST = "the code around it reads its weight past an adapter, for a kernel or a product of its own"
 # a layer's weight as an operand in the code of the module around it, not its type, its shape or a slice of it
 READS = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?! =|\.(?:dtype|device|shape|ndim|data)\b|\[)")
+# a parameter of a module within, as the code of the module around it reads it
+PARAMETERS = re.compile(r"self\.(\w+)\.(\w+)\b(?!\()")
 # a layer's weight that the code of the module around it changes in place, as Gemma 3n's
 CHANGES = re.compile(r"self\.(\w+)\.weight\.data\.\w+_\(")
 EXPERTS_IN_4_BIT = "4-bit experts take no adapter"
@@ -56,7 +58,8 @@ def matrices(model: Any) -> Iterator[Matrix]:
         if isinstance(module, torch.nn.ModuleList) and name.count(".") <= 1 and not any(c.isdigit() for c in name)
     }
     heads = {id(head) for head in (model.get_output_embeddings(), getattr(model, "score", None)) if head is not None}
-    renamed, lost = renamed_by_peft(model), _lost_by_peft(model, [n for n, m in modules.items() if is_linear(m)])
+    adaptable = [name for name, module in modules.items() if is_linear(module) or _holds_experts(name, module)]
+    renamed, lost = renamed_by_peft(model), _lost_by_peft(model, adaptable)
     for name, module in modules.items():
         if id(module) in heads or name in HEADS or isinstance(module, torch.nn.Embedding):
             continue
@@ -83,6 +86,10 @@ def matrices(model: Any) -> Iterator[Matrix]:
                 reason = f"no linear layer: {type(module).__name__}"
             elif not weight.is_floating_point():
                 reason = EXPERTS_IN_4_BIT
+            elif _is_read_around(modules, name, own):
+                kind, reason = f"experts.{own}", READ_PAST
+            elif name in lost:
+                kind, reason = f"experts.{own}", LOST
             else:
                 kind, reason = f"experts.{own}", ""
             yield Matrix(f"{name}.{own}", kind, weight.numel(), not reason, reason)
@@ -166,6 +173,27 @@ def _unreachable(modules: dict[str, Any], config: Any, name: str, module: Any) -
     return READ_PAST if leaf in _read_past(around) else ""
 
 
+def _is_read_around(modules: dict[str, Any], name: str, own: str) -> bool:
+    """Whether the code of the module around one reads a parameter of it, as DBRX's experts do: PEFT's wrapper, which
+    stands in the place of the module, has none of that name."""
+    home, _, leaf = name.rpartition(".")
+    around: Any = type(modules.get(home))
+    return (leaf, own) in _named_in(around, PARAMETERS)
+
+
+def read_past(model: Any) -> list[str]:
+    """Full names of the linear layers, routers too, whose weights the code around them reads: what stands in the place
+    of one must have a weight of its shape and type. Those beside the language model and heads are left out."""
+    modules = plain_modules(model)
+    found = []
+    for matrix in matrices(model):
+        home, _, leaf = matrix.name.rpartition(".")
+        around: Any = type(modules.get(home))
+        if matrix.reason != OUTSIDE and is_linear(modules.get(matrix.name)) and leaf in _read_past(around):
+            found.append(matrix.name)
+    return found
+
+
 def changed_in_place(model: Any) -> list[str]:
     """Full names of the layers whose weights the code around them changes in place, which 4 bits cannot be."""
     modules = plain_modules(model)
@@ -184,8 +212,8 @@ def _read_past(kind: type) -> frozenset[str]:
 
 
 @cache
-def _named_in(kind: type, pattern: re.Pattern[str]) -> frozenset[str]:
-    """What a pattern finds in the code of a class."""
+def _named_in(kind: type, pattern: re.Pattern[str]) -> frozenset[Any]:
+    """What a pattern finds in the code of a class, as re.findall gives it."""
     try:
         return frozenset(pattern.findall(inspect.getsource(kind)))
     except (OSError, TypeError):  # a class without source, such as one made in a running program
@@ -236,8 +264,9 @@ def renamed_by_peft(model: Any) -> set[str]:
 
 
 def _lost_by_peft(model: Any, names: Collection[str]) -> set[str]:
-    """Of the layers of these names those whose adapter PEFT would not find again: it reads a file of its own as one of
-    before transformers 5, and Laguna's pattern for `shared_expert.` fits `shared_experts.`, too."""
+    """Of the modules of these names those whose adapter PEFT would not find again: it reads a file of its own as one of
+    before transformers 5, and Laguna's pattern for `shared_expert.` fits `shared_experts.`, too, and that of Mistral
+    Large 4 for `.experts.` the experts themselves."""
     import torch
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as as_read

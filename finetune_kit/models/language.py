@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ PROCESSOR = (
 )
 LOOK = 8  # tokens of a row that tells whether a model sees ahead
 AHEAD = 1e-3  # the share of the last token's own change, from which on a change before it is none of rounding
+# how diffusion models are called, of transformers and of code of their own: LLaDA, Dream, SDAR
+DIFFUSION = re.compile(r"llada|dream|sdar|.*diffusion", re.IGNORECASE)
 TAKE_ANOTHER = "Use a model that writes from left to right, such as a Llama, Qwen, Gemma or Mistral."
 
 
@@ -32,6 +35,12 @@ def auto_class(config: Any, name: str) -> str:
     `name`: the model's, for people. Raises SettingsError, with the reason, where it is not a language model.
     """
     own = (getattr(config, "architectures", None) or [""])[0]
+    if is_diffusion(config):
+        raise SettingsError(
+            f"model.name_or_path={name} is a diffusion model ({own or config.model_type}), which fills a block of text "
+            "in again and again; the recipes train the next token from those in front of it.",
+            TAKE_ANOTHER,
+        )
     for kind in (CAUSAL, *MULTIMODAL):
         if kind in (getattr(config, "auto_map", None) or {}):  # code of the model's own
             return kind
@@ -42,6 +51,12 @@ def auto_class(config: Any, name: str) -> str:
     if reason := _no_language_model(config, own, chosen):
         raise SettingsError(f"model.name_or_path={name} {reason}.", TAKE_ANOTHER)
     return chosen
+
+
+def is_diffusion(config: Any) -> bool:
+    """Whether a config is that of a diffusion model, by its name, its class's, or the size of its canvas."""
+    names = (getattr(config, "architectures", None) or [""])[0], config.model_type or ""
+    return any(map(DIFFUSION.match, names)) or getattr(config, "canvas_length", None) is not None
 
 
 def class_of(model: Any) -> str:
@@ -246,13 +261,17 @@ def _run(model: Any, ids: Any) -> Any:
 def settle_text(model: Any) -> None:
     """Let text through Llama 4 (transformers 5.24, TRL 1.16): its own class asks the output of its language model for
     the states of pictures, so that every call fails; its backbone goes by a name that it has not, where TRL looks for
-    it; and TRL reads how many experts there are by a name that its config does not know."""
+    it; and TRL reads how many experts there are by a name that its config does not know. So through Kosmos 2.5, whose
+    class has no backbone: its language model, with a head, is one part of it, and its output has no last state."""
     text = model.config.get_text_config()
     if text.model_type == "llama4_text":
         type(text).attribute_map = {**type(text).attribute_map, "num_experts": "num_local_experts"}
     if type(model).__name__ == "Llama4ForConditionalGeneration":
         model.language_model.register_forward_hook(_without_pictures)
         vars(model)["text_backbone"] = model.language_model.model  # no child: weights keep their names
+        model.base_model_prefix = "text_backbone"
+    if type(model).__name__ == "Kosmos2_5ForConditionalGeneration":
+        vars(model)["text_backbone"] = model.text_model.model
         model.base_model_prefix = "text_backbone"
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.errors import ResourceError, SettingsError
-from finetune_kit.models.coverage import READ_PAST, changed_in_place, matrices, plain_modules
+from finetune_kit.models.coverage import LOST, READ_PAST, changed_in_place, matrices, plain_modules, read_past
 from finetune_kit.settings.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def layers(model: Any) -> dict[str, Any]:
 def stacked(model: Any) -> list[str]:
     """Names of the parameters that are kept in 4 bits though no layer of bitsandbytes holds them: the stacks of
     experts, layers that an adapter can only reach by their parameter, and those whose weight is read past them."""
-    every = list(matrices(model))
-    past = [f"{matrix.name}.weight" for matrix in every if matrix.reason == READ_PAST]
-    return [*past, *(matrix.name for matrix in every if matrix.parameter)]
+    layers_read = [f"{name}.weight" for name in read_past(model)]
+    every, modules = matrices(model), plain_modules(model)
+    # what is no module is a parameter, with an adapter or read past one
+    stacks = [m.name for m in every if m.parameter or (m.reason in (READ_PAST, LOST) and m.name not in modules)]
+    return [*layers_read, *stacks]

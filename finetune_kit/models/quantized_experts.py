@@ -43,7 +43,8 @@ class Weight4bit(torch.Tensor):
 
     def unpacked(self) -> torch.Tensor:
         """The numbers that the 4 bits stand for, in the weight's type."""
-        numbers: torch.Tensor = functional.dequantize_4bit(self.codes, self.state)
+        with torch.inference_mode(False):  # torch refuses a view of a plain tensor, as this weight is, on one of those
+            numbers: torch.Tensor = functional.dequantize_4bit(self.codes, self.state)
         return numbers
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's has an argument

@@ -91,6 +91,7 @@ def test_a_vision_tower_is_left_alone_whatever_its_layers_are_called() -> None:
     [
         ("mamba", {"x_proj", "dt_proj", "out_proj"}),
         ("granitemoehybrid", {"out_proj"}),  # which PEFT would take
+        ("dbrx", {"experts.w1", "experts.v1", "experts.w2"}),  # by the module around theirs
         ("bloom", set()),  # a slice, of a way to compute that is off
         ("llama", set()),
     ],
@@ -122,6 +123,13 @@ def test_a_layer_whose_adapter_peft_would_read_under_another_name_is_left_out() 
     lost = {matrix.name for matrix in matrices(model) if matrix.reason == LOST}
     assert lost == {f"model.layers.1.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
     assert "model.layers.0.mlp.gate_proj" in find_targets(model, LoraConfig()).matched
+
+
+def test_experts_whose_adapter_peft_would_read_under_another_name_are_left_out() -> None:
+    model = empty_model("mistral_large4")  # PEFT reads `.mlp.experts.` as `.mlp.mlp.experts.`
+    lost = {matrix.kind for matrix in matrices(model) if matrix.reason == LOST}
+    assert lost == {"experts.gate_up_proj", "experts.down_proj", "gate_proj", "up_proj", "down_proj"}
+    assert find_targets(model, LoraConfig()).parameters == []
 
 
 def test_a_head_that_is_called_decoder_is_not_taken_for_the_layers() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from finetune_kit.data.template import dialect_of
 from finetune_kit.errors import FinetuneKitError, SettingsError
@@ -94,6 +94,7 @@ def test_a_short_name_means_the_language_models_layers_and_a_whole_one_what_it_n
         ("xlm", "XLMWithLMHeadModel", "(causal=false)"),
         ("xlnet", "XLNetLMHeadModel", "reads from both sides"),
         ("cpmant", "CpmAntForCausalLM", "reads from both sides: in a CpmAntForCausalLM"),
+        ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", "is a diffusion model (DiffusionGemmaForBlock"),
         ("kosmos-2", "Kosmos2ForConditionalGeneration", "specify either `pixel_values` or `image_embeds`"),
     ],
 )
@@ -112,11 +113,22 @@ def test_what_is_no_language_model_is_refused_before_any_data_is_read(
 
 
 @pytest.mark.parametrize(
+    ("kind", "own"), [("llada", "LLaDAModelLM"), ("Dream", "DreamModel"), ("sdar_moe", "SDARMoeForCausalLM")]
+)
+def test_a_diffusion_model_with_code_of_its_own_is_refused_by_its_name(kind: str, own: str) -> None:
+    config = PretrainedConfig(architectures=[own], auto_map={"AutoModelForCausalLM": f"modeling.{own}"})
+    config.model_type = kind
+    with pytest.raises(SettingsError, match=rf"is a diffusion model \({own}\)"):
+        language.auto_class(config, "it")
+
+
+@pytest.mark.parametrize(
     ("kind", "said"),
     [
         ("blenderbot", "is an encoder-decoder: no score can be put on it"),
         ("bert", "has a head of another kind than one layer `score`"),
         ("llama4", "has no backbone of its own in transformers"),
+        ("diffusion_gemma", "is a diffusion model: no score can be put on it"),
     ],
 )
 def test_what_no_score_can_be_put_on_is_refused_before_any_data_is_read(
@@ -243,6 +255,16 @@ def test_the_row_of_the_pad_token_is_loaded_as_it_was_saved_also_where_transform
     model.save_pretrained(tmp_path)
     loaded = auto_class("youtu").from_pretrained(tmp_path)
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_the_backbone_that_trl_asks_gives_the_states_that_the_head_reads() -> None:
+    torch.manual_seed(0)
+    model = auto_class("kosmos-2.5").from_config(tiny_config("kosmos-2.5")).eval()
+    language.settle_text(model)
+    ids = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        state = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        assert torch.equal(model.get_output_embeddings()(state), model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("kind", ["llama", "prophetnet"])  # whose head reads a state for each of the next two tokens

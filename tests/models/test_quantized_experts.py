@@ -1,5 +1,7 @@
 """Experts in 4 bits: what they stand for, what trains beside them, and that nothing changes them."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from finetune_kit.models.load import load_base, load_dequantised, load_policy
 from finetune_kit.models.quantization import layers, stacked
 from finetune_kit.models.quantized_experts import Weight4bit, compute_in_own_type, freeze, pack
 from finetune_kit.settings.schema import LoraConfig, ModelConfig
-from tests.models.architectures import empty_model, write_small
+from tests.models.architectures import empty_model, tiny_config, write_small
 
 IDS = torch.arange(5, 45)[None]
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -39,6 +41,21 @@ def test_logits_are_those_of_the_numbers_that_the_4_bits_stand_for(tmp_path: Pat
     assert not any(isinstance(weight, Weight4bit) for weight in plain.parameters())
     with torch.no_grad():
         assert torch.equal(base(IDS).logits, plain(IDS).logits)
+
+
+def test_a_router_whose_weight_is_read_past_it_keeps_its_shape_in_4_bits(tmp_path: Path) -> None:
+    base = load_base(in_4_bits(tmp_path, "longcat_flash"))
+    read = [module.weight for name, module in base.named_modules() if name.endswith(".router.classifier")]
+    assert read
+    assert all(isinstance(weight, Weight4bit) for weight in read)
+    with torch.no_grad():
+        assert torch.isfinite(base(IDS).logits).all()
+
+
+def test_experts_that_no_adapter_covers_are_in_4_bits_all_the_same() -> None:
+    for kind in ("dbrx", "mistral_large4"):
+        names = {name.rsplit(".", 1)[-1] for name in stacked(empty_model(kind))}
+        assert names >= ({"w1", "v1", "w2"} if kind == "dbrx" else {"gate_up_proj", "down_proj"})
 
 
 def test_an_adapter_covers_experts_and_dense_layers_of_4_bits_and_twice_the_same_pass_gives_the_same(
@@ -77,6 +94,13 @@ class TestAWeight:
         assert torch.equal(ids @ weight[1].t(), ids @ whole[1].t())
         assert torch.equal(torch.cat([weight, weight]), torch.cat([whole, whole]))
         assert torch.equal(weight.to(torch.bfloat16), whole.to(torch.bfloat16))
+
+    def test_one_of_a_stack_is_read_in_inference_mode_too(self) -> None:
+        weight = packed(4, 96, 64)
+        whole = weight.unpacked()
+        with torch.inference_mode():
+            assert torch.equal(weight[1], whole[1])
+            assert torch.equal(weight.view(2, 192, 64)[0], whole.view(2, 192, 64)[0])
 
     def test_a_copy_and_what_moves_keep_4_bits(self) -> None:
         weight = packed(4, 96, 64)
@@ -120,3 +144,47 @@ def test_a_layer_whose_weight_the_code_around_it_changes_stays_as_it_is_and_the_
     kept = {name.rsplit(".", 1)[-1] for name in changed_in_place(model)}
     assert kept == {"prediction_coefs"}
     assert not any("prediction_coefs" in name for name in [*layers(model), *stacked(model)])
+
+
+PEAK = """
+import sys, threading, time
+from finetune_kit.models.load import load_base
+from finetune_kit.settings.schema import ModelConfig
+
+def own():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+
+def watch():
+    while not done:
+        peaks.append(own())
+        time.sleep(0.002)
+
+peaks, done = [], False
+for folder in sys.argv[1:]:  # the first one imports what loading needs
+    peaks.clear()
+    thread = threading.Thread(target=watch)
+    done, before = False, own()
+    thread.start()
+    model = load_base(ModelConfig(name_or_path=folder, load_in_4bit=True))
+    done = True
+    thread.join()
+    print(max(peaks) - before)
+    del model
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells how much memory is a process's own")
+def test_loading_a_mixture_in_4_bits_never_holds_it_in_full(tmp_path: Path) -> None:
+    sizes = []
+    for count in (1, 1, 5):
+        config = tiny_config("mixtral")
+        config.update({"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": count})
+        folder = tmp_path / str(count)
+        model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(folder)
+        sizes.append(sum(p.numel() * p.element_size() for p in model.parameters()))
+    folders = [str(tmp_path / name) for name in ("1", "1", "5")]
+    done = subprocess.run([sys.executable, "-c", PEAK, *folders], capture_output=True, text=True, check=True)
+    _, small, large = map(int, done.stdout.split())
+    assert large - small < 0.5 * (sizes[2] - sizes[1])
