@@ -167,7 +167,9 @@ def _check_acts(config: DataConfig) -> None:
     paths = [*_listed(config.path), *([config.held_out_path] if config.held_out_path else [])]
     others = [path for path in paths if not path.startswith(tasks.PREFIX)]
     if config.options and len(others) == len(paths):
-        raise SettingsError(f"data.options has no effect: {_shown(config)} is not a {tasks.PREFIX} task.", "Leave it out.")
+        raise SettingsError(
+            f"data.options has no effect: {_shown(config)} is not a {tasks.PREFIX} task.", "Leave it out."
+        )
     if any(path != SHAKESPEARE and not Path(path).expanduser().exists() for path in others):
         return
     for name, given in (("name", config.name), ("split", config.split), ("revision", config.revision)):

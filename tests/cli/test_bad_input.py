@@ -457,7 +457,9 @@ def outside(model: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/outside.safetensors", "pytorch_model.bin"])
 def test_an_index_that_leads_out_of_the_model_s_folder_ends_with_code_6(name: str, folder: Path) -> None:
     outside(copied(folder, "model"), name)
-    mistakes(run("model.name_or_path=model"), 6, f"names the weights file '{name}', which is not a *.safetensors in the")
+    mistakes(
+        run("model.name_or_path=model"), 6, f"names the weights file '{name}', which is not a *.safetensors in the"
+    )
 
 
 @pytest.mark.parametrize(
