@@ -41,6 +41,7 @@ def _load(given: dict[str, Any]) -> Any:
 
     folder, base, quantised, stacks = (given[name] for name in ("folder", "base", "quantised", "stacks"))
     rewards = given["kind"] == "AutoModelForSequenceClassification"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)  # it has to load, too
     experts: Any = _module(given["experts"]) if stacks else None
     with experts.packing(lambda _: stacks, lambda _: given["kept"]) if stacks else contextlib.nullcontext():
         model = getattr(transformers, given["kind"]).from_pretrained(
@@ -60,7 +61,6 @@ def _load(given: dict[str, Any]) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if rewards:  # its head is trained in float32, whatever the other weights are in
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.score.float().register_forward_pre_hook(lambda head, inputs: (inputs[0].float(),))
     if stacks:

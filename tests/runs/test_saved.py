@@ -135,7 +135,7 @@ def test_folders_that_are_no_adapter_of_this_base_are_refused(
         with pytest.raises(error, match=message):
             compare_adapters(run, [folder])
 
-    refused(tiny_model, SettingsError, r"no adapter: it has no adapter_config\.json")
+    refused(tiny_model, SettingsError, r"is not an adapter: it has no adapter_config\.json")
     refused(lora_run.folder, SettingsError, "is given twice")
     pickled = tmp_path / "pickled"
     pickled.mkdir()

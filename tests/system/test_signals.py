@@ -137,7 +137,7 @@ def test_a_reader_that_has_read_enough_ends_list_quietly(tmp_path: Path) -> None
     command = f"{sys.executable} -m finetune_kit list | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    assert done.stdout.splitlines()[0].startswith("full_sft")
+    assert done.stdout.splitlines()[0].startswith("pretrain")
     assert done.stdout.splitlines()[1] == "0"
 
 
