@@ -110,7 +110,11 @@ def test_plain_text_is_trained_packed_and_its_perplexity_falls(home: Path) -> No
     with run.model.disable_adapter():
         before = measure(run.model, run.tokenizer, run.data, run.config.evaluate)
     report = compare(before, after, run.config.evaluate)
-    assert [metric["name"] for metric in report.metrics] == ["held_out_loss", "held_out_perplexity"]
+    assert [metric["name"] for metric in report.metrics] == [
+        "held_out_loss",
+        "held_out_perplexity",
+        "held_out_bits_per_byte",
+    ]
     assert report.metrics[1]["after"] < report.metrics[1]["before"]
     assert report.rows["answered"] == 0
     assert report.main == "held_out_loss"
