@@ -56,6 +56,11 @@ def loading(config: Any) -> tuple[str, str]:
 
     if is_diffusion(config):
         raise SettingsError(f"{config.model_type} is a diffusion model: no score can be put on it.", ANOTHER)
+    if getattr(config.get_text_config(), "use_bidirectional_attention", None) is True:  # PaliGemma
+        raise SettingsError(
+            f"{config.model_type} reads a prompt from both sides, by token types: no score can be put on it.",
+            ANOTHER,
+        )
     known = config.model_type in OWN and type(config).__module__.startswith("transformers.")
     if known or AUTO_CLASS in (getattr(config, "auto_map", None) or {}):
         if known and not _has_score(own := MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]):

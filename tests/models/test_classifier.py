@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BlenderbotConfig,
+    PaliGemmaConfig,
     TrOCRConfig,
 )
 
@@ -136,6 +137,8 @@ def test_what_no_score_can_be_put_on_is_refused_by_name() -> None:
         loading(BlenderbotConfig(is_encoder_decoder=False))  # as its decoder alone is saved
     with pytest.raises(SettingsError, match="bert: transformers' BertForSequenceClassification has a head of another"):
         loading(BertConfig())
+    with pytest.raises(SettingsError, match="paligemma reads a prompt from both sides, by token types: no score"):
+        loading(PaliGemmaConfig())
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
