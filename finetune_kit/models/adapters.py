@@ -101,7 +101,15 @@ def find_targets(model: Any, lora: LoraConfig) -> Targets:
 def _wanted_modules(model: Any, lora: LoraConfig, every: list[Matrix]) -> list[Matrix]:
     """The matrices that `lora.target_modules` names."""
     if lora.target_modules == "all-linear":
-        return [matrix for matrix in every if not matrix.reason]
+        covered = [matrix for matrix in every if not matrix.reason]
+        if not covered:
+            reasons = Counter(matrix.reason for matrix in every if matrix.reason != OUTSIDE)
+            raise SettingsError(
+                "lora.target_modules=all-linear: no layer of this model can be adapted: "
+                f"{reasons.most_common(1)[0][0] if reasons else 'it has no linear layer'}.",
+                "Train all weights: full_sft, or lora.r=0 in the other recipes.",
+            )
+        return covered
     names = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     layers = {matrix.name.removesuffix(".weight") if matrix.parameter else matrix.name: matrix for matrix in every}
     linear = {name: matrix for name, matrix in layers.items() if is_linear(_submodule(model, name))}

@@ -62,7 +62,7 @@ def check_text(model: ModelConfig) -> None:
     whose tokens see those behind them, as far as it can be told without weights."""
     base = _empty(model)
     if language_class(model) in language.MULTIMODAL and (reason := language.refuses_text(base)):
-        raise SettingsError(f"model.name_or_path={model.name_or_path} {reason}", language.TAKE_ANOTHER)
+        raise SettingsError(f"model.name_or_path={model.name_or_path} {reason.rstrip('.')}.", language.TAKE_ANOTHER)
     language.check_order(base, model.name_or_path)
 
 

@@ -89,6 +89,7 @@ def _found(model_type: str) -> Any:
     for way in ways:
         try:
             config = way(model_type)
+            _split_rotary(config.get_text_config())
             with torch.device("meta"):
                 empty = auto_class(model_type).from_config(copy.deepcopy(config))
         except Exception as error:  # whatever a config or a model refuses about small shapes
@@ -101,6 +102,14 @@ def _found(model_type: str) -> Any:
         assert first is not None
         raise first
     return built
+
+
+def _split_rotary(text: Any) -> None:
+    """Give positions in time, height and width their shares of a small head; the class has those of a large one."""
+    rope = getattr(text, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in (getattr(text, "ignore_keys_at_rope_validation", None) or ()):
+        half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
+        rope.setdefault("mrope_section", [half - 2 * (half // 3), half // 3, half // 3])
 
 
 def _reads(model_type: str, config: Any, empty: Any) -> bool:

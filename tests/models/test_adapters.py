@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from finetune_kit.errors import SettingsError
+from finetune_kit.models import adapters
 from finetune_kit.models.adapters import attach, find_targets, is_adapter, load_adapter, restore
+from finetune_kit.models.coverage import OUTSIDE, Matrix
 from finetune_kit.models.lora_product import add_in_one_pass
 from finetune_kit.settings.schema import LoraConfig
 
@@ -127,6 +129,19 @@ class TestTargets:
         with pytest.raises(SettingsError, match="'lm_haed' is not a module") as caught:
             find_targets(model, LoraConfig(target_modules=targets, modules_to_save=["lm_haed"]))
         assert "lm_head" in caught.value.fix
+
+    def test_a_model_of_which_no_layer_can_be_adapted_is_refused_with_the_most_frequent_reason(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        every = [
+            *(Matrix(f"layers.{at}.q", "q", 4, False, "PEFT would lose it") for at in range(3)),
+            Matrix("router", "router", 4, False, "a router"),
+            *(Matrix(f"tower.{at}", "fc", 4, False, OUTSIDE) for at in range(9)),
+        ]
+        monkeypatch.setattr(adapters, "matrices", lambda model: every)
+        with pytest.raises(SettingsError, match="no layer of this model can be adapted: PEFT would lose it") as caught:
+            find_targets(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=99)), LoraConfig())
+        assert "lora.r=0" in str(caught.value.fix)
 
 
 class TestAttach:

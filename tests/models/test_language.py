@@ -96,6 +96,11 @@ def test_a_short_name_means_the_language_models_layers_and_a_whole_one_what_it_n
         ("cpmant", "CpmAntForCausalLM", "reads from both sides: in a CpmAntForCausalLM"),
         ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", "is a diffusion model (DiffusionGemmaForBlock"),
         ("kosmos-2", "Kosmos2ForConditionalGeneration", "specify either `pixel_values` or `image_embeds`"),
+        (
+            "qwen3_omni_moe_thinker",
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+            "cannot be run on text alone: 'Qwen3",
+        ),
     ],
 )
 def test_what_is_no_language_model_is_refused_before_any_data_is_read(
