@@ -37,7 +37,7 @@ def test_all_modules_and_recipes_load_and_a_run_claims_its_folder_without_what_w
     script = f"""{WITHOUT}
 from finetune_kit.settings.load import resolve
 from finetune_kit.settings.schema import RecipeConfig
-from finetune_kit.data.template import _within
+from finetune_kit.data.rendering import _within
 from finetune_kit.models.embedded import cache_folder
 from finetune_kit.rewards.limits import Own, contained
 from finetune_kit.run_folder.claim import begin, claim

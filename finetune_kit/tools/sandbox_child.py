@@ -35,7 +35,6 @@ import operator
 import platform
 import random
 import re
-import resource
 import signal
 import statistics
 import string
@@ -46,6 +45,9 @@ import time
 import traceback
 import typing
 import unicodedata
+
+with contextlib.suppress(ImportError):  # Windows has none, and no sandbox
+    import resource
 
 REFUSED = 97
 LARGEST_PROGRAM = 100_000

@@ -65,7 +65,7 @@ class TestName:
         with pytest.raises(SettingsError, match=r"no \*\.safetensors"):
             load_base(ModelConfig(name_or_path=str(copied)))
         (copied / "config.json").unlink()
-        with pytest.raises(SettingsError, match="no model"):
+        with pytest.raises(SettingsError, match="not a model"):
             load_base(ModelConfig(name_or_path=str(copied)))
         (copied / "adapter_config.json").write_text("{}")
         with pytest.raises(SettingsError, match="is an adapter"):

@@ -47,6 +47,11 @@ def signalled(home: Path, at: str, number: int, *words: str | Path) -> Said:
     return said
 
 
+@pytest.fixture(autouse=True)
+def _no_run_was_before() -> None:
+    signals.resumable(False)
+
+
 @pytest.mark.parametrize("number", CODES)
 def test_a_signal_while_the_command_line_is_imported_ends_list(home: Path, number: signal.Signals) -> None:
     assert signalled(home, "typer", number, "list").code == CODES[number]
