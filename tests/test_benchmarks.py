@@ -193,6 +193,7 @@ def test_the_figures_of_a_comparison_are_rates_shares_and_the_gain_over_the_best
     assert found["trl_packed_peak_mib"] == 400
 
 
+@pytest.mark.long
 def test_as_a_program_the_check_says_what_passed_and_writes_it_down(tmp_path: Path) -> None:
     words = ["--toy", "--only", "card", "of full_sft", "--out", tmp_path / "out", "--keep", tmp_path / "kept"]
     said = python(str(ROOT / "benchmarks" / "gpu.py"), *words, cwd=tmp_path)

@@ -93,6 +93,7 @@ def test_on_two_processes_a_run_cut_after_4_of_6_steps_goes_on_to_the_bit_and_on
         kept(home, "cut")
 
 
+@pytest.mark.long
 def test_a_model_in_two_shards_trains_evaluates_and_is_saved_as_one_process_does(home: Path) -> None:
     """torch's fully_shard on every block, with the packed forward, full and LoRA; saved, it loads as it was."""
     _torchrun("tests.two_shards", str(home))
@@ -141,6 +142,7 @@ def test_the_shipped_file_starts_two_processes_that_speak_once_and_leave_one_fol
     assert report["reload_max_logit_difference"] < 1e-4
 
 
+@pytest.mark.long
 def test_an_error_of_one_process_ends_both_with_its_message_once_within_30_seconds(home: Path) -> None:
     text = (ROOT / "recipes" / "lora_sft.py").read_text()
     broken = (

@@ -71,6 +71,7 @@ def test_memory_and_traffic_follow_the_formulae_of_the_page(
     assert all(way.bytes >= parts["libraries"] + whole for way in ways.values())
 
 
+@pytest.mark.long
 def test_check_prints_the_ways_for_4_devices_and_the_command_of_the_first_that_fits(home: Path) -> None:
     words = ("full_sft", f"model.name_or_path={home / 'tiny'}", f"data.path={home / 'rows.jsonl'}")
     said = cli("check", *words, "--devices", "4", "--memory", "4GiB")

@@ -88,6 +88,7 @@ def test_the_words_of_a_way_are_a_run_that_needs_what_was_said(folder: Path) -> 
     assert again["steps"] == plan["steps"]
 
 
+@pytest.mark.long
 def test_the_nearest_way_is_a_command_to_type(folder: Path) -> None:
     sizes = {recipe: sum(planned(recipe)[1]["memory_bytes"].values()) for recipe in ("full_sft", "lora_sft")}
     said = check("full_sft", "train.optim=auto", "--memory", f"{sizes['lora_sft'] // 2**20 + 1}MiB")

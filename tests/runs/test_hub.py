@@ -460,6 +460,7 @@ def test_a_run_that_fails_its_requirement_is_not_pushed(
 # pull
 
 
+@pytest.mark.long
 def test_the_base_and_the_rows_of_a_run_from_another_machine_are_named_by_two_settings(
     hub: Hub, run: Path, lora_run: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -569,6 +570,7 @@ print(type(load_base(ModelConfig(name_or_path="ada/tiny"))).__name__, len(load_r
 """
 
 
+@pytest.mark.long
 def test_offline_what_is_in_the_cache_is_used_and_nothing_is_asked(hub: Hub, at_home: Path, tmp_path: Path) -> None:
     base, rows = load_base(ModelConfig(name_or_path="ada/tiny")), load_records("ada/rows", DataConfig())
     asked = len(hub.requests)

@@ -52,6 +52,7 @@ def make_policy(checkpointing: bool = False) -> Any:
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_six_batches_of_other_sizes_take_one_graph_without_a_break_and_have_the_numbers_of_plain_layers(
     checkpointing: bool, tmp_path: Path

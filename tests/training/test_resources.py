@@ -50,6 +50,7 @@ def finish(run: Trained) -> Trained:
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("from_step", [0, 2])
 @pytest.mark.parametrize("recipe", ["lora_sft", "full_sft"])
 def test_8_rows_that_do_not_fit_become_4_passes_of_2_and_the_losses_stay_within_1e_6(
@@ -155,6 +156,7 @@ def full_after(run: Trained, steps: set[int], size: int) -> None:
 WRITTEN = {"metrics.jsonl": 400, "adapter_model.safetensors": 60_000, "optimizer.pt": 200_000}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_disk_that_fills_up_in_the_middle_of_a_file_costs_that_checkpoint_and_no_step(
     home: Path, name: str, capfd: pytest.CaptureFixture[str]
