@@ -3,13 +3,16 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune_kit.errors import SettingsError
 from finetune_kit.evaluation.compare import held_out_scores
+from finetune_kit.settings.schema import TrainConfig
 from finetune_kit.training.fit import fit
 from finetune_kit.training.progress import hooks
 from tests.fixtures_training import Trained, fit_only, largest_difference, norm, prepare
@@ -384,3 +387,10 @@ def log_probabilities(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tenso
     with torch.inference_mode():
         scores: torch.Tensor = model(**inputs, use_cache=False).logits.log_softmax(dim=-1)
     return scores
+
+
+def test_a_recipe_that_has_not_begun_its_run_is_told_the_line_it_lacks(tmp_path: Path) -> None:
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)))
+    with pytest.raises(SettingsError, match="holds no run that has begun") as caught:
+        fit(trainer, TrainConfig(), dict)
+    assert caught.value.fix == "Call begin(config, tokenizer, data, policy) before fit."
