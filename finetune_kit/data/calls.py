@@ -123,7 +123,7 @@ def _call(syntax: Syntax, text: str, at: int, schemas: Any) -> tuple[ParsedCall,
     except (ValueError, RecursionError):
         return _unread(name, "its arguments are no JSON"), middle.end()
     if not isinstance(arguments, dict):
-        return _unread(name, "its arguments are no object"), end
+        return _unread(name, "its arguments are not an object"), end
     return ParsedCall(name, arguments), end
 
 

@@ -82,7 +82,7 @@ def source_rows(places: Iterable[str]) -> int:
 
 
 def labels(records: list[Record]) -> set[bool]:
-    """Which labels some rows have; none where they are no labelled answers."""
+    """Which labels some rows have; none where they are not labelled answers."""
     return {record.label for record in records if isinstance(record, LabelledCompletion)}
 
 

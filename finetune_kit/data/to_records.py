@@ -171,7 +171,7 @@ def from_pair(row: Row, where: str) -> list[Record]:
 
 
 def _has_turns(answer: Any) -> bool:
-    """Whether an answer is a list of turns, or is to be refused as one; lists of texts are no turns."""
+    """Whether an answer is a list of turns, or is to be refused as one; lists of texts are not turns."""
     return isinstance(answer, list) and not (answer and all(isinstance(item, str) for item in answer))
 
 

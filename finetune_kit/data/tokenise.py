@@ -207,7 +207,7 @@ def _pair_defect(record: Preference) -> str:
 
 
 def _answer_defect(turns: list[Message], name: str) -> str:
-    """Why some turns are no answer; "" if they are one."""
+    """Why some turns are not an answer; "" if they are one."""
     if [turn["role"] for turn in turns] != ["assistant"]:
         return "the sides part before the last answer"
     empty = not turns[0]["content"].strip() and not turns[0].get("tool_calls")

@@ -89,7 +89,7 @@ def compare(
         was, now = ([nats / math.log(2) for nats in side.text_nll] for side in (before, after))
         entries.append(entry("held_out_bits_per_byte", was, now, config, weights=before.text_bytes, alike=ALIKE))
     entries += _loss_entries("general_text", before.general_nll, after.general_nll, before.general_tokens, config)
-    if before.completions and not before.text_nll:  # continuations of texts are no answers
+    if before.completions and not before.text_nll:  # continuations of texts are not answers
         was, now = ([float(completion.ended) for completion in side.completions] for side in (before, after))
         entries.append(entry("answers_ended", was, now, config, higher_is_better=True, within=SHARE))
         was, now = ([float(len(item.ids)) for item in side.completions] for side in (before, after))

@@ -82,7 +82,7 @@ def is_file(task: str) -> bool:
 
 
 def run_tasks(model: Any, tokenizer: Any, asked: Asked, batch_size: int) -> Scores:
-    """The harness's scores of the model. Raises as `check`, and ResourceError where a task's data cannot be had."""
+    """The harness's scores of the model. Raises as `check`, and ResourceError where a task's data cannot be loaded."""
     harness = _harness()
     from lm_eval.models.huggingface import HFLM
 
@@ -110,7 +110,7 @@ def run_tasks(model: Any, tokenizer: Any, asked: Asked, batch_size: int) -> Scor
         except OSError as error:  # a connection's, or a file's that is not in the cache
             offline = "" if hub_reachable() else " The Hub cannot be reached."
             raise ResourceError(
-                f"--tasks: the data of {', '.join(asked.tasks)} cannot be had.{offline} "
+                f"--tasks: the data of {', '.join(asked.tasks)} cannot be loaded.{offline} "
                 f"{' '.join(str(error).split())[:200]}",
                 "Give a file of questions (--tasks rows.jsonl), or a task file over local data (--task-files DIR).",
             ) from None

@@ -45,7 +45,7 @@ def looks_every(device: torch.device) -> int:
 class Fixed:
     """A batch whose cache has all its columns from the start: what `Growing` is, for at most `steps` steps.
 
-    Raises ValueError where the cache cannot be had, and what `capture` raises: it is given the step and returns what
+    Raises ValueError where the cache cannot be made, and what `capture` raises: it is given the step and returns what
     makes one.
     """
 

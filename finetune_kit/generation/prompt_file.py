@@ -30,7 +30,7 @@ class Line:
 
 def read_prompts(path: Path) -> list[Line]:
     """The file's lines. `prompt` is a string or a list of messages; `messages` is taken where both are there, and an
-    assistant's turn at their end is the answer to be had, so that it is not fed. Columns beside them (system, input,
+    assistant's turn at their end is the answer to produce, so it is not fed. Columns beside them (system, input,
     history, …) mean what they mean in training.
 
     Raises DataError with file and line for a line that is broken or asks nothing, SettingsError for no file.

@@ -46,7 +46,7 @@ class Matrix:
 
 
 def matrices(model: Any) -> Iterator[Matrix]:
-    """Every weight matrix of a model, but embeddings and heads; those of an adapter on it are no part of it."""
+    """Every weight matrix of a model, but embeddings and heads; those of an adapter on it are not part of it."""
     import torch
 
     modules, config = plain_modules(model), model.config

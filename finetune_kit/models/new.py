@@ -32,7 +32,7 @@ OWN_SHAPES = (
 class NewModelConfig(ModelConfig):
     """The model section of a recipe that begins from random weights.
 
-    `rows`, `ids`, `seed` are no settings: `settle` puts them there once the tokenizer is known.
+    `rows`, `ids`, `seed` are not settings: `settle` puts them there once the tokenizer is known.
     """
 
     name_or_path: str = setting(NEW, "a new model: random weights; another name has no effect here")
@@ -86,7 +86,7 @@ def check_shapes(model: NewModelConfig, max_length: int) -> None:
         if given:
             raise SettingsError(
                 f"model.{given[0]} has no effect: model.config={model.config} has all shapes.",
-                "Leave one of them out; a folder with a config.json of yours can have any shapes.",
+                "Leave one of them out; your own config.json in a folder can have any shapes.",
             )
         return
     if max_length > model.max_position_embeddings:

@@ -1,5 +1,5 @@
-"""Attention of packed segments where one call for all cannot be had: SDPA segment by segment, the same as one operation
-for compiled layers, and flex attention."""
+"""Attention of packed segments where no one call serves all: SDPA segment by segment, the same as one operation for
+compiled layers, and flex attention."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 OURS = "def score(prompts, completions, records)"
 TRLS = "def score(prompts, completions, completion_ids, **columns)"
-# what TRL gives beside the columns; "prompt" and "completion" are no columns to it
+# what TRL gives beside the columns; "prompt" and "completion" are not columns to it
 FROM_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")
 

@@ -102,7 +102,7 @@ def reward_watchdog() -> Any:
 def sample_here(policy: Any) -> None:
     """Let `policy.generate`, by which TRL's trainers sample, decode as evaluation does (decoding.py).
 
-    TRL's own settings are no way to it: continuous batching rounds the trained weights to bfloat16 for good, and with
+    TRL's own settings do not lead there: continuous batching rounds the trained weights to bfloat16 for good, and with
     cache_implementation=static TRL switches compiling off, so that nothing is recorded. Where train.extra sets one of
     them, that one acts. On a CPU nothing changes.
     """
@@ -131,6 +131,6 @@ def check_groups(config: RecipeConfig, num_generations: int) -> None:
     if rows % num_generations:
         near = max(1, round(rows / num_generations)) * num_generations
         raise SettingsError(
-            f"A step has {rows} completions, which are no whole groups of num_generations={num_generations}.",
+            f"A step has {rows} completions, which are not whole groups of num_generations={num_generations}.",
             f"Set train.per_device_train_batch_size={near}, or another num_generations.",
         )

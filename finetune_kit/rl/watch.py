@@ -6,9 +6,7 @@ import math
 
 from finetune_kit.rl.settings import PPOSettings
 
-CAUSES = (
-    "Likely causes: learning_rate too high, kl_coef too low, a reward that can be had for nothing. See docs/ppo.md."
-)
+CAUSES = "Likely causes: learning_rate too high, kl_coef too low, a reward that is too easy to get. See docs/ppo.md."
 
 
 def collapse(line: dict[str, float], config: PPOSettings, constant: int) -> str | None:

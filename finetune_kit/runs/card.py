@@ -148,7 +148,7 @@ def how_to_use(config: RecipeConfig, rewards: bool, folder: str = ".", merged: b
         ]
     elif adapted and "/" not in base:
         notes += [
-            f"`{base}` is a folder of the machine that it was trained on: put the path of yours in its place.",
+            f"`{base}` is a folder of the machine that it was trained on: put your own path in its place.",
             "",
         ]
     return ["## Use it", "", *notes, "```python", *lines, "```", ""]

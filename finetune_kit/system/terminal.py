@@ -78,7 +78,7 @@ class Console(streams.Voice):
 
 
 class Voice(Console):
-    """A console whose lines are about data, so that square brackets in them are no markup."""
+    """A console whose lines are about data, so that square brackets in them are not markup."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*objects, **{"markup": False, **options})
@@ -149,7 +149,7 @@ class _Work:
         return seconds * GROWTH[min(said, len(GROWTH) - 1)]
 
     def _anew(self, after: float) -> None:
-        """Short pieces of work, one after the other, are no reason to be silent for longer than GAP."""
+        """Short pieces of work, one after the other, are not a reason to be silent for longer than GAP."""
         self.since = self.began = time.monotonic()
         self.due = min(self.since + self._grown(after), max(self.since, self.heard + self._grown(GAP)))
         self.changed.notify_all()

@@ -54,7 +54,7 @@ def function_tool(source: str) -> Tool:
 
 
 class _Worker:
-    """One process with the function. `schema`: the function's. Raises ToolError where it cannot be had."""
+    """One process with the function. `schema`: the function's. Raises ToolError where it cannot be started."""
 
     def __init__(self, file: Path, name: str, *more: str) -> None:
         paths = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))

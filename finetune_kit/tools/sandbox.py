@@ -1,8 +1,8 @@
 """`python`: a program of the model's, run by a process that the operating system has shut in.
 
 A process of its own with an empty environment, no open file but its three pipes, limits on time, memory, processes and
-output, and behind Landlock and seccomp (sandbox_child.py), which no Python can talk its way out of. Where the system
-has them not it refuses. An interpreter made for it, pydantic-monty 1.4, was weighed: docs/tools.md says why not.
+output, and behind Landlock and seccomp (sandbox_child.py), which no Python can talk its way out of. If the system
+lacks them, it refuses. An interpreter made for it, pydantic-monty 1.4, was weighed: docs/tools.md says why not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def python_tool() -> Tool:
         run_python("1", 20.0)
     except ToolError as error:
         raise ResourceError(
-            f"The tool python is not to be had here: {error}.",
+            f"The tool python is not available here: {error}.",
             "It needs Linux 5.13 or later with Landlock and seccomp, on x86_64 or aarch64. Leave python out of tools.",
         ) from None
     return Tool(_SCHEMA, lambda arguments, seconds: run_python(arguments["code"], seconds))

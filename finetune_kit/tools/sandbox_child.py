@@ -3,7 +3,7 @@
 Started by sandbox.py as a script of its own, with nothing of this package. First come the modules that a program may
 use, while there is still a file system; then limits, Landlock (no file, no network, no signal to others) and seccomp (a
 short list of system calls, by which nothing can be opened, connected, started or made executable). Where either
-cannot be had it ends with code REFUSED before it reads anything. Source: man 2 seccomp, landlock(7), Linux 6.12.
+is missing it ends with code REFUSED before it reads anything. Source: man 2 seccomp, landlock(7), Linux 6.12.
 """
 
 # ruff: noqa: F401
@@ -123,7 +123,7 @@ def _seccomp(libc: ctypes.CDLL, architecture: int, allowed: str) -> str:
     load, equal, has, give = 0x20, 0x15, 0x45, 0x06
     executable = [calls["mmap"], calls["mprotect"]]
     program = [op(load, 4), op(equal, architecture, 1, 0), op(give, KILL), op(load, 0)]
-    # memory that is code: by these two alone it could be had, whose third argument says it
+    # executable memory: only these two calls could give it, and their third argument says so
     for number in executable:
         program += [op(equal, number, 0, 4), op(load, 32), op(has, PROT_EXEC, 0, 1), op(give, REFUSE), op(give, ALLOW)]
     for number in sorted(set(calls.values()) - set(executable)):

@@ -93,8 +93,8 @@ def muon_of(train: TrainConfig) -> tuple[Callable[[], Callable[..., MuonAndAdamW
 
 
 def matrices_of(model: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """(matrices of the layers, all other weights) that are trained: embeddings and the head are no matrices of a layer,
-    tied or not. Raises SettingsError for an adapter and for shards."""
+    """(matrices of the layers, all other weights) that are trained: embeddings and head are not in a layer, tied or
+    not. Raises SettingsError for an adapter and for shards."""
     if is_adapter(model):
         raise SettingsError(
             "train.optim=muon: it is for whole matrices, not for an adapter's.", "Leave train.optim out."

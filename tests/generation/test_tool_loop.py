@@ -190,7 +190,7 @@ def written(tokenizer: Any, *texts: str) -> Any:
         ('<tool_call>{"name":"echo","arguments":{"number":0}}</tool_call>', "24", True),
         ('<tool_call>\n{"name": "echo", "arguments": {"number": 0', "Error: the call could not be read: its arguments are no JSON", False),
         ("<tool_call>\nnonsense\n</tool_call>", "Error: the call could not be read: it is not written as a call is", False),
-        ('<tool_call>\n{"name": "echo", "arguments": [1]}\n</tool_call>', "Error: the call could not be read: its arguments are no object", False),
+        ('<tool_call>\n{"name": "echo", "arguments": [1]}\n</tool_call>', "Error: the call could not be read: its arguments are not an object", False),
         ('<tool_call>\n{"name": "eko", "arguments": {}}\n</tool_call>', "Error: there is no tool 'eko'; known: echo, fails", False),
         ('<tool_call>\n{"name": "echo", "arguments": {}}\n</tool_call>', "Error: arguments: number is missing", False),
         ('<tool_call>\n{"name": "fails", "arguments": {}}\n</tool_call>', "Error: on purpose", True),
