@@ -81,7 +81,7 @@ def generate(
         raise ValueError(f"one prompt can be streamed, not {len(prompts)}")
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     generation_config = _generation_config(tokenizer, end_token_ids, max_new_tokens, do_sample, sampling)
-    completed = partial(_completion, tokenizer, end_token_ids=end_token_ids, stop=stop)
+    completed = partial(completion_of, tokenizer, end_token_ids=end_token_ids, stop=stop)
     completions: dict[int, Completion] = {}
 
     def answer(batch: list[int]) -> None:
@@ -218,7 +218,7 @@ def _answer(model: Any, prompts: list[list[int]], generation_config: Any, contro
     return new
 
 
-def _completion(tokenizer: Any, ids: list[int], *, end_token_ids: list[int], stop: Sequence[str]) -> Completion:
+def completion_of(tokenizer: Any, ids: list[int], *, end_token_ids: list[int], stop: Sequence[str]) -> Completion:
     """Cut at the first end token (padding only ever follows it, so pad may be the same token) or stop string."""
     end = next((position for position, token in enumerate(ids) if token in end_token_ids), None)
     kept = ids if end is None else ids[:end]

@@ -23,7 +23,7 @@ from finetune_kit.data.chat import after_calls, render_prompt
 from finetune_kit.data.records import Message
 from finetune_kit.errors import DataError
 from finetune_kit.generation import cache
-from finetune_kit.generation.generate import Call, Completion, _completion
+from finetune_kit.generation.generate import Call, Completion, completion_of
 from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.models.inference import evaluation_mode, in_batches
 from finetune_kit.tools.tool import Outcome, carry_out
@@ -322,7 +322,7 @@ class _Loop:
 
     def answer(self, row: _Row) -> Answer:
         """What a row that is over has become."""
-        last = _completion(self.tokenizer, row.ids[row.turn :], end_token_ids=self.ends, stop=self.stop)
+        last = completion_of(self.tokenizer, row.ids[row.turn :], end_token_ids=self.ends, stop=self.stop)
         ended = row.ended or (bool(self.stop) and last.ended)
         written = row.written[:-1] if row.ended else row.written
         after, own = ([], []) if row.rewritten else (row.ids[row.prompt :], row.own)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_kit import distributed
 from finetune_kit.data.load import Data
 from finetune_kit.evaluation.compare import Report
-from finetune_kit.evaluation.report import write_html
+from finetune_kit.evaluation.report_html import write_html
 from finetune_kit.models.adapters import covered, is_adapter
 from finetune_kit.models.language import settle_saved
 from finetune_kit.models.precision import plain_forward

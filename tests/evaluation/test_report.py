@@ -8,9 +8,11 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from finetune_kit.evaluation.charts import loss_curves, reward_frontier
 from finetune_kit.evaluation.compare import compare
 from finetune_kit.evaluation.measure import Measurement
-from finetune_kit.evaluation.report import loss_curves, print_report, reward_frontier, write_html
+from finetune_kit.evaluation.report import print_report
+from finetune_kit.evaluation.report_html import write_html
 from finetune_kit.generation.generate import Completion
 from finetune_kit.settings.schema import EvaluateConfig
 

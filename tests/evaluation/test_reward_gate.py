@@ -9,7 +9,8 @@ import pytest
 
 from finetune_kit.data.load import Data, load_data
 from finetune_kit.errors import DataError, NumericsError, SettingsError
-from finetune_kit.evaluation.report import reliability_plot, write_html
+from finetune_kit.evaluation.charts import reliability_plot
+from finetune_kit.evaluation.report_html import write_html
 from finetune_kit.evaluation.reward_gate import (
     Rewards,
     accuracy_by_margin,

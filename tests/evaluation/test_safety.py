@@ -17,7 +17,8 @@ from finetune_kit.evaluation import safety
 from finetune_kit.evaluation.compare import compare
 from finetune_kit.evaluation.measure import Measurement, measure
 from finetune_kit.evaluation.refusals import own_agreement
-from finetune_kit.evaluation.report import print_report, write_html
+from finetune_kit.evaluation.report import print_report
+from finetune_kit.evaluation.report_html import write_html
 from finetune_kit.evaluation.safety import Safety, best_threshold, check_untrained, read_prompts, system_turn
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.settings.load import resolve

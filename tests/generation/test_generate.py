@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune_kit.errors import DataError, ResourceError
-from finetune_kit.generation.generate import _completion, _Stream, generate
+from finetune_kit.generation.generate import _Stream, completion_of, generate
 from finetune_kit.models.inference import evaluation_mode, in_batches
 from tests.fixtures_data import bpe_tokenizer
 from tests.fixtures_evaluation import byte_tokenizer, tiny_gpt2, tiny_llama
@@ -242,7 +242,7 @@ def test_a_stop_string_that_begins_and_ends_inside_tokens_is_found_and_the_token
     tokenizer = bpe_tokenizer()
     ids = tokenizer("the answer is forty two, and the question was what it is.")["input_ids"]
     assert len(ids) < 40  # tokens of several letters
-    completion = _completion(tokenizer, ids, end_token_ids=[], stop=["ty tw", "forty two, and"])
+    completion = completion_of(tokenizer, ids, end_token_ids=[], stop=["ty tw", "forty two, and"])
     assert completion.text == "the answer is for"
     assert completion.ended
     assert "ty tw" in tokenizer.decode(completion.ids)
@@ -265,7 +265,7 @@ def test_the_pieces_of_a_stream_are_the_text_and_no_piece_is_taken_back(sampling
 
 def test_a_stream_holds_back_half_a_character_and_what_may_become_a_stop_string():
     said, told = "für 5 € <end>", []
-    completed = functools.partial(_completion, TOKENIZER, end_token_ids=[], stop=["<end>"])
+    completed = functools.partial(completion_of, TOKENIZER, end_token_ids=[], stop=["<end>"])
     stream = _Stream(completed, ["<end>"], told.append)
     stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
     for token in TOKENIZER(said)["input_ids"]:
