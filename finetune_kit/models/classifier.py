@@ -56,7 +56,7 @@ def loading(config: Any) -> tuple[str, str]:
 
     if is_diffusion(config):
         raise SettingsError(f"{config.model_type} is a diffusion model: no score can be put on it.", ANOTHER)
-    if getattr(config.get_text_config(), "use_bidirectional_attention", None) is True:  # PaliGemma
+    if getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None) is True:  # PaliGemma
         raise SettingsError(
             f"{config.model_type} reads a prompt from both sides, by token types: no score can be put on it.",
             ANOTHER,

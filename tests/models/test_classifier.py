@@ -12,7 +12,11 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BlenderbotConfig,
+    EncodecConfig,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
     PaliGemmaConfig,
+    T5Config,
     TrOCRConfig,
 )
 
@@ -137,6 +141,8 @@ def test_what_no_score_can_be_put_on_is_refused_by_name() -> None:
         loading(BlenderbotConfig(is_encoder_decoder=False))  # as its decoder alone is saved
     with pytest.raises(SettingsError, match="bert: transformers' BertForSequenceClassification has a head of another"):
         loading(BertConfig())
+    with pytest.raises(SettingsError, match="musicgen is an encoder-decoder: no score can be put"):
+        loading(MusicgenConfig(text_encoder=T5Config(), audio_encoder=EncodecConfig(), decoder=MusicgenDecoderConfig()))
     with pytest.raises(SettingsError, match="paligemma reads a prompt from both sides, by token types: no score"):
         loading(PaliGemmaConfig())
 

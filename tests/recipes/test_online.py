@@ -107,7 +107,7 @@ def test_two_rewards_are_added_with_their_weights(home: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_cannot_be_is_refused(home: Path, recipe: str) -> None:
-    with pytest.raises(SettingsError, match="no whole groups of num_generations=5"):
+    with pytest.raises(SettingsError, match="16 completions, which are not whole groups of num_generations=5"):
         prepare(recipe, home, rewarded(home), *SMALL, "num_generations=5")
     with pytest.raises(SettingsError, match=r"train\.eval_steps has no effect"):
         prepare(recipe, home, rewarded(home), *SMALL, "eval_steps=5")
