@@ -56,7 +56,7 @@ class Config(RecipeConfig):
         weight_decay=0.1,
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
-        num_train_epochs=3,
+        num_train_epochs=2,
         eval_steps=200,
     )
     sample_tokens: int = setting(
