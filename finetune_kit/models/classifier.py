@@ -30,6 +30,13 @@ class {name}(GenericForSequenceClassification, {parent}):
 {forward}"""
 
 
+# weights of these are renamed on their way from and to a file, by the name of the class
+RENAMES = """\
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+register_checkpoint_conversion_mapping("{name}", get_checkpoint_conversion_mapping("{like}"), overwrite=True)
+"""
+
+
 def _forward() -> Any:
     """The method of the class, whose source is its text."""
     from transformers.modeling_outputs import SequenceClassifierOutput
@@ -105,10 +112,21 @@ def definition(config: Any) -> str:
     Raises SettingsError as loading does.
     """
     name, code = loading(config)
-    register = (
+    like = _renamed_like(name)
+    register = RENAMES.format(name=name, like=like) if code and like else ""
+    register += (
         f"from transformers import {AUTO_CLASS}\n{AUTO_CLASS}.register({name}.config_class, {name}, exist_ok=True)"
     )
     return f"{code}\n\n{register}\n" if code else ""
+
+
+def _renamed_like(name: str) -> str:
+    """The language model's class whose weights are renamed by its name, as those of the class `name` must be; or ""."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    stem = name.removesuffix("ForSequenceClassification")
+    found = (f"{stem}For{kind}" for kind in ("ConditionalGeneration", "CausalLM"))
+    return next((like for like in found if get_checkpoint_conversion_mapping(like) is not None), "")
 
 
 def make_known(config: Any) -> None:
@@ -121,8 +139,15 @@ def make_known(config: Any) -> None:
 def _register(config_class: Any, name: str) -> None:
     """Make the class that the text defines, and make it known."""
     from transformers import MODEL_MAPPING, AutoModelForSequenceClassification
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
     from transformers.modeling_layers import GenericForSequenceClassification
 
+    if like := _renamed_like(name):
+        conversion = get_checkpoint_conversion_mapping(like)
+        register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     parent = _parent(MODEL_MAPPING[config_class])
     own = {
         "config_class": config_class,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from finetune_kit.models.language import has_parts, settle_text
 from finetune_kit.models.tiny import write_tiny_model
 
-MOST_PARAMETERS = 20_000_000
+MOST_PARAMETERS = 130_000_000  # nearly all of them a frozen tower's
 EIGHT = torch.arange(5, 13)[None]
 # what configs call their sizes: a name that a config has gets this value
 SMALL = {
@@ -79,6 +80,37 @@ OPEN = {
 OPEN = {name: SMALL.get(name, 1) for name in OPEN} | {"num_buckets": 4, "top_k_experts": 2}
 OPEN |= {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32}
 OPEN |= {"indexer_compress_ratio": 2}
+# sizes that must fit together in a way of one architecture's own; a dictionary is of a part of its config
+OWN: dict[str, dict[str, Any]] = {
+    "blt": {"decoder_config": {"hidden_size_global": 64}, "encoder_config": {"hidden_size_global": 64}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "dory": {
+        "layer_types": None,
+        "rope_parameters": None,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+        "num_hidden_layers": 3,
+    },
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [(0, 0)],
+        "spatial_target_layers": [0, 1, 0, 1],
+    },
+    "granite_docling": {"vision_config": {"out_hidden_size": 64}},
+    "mistral4": {"qk_nope_head_dim": 16, "qk_head_dim": 32, "head_dim": 32},
+    "paddleocr_vl": {"text_config": {"rope_parameters": {"mrope_section": [2, 2, 4]}}},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]},
+    "rwkv": {"attention_hidden_size": 64},
+    "xlstm": {"qk_dim_factor": 1.0, "num_blocks": 2},
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
+    "zamba": {
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
+        "attention_head_dim": 32,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -109,7 +141,7 @@ def _split_rotary(text: Any) -> None:
     rope = getattr(text, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in (getattr(text, "ignore_keys_at_rope_validation", None) or ()):
         half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
-        rope.setdefault("mrope_section", [half - 2 * (half // 3), half // 3, half // 3])
+        rope.setdefault("mrope_section", [half // 3, half // 3, half - 2 * (half // 3)])
 
 
 def _reads(model_type: str, config: Any, empty: Any) -> bool:
@@ -120,10 +152,16 @@ def _reads(model_type: str, config: Any, empty: Any) -> bool:
         try:
             model = auto_class(model_type).from_config(copy.deepcopy(config)).float().eval()
             settle_text(model)
-            model(input_ids=EIGHT)
+            read_eight(model)
         except Exception:  # of what a model makes of shapes that do not fit there is no one class
             return False
     return True
+
+
+def read_eight(model: Any) -> None:
+    """One forward pass, without a cache where it may be left out; raises what the model raises."""
+    takes = inspect.signature(model.forward).parameters
+    model(input_ids=EIGHT, **({"use_cache": False} if "use_cache" in takes else {}))
 
 
 def tiny_config(model_type: str) -> Any:
@@ -161,7 +199,13 @@ def _shrink(config: Any) -> None:
 def _by_values(model_type: str, fill: bool = False) -> Any:
     """By building the config anew from small values. `fill`: what it leaves open, too."""
     known = CONFIG_MAPPING[model_type]
-    return known.from_dict(_small(known().to_dict(), fill))
+    return known.from_dict(_with(_small(known().to_dict(), fill), OWN.get(model_type, {})))
+
+
+def _with(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config with an architecture's own in their place, in its parts, too."""
+    parts = {name: _with(values[name] or {}, value) for name, value in own.items() if isinstance(value, dict)}
+    return values | own | parts
 
 
 def _small(values: dict[str, Any], fill: bool) -> dict[str, Any]:
@@ -197,6 +241,8 @@ def _small(values: dict[str, Any], fill: bool) -> dict[str, Any]:
             found[name] = dict.fromkeys(values.get("layer_types") or (), plain) or plain
         else:
             found[name] = value
+    if fill and "vision_config" in found:  # of Qwen's omni models only the checkpoints' own files have it
+        found.setdefault("vision_start_token_id", 257)
     if found.get("kv_lora_rank"):
         found["num_key_value_heads"] = found["num_attention_heads"]
     if {"num_heads", "head_dim", "expand"} <= found.keys():  # a state space, whose heads make up all its width
@@ -257,7 +303,7 @@ def write_small(model_type: str, folder: Path) -> None:
     model = auto_class(model_type).from_config(tiny_config(model_type)).float().eval()
     settle_text(model)
     with torch.no_grad():
-        model(input_ids=EIGHT)
+        read_eight(model)
     write_tiny_model(folder)
     for path in (folder / "model.safetensors", folder / "config.json"):
         path.unlink()
