@@ -63,7 +63,10 @@ def loading(config: Any) -> tuple[str, str]:
 
     if is_diffusion(config):
         raise SettingsError(f"{config.model_type} is a diffusion model: no score can be put on it.", ANOTHER)
-    if getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None) is True:  # PaliGemma
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "num_hidden_layers", None) is None or not hasattr(text, "hidden_size"):  # BLT
+        raise SettingsError(f"{config.model_type} is not one stack of layers: no score can be put on it.", ANOTHER)
+    if getattr(text, "use_bidirectional_attention", None) is True:  # PaliGemma
         raise SettingsError(
             f"{config.model_type} reads a prompt from both sides, by token types: no score can be put on it.",
             ANOTHER,

@@ -22,6 +22,8 @@ PROCESSOR = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("image_processor_config.json", "audio_processor_config.json", "feature_extractor_config.json"),
 )
+# classes with a head of labels; one of a whole text may be a reward model, and is told apart elsewhere
+NO_TEXT = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForImageClassification")
 LOOK = 8  # tokens of a row that tells whether a model sees ahead
 AHEAD = 1e-3  # the share of the last token's own change, from which on a change before it is none of rounding
 # how diffusion models are called, of transformers and of code of their own: LLaDA, Dream, SDAR
@@ -92,13 +94,21 @@ def _no_language_model(config: Any, own: str, chosen: str) -> str:
     """
     import transformers
 
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as LABELS
+
+    # a judge of pictures is loaded as a language model by transformers' tables, and lacks that one's head
+    own = str(LABELS[config.model_type]) if chosen and config.model_type in LABELS else own
     kind = own or config.model_type
+    if own.endswith(NO_TEXT):
+        return f"is a {own}, which labels what it reads and writes no text"
     if own.endswith("ForMaskedLM"):
         return f"is a {own}, which fills in hidden words from both sides and writes none from left to right"
     if getattr(config, "is_encoder_decoder", False) and own != _class_name(CAUSAL, config):
         return f"is an encoder-decoder ({kind}), whose answers are read through its encoder; the recipes train decoders"
     if not chosen:
         return f"is a {kind}, which writes no text: transformers {transformers.__version__} has no language model of it"
+    if getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) is None:  # of BLT, four stacks
+        return f"is a {kind}, whose config has no num_hidden_layers: transformers makes no cache for it to write with"
     if chosen == CAUSAL:
         return ""
     taken = _class_name(chosen, config)

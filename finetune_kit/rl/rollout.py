@@ -98,7 +98,8 @@ def _sample_batch(
     every = decoding.looks_every(policy.device)
     for at in range(max_new_tokens):
         logits = state.logits.float()
-        finite = finite & torch.isfinite(logits.sum())
+        # each row's largest: nan and inf show in it, while words that a model never writes may stand at -inf
+        finite = finite & torch.isfinite(logits.amax(-1)).all()
         tokens = pick((logits / temperature).softmax(-1), generator)
         fresh.append(tokens)
         if len(fresh) == every or at + 1 == max_new_tokens:

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BlenderbotConfig,
+    BltConfig,
     EncodecConfig,
     MusicgenConfig,
     MusicgenDecoderConfig,
@@ -142,6 +143,8 @@ def test_what_no_score_can_be_put_on_is_refused_by_name() -> None:
         loading(BlenderbotConfig(is_encoder_decoder=False))  # as its decoder alone is saved
     with pytest.raises(SettingsError, match="bert: transformers' BertForSequenceClassification has a head of another"):
         loading(BertConfig())
+    with pytest.raises(SettingsError, match="blt is not one stack of layers: no score can be put on it"):
+        loading(BltConfig())
     with pytest.raises(SettingsError, match="musicgen is an encoder-decoder: no score can be put"):
         loading(MusicgenConfig(text_encoder=T5Config(), audio_encoder=EncodecConfig(), decoder=MusicgenDecoderConfig()))
     with pytest.raises(SettingsError, match="paligemma reads a prompt from both sides, by token types: no score"):

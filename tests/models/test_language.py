@@ -84,7 +84,10 @@ def test_a_short_name_means_the_language_models_layers_and_a_whole_one_what_it_n
     [
         ("t5", "T5ForConditionalGeneration", "is an encoder-decoder"),
         ("whisper", "WhisperForConditionalGeneration", "is an encoder-decoder"),
-        ("vit", "ViTForImageClassification", "is a ViTForImageClassification, which writes no text"),
+        ("vit", "ViTForImageClassification", "is a ViTForImageClassification, which labels what it reads"),
+        ("shieldgemma2", "ShieldGemma2ForImageClassification", "is a ShieldGemma2ForImageClassification, which labels"),
+        ("blt", "BltForCausalLM", "is a BltForCausalLM, whose config has no num_hidden_layers"),
+        ("llama", "LlamaForTokenClassification", "is a LlamaForTokenClassification, which labels what it reads"),
         ("clip", None, "is a clip, which writes no text"),
         ("bert", "BertForMaskedLM", "fills in hidden words"),
         ("blip-2", "Blip2ForConditionalGeneration", "needs pixel_values in each call"),
