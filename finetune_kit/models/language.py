@@ -93,7 +93,6 @@ def _no_language_model(config: Any, own: str, chosen: str) -> str:
     own: the class that it was saved as, chosen: the auto class that would load it, "" for none.
     """
     import transformers
-
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as LABELS
 
     # a judge of pictures is loaded as a language model by transformers' tables, and lacks that one's head

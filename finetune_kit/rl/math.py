@@ -148,9 +148,10 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """(…, v) logits -> (…) entropy in nats of the distribution that they give."""
+    """(…, v) logits -> (…) entropy in nats of the distribution that they give; a logit may be -inf."""
     logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    # what is never written adds 0, not 0 * -inf
+    return -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

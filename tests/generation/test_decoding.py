@@ -17,6 +17,7 @@ from finetune_kit.generation.cache import Growing, begin, can_leave, pick, selec
 from finetune_kit.generation.decoding import Choice, Fixed, fastest, prove
 from finetune_kit.generation.generate import generate
 from finetune_kit.rl import rollout
+from finetune_kit.rl.math import entropy_from_logits
 from tests.fixtures_evaluation import byte_tokenizer, tiny_gpt2, tiny_llama
 
 TOKENIZER = byte_tokenizer()
@@ -323,6 +324,19 @@ def test_weights_that_are_not_finite_stop_a_rollout_that_looks_every_16_tokens(
     monkeypatch.setattr(decoding, "looks_every", lambda device: 16)
     with pytest.raises(NumericsError, match="logits are not finite"):
         rollout.sample(policy, PROMPTS, max_new_tokens=12, end_token_ids=[], temperature=1.0, seed=0, batch_size=8)
+
+
+def test_words_that_a_model_never_writes_are_no_fault_of_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = some_model("llama")
+    head = policy.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, out: out.index_fill(-1, torch.arange(7, 200), -torch.inf))
+    drawn = rollout.sample(policy, PROMPTS, max_new_tokens=6, end_token_ids=[], temperature=0.7, seed=0, batch_size=8)
+    assert not {token for row in drawn for token in row.ids} & set(range(7, 200))
+    held = head(torch.randn(3, head.in_features)).requires_grad_()
+    found = entropy_from_logits(held)
+    found.sum().backward()
+    assert found.detach() == pytest.approx(torch.distributions.Categorical(logits=held.detach()).entropy(), abs=1e-5)
+    assert held.grad is not None and held.grad.isfinite().all()
 
 
 def test_select_takes_rows_in_their_order() -> None:
