@@ -332,11 +332,12 @@ def test_words_that_a_model_never_writes_are_no_fault_of_its_numbers(monkeypatch
     head.register_forward_hook(lambda module, given, out: out.index_fill(-1, torch.arange(7, 200), -torch.inf))
     drawn = rollout.sample(policy, PROMPTS, max_new_tokens=6, end_token_ids=[], temperature=0.7, seed=0, batch_size=8)
     assert not {token for row in drawn for token in row.ids} & set(range(7, 200))
-    held = head(torch.randn(3, head.in_features)).requires_grad_()
+    held = head(torch.randn(3, head.in_features)).detach().requires_grad_()
     found = entropy_from_logits(held)
     found.sum().backward()
     assert found.detach() == pytest.approx(torch.distributions.Categorical(logits=held.detach()).entropy(), abs=1e-5)
-    assert held.grad is not None and held.grad.isfinite().all()
+    assert held.grad is not None
+    assert held.grad.isfinite().all()
 
 
 def test_select_takes_rows_in_their_order() -> None:
