@@ -82,6 +82,11 @@ OPEN |= {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "i
 OPEN |= {"indexer_compress_ratio": 2}
 # sizes that must fit together in a way of one architecture's own; a dictionary is of a part of its config
 OWN: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        "image_token_offset": 133,
+        "audio_token_offset": 197,
+        "audio_config": {"codebook_size": 64, "codebook_dim": 64},
+    },
     "blt": {"decoder_config": {"hidden_size_global": 64}, "encoder_config": {"hidden_size_global": 64}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
     "dory": {
@@ -92,6 +97,7 @@ OWN: dict[str, dict[str, Any]] = {
         "n_output_layers": 1,
         "num_hidden_layers": 3,
     },
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "qk_head_dim": 8, "head_dim": 8}},
     "granite4_vision": {
         "downsample_rate": "1/2",
         "deepstack_layer_map": [(0, 0)],
@@ -141,6 +147,7 @@ def _split_rotary(text: Any) -> None:
     rope = getattr(text, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in (getattr(text, "ignore_keys_at_rope_validation", None) or ()):
         half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
+        half = int(half * rope.get("partial_rotary_factor", 1))
         rope.setdefault("mrope_section", [half // 3, half // 3, half - 2 * (half // 3)])
 
 
