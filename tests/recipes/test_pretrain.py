@@ -20,6 +20,7 @@ from tests.fixtures_training import Trained, fit_only, prepare, settings, train,
 
 WHO, WHAT = ("Ann", "Bob", "Cleo"), ("ship", "sea", "wind", "sail")
 TEXT = "".join(f"{WHO[n % 3]} saw the {WHAT[n % 4]} on day {n * 7 % 31}, naïve as ever.\n" for n in range(400))
+LETTERS = "def score(prompts, completions, records):\n    return [float(len(text)) for text in completions]\n"
 SPLIT = ("held_out_size=0.2",)
 
 
@@ -100,7 +101,7 @@ def test_evaluate_makes_the_random_model_again_and_measures_the_same(run: Artifa
         assert again[line["name"]]["after"] == pytest.approx(line["after"], rel=1e-5)
 
 
-def test_full_sft_and_dpo_go_on_from_the_run_in_its_template(run: Artifact, tmp_path: Path) -> None:
+def test_full_sft_lora_sft_dpo_and_ppo_continue_from_the_run_in_its_template(run: Artifact, tmp_path: Path) -> None:
     (tmp_path / "tiny").symlink_to(run.folder, target_is_directory=True)
     write_rows(tmp_path / "rows.jsonl")
     tuned = fit_only("full_sft", tmp_path, "max_steps=2", "learning_rate=1e-3")
@@ -112,6 +113,14 @@ def test_full_sft_and_dpo_go_on_from_the_run_in_its_template(run: Artifact, tmp_
     write_rows(tmp_path / "pairs.jsonl", [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(20)])
     pairs = fit_only("dpo", tmp_path, f"data.path={tmp_path / 'pairs.jsonl'}", "lora.r=0", "max_steps=2")
     assert pairs.losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    adapted = fit_only("lora_sft", tmp_path, "max_steps=2", "learning_rate=1e-2")
+    assert adapted.losses[1] < adapted.losses[0]
+    (tmp_path / "letters.py").write_text(LETTERS)
+    reward = f"reward.sources=[{tmp_path / 'letters.py'}:score]"
+    words = ("max_new_tokens=6", "batch_size=8", "num_mini_batches=2", "max_steps=1", "evaluate.safety=null")
+    prompts = f"data.path={write_rows(tmp_path / 'prompts.jsonl', [{'prompt': f'{n}?'} for n in range(20)])}"
+    learned = train("ppo", tmp_path, prompts, reward, *words)
+    assert (learned.folder / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("words", [(), ("optim=adamw_torch", "lr_scheduler_type=warmup_stable_decay")])
