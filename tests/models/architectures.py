@@ -32,6 +32,7 @@ SMALL = {
             "projector_input_dim",
             "projector_output_dim",
             "vision_output_dim",
+            "text_hidden_size",
         ),
         64,
     ),
