@@ -125,6 +125,8 @@ def refuses_text(model: Any) -> str:
     "" where it does, or where that cannot be told without weights."""
     import torch
 
+    if model.get_output_embeddings() is None:  # Nemotron-H Omni
+        return f"is a {type(model).__name__}, which holds a whole language model with its head as one of its parts"
     ids = torch.zeros((1, 4), dtype=torch.long, device="meta")
     try:
         model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)

@@ -106,6 +106,8 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "granite_docling": {"vision_config": {"out_hidden_size": 64}},
     "mistral4": {"qk_nope_head_dim": 16, "qk_head_dim": 32, "head_dim": 32},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "muse_spark": {"audio_config": {"out_hidden_size": 64}},
     "paddleocr_vl": {"text_config": {"rope_parameters": {"mrope_section": [2, 2, 4]}}},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]},
     "rwkv": {"attention_hidden_size": 64},
@@ -249,7 +251,7 @@ def _small(values: dict[str, Any], fill: bool) -> dict[str, Any]:
             found[name] = dict.fromkeys(values.get("layer_types") or (), plain) or plain
         else:
             found[name] = value
-    if fill and "vision_config" in found:  # of Qwen's omni models only the checkpoints' own files have it
+    if "vision_config" in found:  # of Qwen's omni models only the checkpoints' own files have it
         found.setdefault("vision_start_token_id", 257)
     if found.get("kv_lora_rank"):
         found["num_key_value_heads"] = found["num_attention_heads"]
