@@ -98,6 +98,7 @@ def test_a_short_name_means_the_language_models_layers_and_a_whole_one_what_it_n
         ("xlnet", "XLNetLMHeadModel", "reads from both sides"),
         ("cpmant", "CpmAntForCausalLM", "reads from both sides: in a CpmAntForCausalLM"),
         ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", "is a diffusion model (DiffusionGemmaForBlock"),
+        ("nemotron_h_omni", "NemotronH_Omni_Reasoning_V3", "which holds a whole language model with its head"),
         ("kosmos-2", "Kosmos2ForConditionalGeneration", "specify either `pixel_values` or `image_embeds`"),
         (
             "qwen3_omni_moe_thinker",
