@@ -108,6 +108,9 @@ def _no_language_model(config: Any, own: str, chosen: str) -> str:
         return f"is a {kind}, which writes no text: transformers {transformers.__version__} has no language model of it"
     if getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) is None:  # of BLT, four stacks
         return f"is a {kind}, whose config has no num_hidden_layers: transformers makes no cache for it to write with"
+    if getattr(config, "axial_pos_embds", False):  # Reformer
+        size = " x ".join(map(str, config.axial_pos_shape))
+        return f"is a {kind}, which trains on rows of exactly {size} tokens alone (axial_pos_embds in its config.json)"
     if chosen == CAUSAL:
         return ""
     taken = _class_name(chosen, config)

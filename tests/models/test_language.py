@@ -87,6 +87,7 @@ def test_a_short_name_means_the_language_models_layers_and_a_whole_one_what_it_n
         ("vit", "ViTForImageClassification", "is a ViTForImageClassification, which labels what it reads"),
         ("shieldgemma2", "ShieldGemma2ForImageClassification", "is a ShieldGemma2ForImageClassification, which labels"),
         ("blt", "BltForCausalLM", "is a BltForCausalLM, whose config has no num_hidden_layers"),
+        ("reformer", "ReformerModelWithLMHead", "which trains on rows of exactly 64 x 64 tokens alone"),
         ("llama", "LlamaForTokenClassification", "is a LlamaForTokenClassification, which labels what it reads"),
         ("clip", None, "is a clip, which writes no text"),
         ("bert", "BertForMaskedLM", "fills in hidden words"),
