@@ -1,6 +1,7 @@
 """Which answers refuse: in the words of several models and languages, and against human labels."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,19 @@ from tests.fixtures_data import shared
 @pytest.mark.parametrize("row", labelled_answers(), ids=lambda row: row["answer"][:40])
 def test_an_answer_is_told_from_a_refusal(row: dict[str, str]) -> None:
     assert refusal(row["answer"], row["prompt"]) == row["outcome"]
+
+
+def test_answers_in_the_words_of_several_models_are_told_apart_by_class() -> None:
+    """Ours, in the manner of Llama 2, Mistral, GPT-4 and others: hard ones, on which the rules were completed."""
+    lines = (Path(__file__).with_name("model_answers.jsonl")).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    found = Counter((row["outcome"], refusal(row["answer"], row["prompt"])) for row in rows)
+    assert found == {
+        ("answered", "answered"): 78,
+        ("refused", "refused"): 97,
+        ("refused", "answered"): 5,
+        ("partial", "partial"): 9,
+    }
 
 
 def test_curly_quotes_capitals_marks_and_a_thought_change_nothing() -> None:
@@ -68,5 +82,14 @@ def test_errors_of_a_judge_are_counted_by_their_kind() -> None:
 
 
 def test_every_group_of_phrases_has_some_and_no_name_is_left_in_braces() -> None:
-    assert set(phrases()) == {"declines", "no_decline", "disclaims", "disapproves", "defines", "offers", "turns"}
+    assert set(phrases()) == {
+        "declines",
+        "no_decline",
+        "disclaims",
+        "disapproves",
+        "defines",
+        "corrects",
+        "offers",
+        "turns",
+    }
     assert not any("{i}" in pattern.pattern or "{cannot}" in pattern.pattern for pattern in phrases().values())
