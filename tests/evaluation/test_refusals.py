@@ -29,8 +29,8 @@ def test_answers_in_the_words_of_several_models_are_told_apart_by_class() -> Non
     rows = [json.loads(line) for line in lines]
     found = Counter((row["outcome"], refusal(row["answer"], row["prompt"])) for row in rows)
     assert found == {
-        ("answered", "answered"): 78,
-        ("refused", "refused"): 97,
+        ("answered", "answered"): 83,
+        ("refused", "refused"): 98,
         ("refused", "answered"): 5,
         ("partial", "partial"): 9,
     }
