@@ -90,7 +90,7 @@ def followed(page: str, first: str, then: str) -> Iterator[tuple[Block, Block]]:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to follow a page in: a terminal of 100 columns, a text of 60 lines, 24 rows, three files of pairs."""
+    """A folder to follow a page in: a terminal of 100 columns, a text of 60 lines, 24 rows a file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(options.out, "width", WIDTH)
     # the fresh process that loads what was saved takes most of a small run's time; runs/test_save.py has it
@@ -98,10 +98,10 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(module, "prove", lambda *_: Proof(0.0, 1e-4, "float32", "cpu"))
     lines = [f"Chapter {n}. The ship sailed on, and day {n} was as calm as the one before.\n" for n in range(60)]
     (tmp_path / "my_book.txt").write_text("".join(lines))
-    for name in ("my_rows", "pairs", "helpful_pairs", "harmless_pairs"):
+    for name in ("my_rows", "refusals", "pairs", "helpful_pairs", "harmless_pairs"):
         rows = [{"prompt": f"{name}: {n} + 1 =", "completion": f"{n + 1}"} for n in range(24)]
         pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "0"} for row in rows]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows if name == "my_rows" else pairs)))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, pairs if "pairs" in name else rows)))
     return tmp_path
 
 

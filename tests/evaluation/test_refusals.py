@@ -29,10 +29,11 @@ def test_answers_in_the_words_of_several_models_are_told_apart_by_class() -> Non
     rows = [json.loads(line) for line in lines]
     found = Counter((row["outcome"], refusal(row["answer"], row["prompt"])) for row in rows)
     assert found == {
-        ("answered", "answered"): 83,
-        ("refused", "refused"): 98,
+        ("answered", "answered"): 113,
+        ("answered", "refused"): 1,
+        ("refused", "refused"): 115,
         ("refused", "answered"): 5,
-        ("partial", "partial"): 9,
+        ("partial", "partial"): 10,
     }
 
 
@@ -90,6 +91,7 @@ def test_every_group_of_phrases_has_some_and_no_name_is_left_in_braces() -> None
         "defines",
         "corrects",
         "offers",
+        "redirects",
         "delivers",
         "turns",
     }
