@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,8 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_kit import recipe as recipes
+from finetune_kit.cli import main as cli
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tiny import write_tiny_model
+from finetune_kit.runs import save, saved
+from finetune_kit.runs.verify import Proof
 from finetune_kit.settings.load import resolve
 from finetune_kit.settings.schema import LoraConfig, ModelConfig
 from tests.fixtures_cli import ROOT, python
@@ -223,3 +228,57 @@ def test_generation_is_compared_with_transformers_own_at_a_toy_shape(
         "ours, PPO's rollout",
     ]
     assert said.endswith("equal greedy tokens: 60 of 60\n")
+
+
+# helpful against harmless
+
+
+@pytest.mark.long
+def test_the_chain_of_helpful_and_harmless_runs_is_measured_shown_and_not_made_twice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    safety = importlib.import_module("safety")
+    for module in (save, saved):  # runs/test_save.py has the fresh process
+        monkeypatch.setattr(module, "prove", lambda *_: Proof(0.0, 1e-4, "float32", "cpu"))
+    commands: list[list[str]] = []
+
+    def here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command[4:])
+        monkeypatch.setattr("sys.argv", ["finetune_kit", *command[3:]])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return subprocess.CompletedProcess(command, int(stop.value.code or 0))
+
+    write_tiny_model(tmp_path / "model")
+    for part in ("train", "test"):
+        asked = [f"{part} question {n}?" for n in range(40)]
+        hh = [f"\n\nHuman: {text}\n\nAssistant: " for text in asked]
+        for name, rows in (
+            (
+                "dolly_hhrlhf",
+                [{"prompt": f"### Instruction:\n{text}\n### Response:", "response": "Yes."} for text in asked],
+            ),
+            ("hh_harmless", [{"chosen": f"{text}I can't help.", "rejected": f"{text}Sure."} for text in hh]),
+            ("ultrafeedback", [{"prompt": text, "chosen": "Yes, so.", "rejected": "No."} for text in asked]),
+        ):
+            (tmp_path / f"{name}_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["safety.py", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--model", str(tmp_path / "model")]
+    words += ["--length", "192", "--prompts", "40", "--pairs", "24", "--answers", "24"]
+    words += ["--page", str(tmp_path / "frontier.svg"), "--only", "refusing", "dpo_0.50", "reward", "ppo_0.50"]
+    monkeypatch.setattr(subprocess, "run", here)
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", words)
+        safety.main()
+        assert [command[0] for command in commands] == ["lora_sft", "dpo", "reward_model", "reward_model", "ppo"]
+    said = capsys.readouterr().out
+    number = r"[-+]?\d\.\d\d"
+    full = (
+        rf"{number} \({number}, (?:{number} to {number}|none: every row moved alike)\) (?:better|worse|no difference)"
+    )
+    rows = {"dpo_0.50": [full] * 6, "ppo_0.50": [full, full, "", "", full, full]}
+    for name, cells in rows.items():
+        assert len(re.findall(rf"^\| {name} \| refusing \| {' [|] '.join(cells)} \|$", said, re.MULTILINE)) == 2
+    page = ElementTree.fromstring((tmp_path / "frontier.svg").read_text())
+    labels = [element.text for element in page.iter("{http://www.w3.org/2000/svg}text")]
+    assert labels.count("0.50") == 2  # the one weight, in both panels

@@ -46,6 +46,7 @@ PAGES = [
     "docs/scale.md",
     "docs/reliability.md",
     "docs/security.md",
+    "docs/safety.md",
 ]
 NOT_RUN = ("git", "cd", "source", "pip")  # what a reader needs and the test already stands on
 SMALL = (
@@ -55,6 +56,7 @@ SMALL = (
     "evaluate.safety=null",
     "evaluate.bootstrap_samples=50",
 )
+ASKED = 40  # prompts of evaluate.safety
 FEW = 8  # problems of a generated task
 WIDTH = 100  # columns of the terminal that the pages show
 Kit = Callable[[list[str]], tuple[int, str]]
@@ -88,7 +90,7 @@ def followed(page: str, first: str, then: str) -> Iterator[tuple[Block, Block]]:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to follow a page in, with a terminal of 100 columns and a text file of 60 lines."""
+    """A folder to follow a page in: a terminal of 100 columns, a text of 60 lines, 24 rows a file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(options.out, "width", WIDTH)
     # the fresh process that loads what was saved takes most of a small run's time; runs/test_save.py has it
@@ -96,6 +98,10 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(module, "prove", lambda *_: Proof(0.0, 1e-4, "float32", "cpu"))
     lines = [f"Chapter {n}. The ship sailed on, and day {n} was as calm as the one before.\n" for n in range(60)]
     (tmp_path / "my_book.txt").write_text("".join(lines))
+    for name in ("my_rows", "refusals", "pairs", "helpful_pairs", "harmless_pairs"):
+        rows = [{"prompt": f"{name}: {n} + 1 =", "completion": f"{n + 1}"} for n in range(24)]
+        pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "0"} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, pairs if "pairs" in name else rows)))
     return tmp_path
 
 
@@ -114,7 +120,9 @@ def kit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.long) if page == "docs/safety.md" else page for page in PAGES]
+)
 def test_every_command_of_a_page_runs_and_prints_what_the_page_shows(
     page: str, desk: Path, kit: Kit, tiny_model: Path
 ) -> None:
@@ -131,6 +139,7 @@ def test_every_command_of_a_page_runs_and_prints_what_the_page_shows(
         elif block.language == "diff":
             edit(desk / block.words, block)
         elif "." in block.words:
+            (desk / block.words).parent.mkdir(exist_ok=True)
             (desk / block.words).write_text(block.text, encoding="utf-8")
 
 
@@ -145,6 +154,8 @@ def follow(line: str, where: str, kit: Kit, tiny_model: Path) -> None:
         return
     assert words[1:3] == ["-m", "finetune_kit"], f"{where}: {line}: a command that this test cannot run"
     words = words[3:]
+    few = [word for word in words if not word.startswith("evaluate.safety_size=")]
+    words = few if few == words else [*few, f"evaluate.safety_size={ASKED}"]
     code, printed = kit(small(words, tiny_model) if words[0] in ("run", "check") else words)
     # two steps of a random model improve nothing
     assert code in ((0, 4) if "--require" in words else (0,)), f"{where}: {line}: exit {code}\n{printed}"
@@ -167,6 +178,10 @@ def made_by(words: list[str]) -> list[str]:
 def small(words: list[str], tiny_model: Path) -> list[str]:
     """The same command on the tiny model, two steps long; of a generated task, few problems."""
     given = dict(word.partition("=")[::2] for word in words)
+    measured = {"evaluate.safety"} if "safe" in words else given.keys()
+    if "evaluate.guards" in given:
+        measured |= {"evaluate.safety", "evaluate.general_text"}
+    short = [word for word in SMALL if word.partition("=")[0] not in measured]
     if words[1] == "pretrain":  # which makes its own model
         few = {"data.path": "my_book.txt", "data.max_length": "64", "depth": "1"}
         few |= {"eval_steps": "1", "sample_tokens": "4"} if words[0] == "run" else {}
@@ -176,13 +191,13 @@ def small(words: list[str], tiny_model: Path) -> list[str]:
         return [
             *kept,
             *(f"{name}={value}" for name, value in few.items() if name not in given or name == "depth"),
-            *(SMALL if words[0] == "run" else ()),
+            *(short if words[0] == "run" else ()),
         ]
     path = "" if words[1].endswith(".yaml") else given.get("data.path", "reasoning_gym/")
     few = [f"data.size={FEW}"] if "reasoning_gym/" in path else []
     few += [f"data.held_out_size={FEW}"] if path.startswith("reasoning_gym/") else []
     kept = [word for word in words if not word.startswith("model.name_or_path=")]
-    return [*kept, f"model.name_or_path={tiny_model}", *few, *(SMALL if words[0] == "run" else ())]
+    return [*kept, f"model.name_or_path={tiny_model}", *few, *(short if words[0] == "run" else ())]
 
 
 def sessions(text: str) -> list[tuple[str, str]]:

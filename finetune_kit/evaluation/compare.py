@@ -53,9 +53,12 @@ class Report:
         return "; ".join(said) if found else "refusals were not measured: evaluate.safety is unset"
 
     def to_json(self) -> dict[str, Any]:
-        """The content of report.json: numbers, texts, lists and dicts only."""
+        """The content of report.json: numbers, texts, lists and dicts only, and no harmful prompt."""
         content = dict(vars(self))
-        return {**content.pop("details"), **content}
+        details = dict(content.pop("details"))
+        if "safety" in details:
+            details["safety"] = safety.without_texts(details["safety"])
+        return {**details, **content}
 
 
 def compare(

@@ -22,7 +22,7 @@ from typing import Any
 
 from finetune_kit.data.files import DATA_SUFFIXES
 from finetune_kit.errors import DataError, ResourceError, SecurityError, SettingsError
-from finetune_kit.evaluation.choices import read_choices
+from finetune_kit.evaluation.choices import name_of, read_choices
 from finetune_kit.evaluation.compare import Report
 from finetune_kit.evaluation.intervals import SHARE, entry
 from finetune_kit.models.inference import evaluation_mode
@@ -30,6 +30,7 @@ from finetune_kit.settings.schema import EvaluateConfig
 from finetune_kit.system.network import hub_reachable
 
 EXTRA = "pip install 'finetune-kit[harness]'"
+NEAR = 0.7  # how alike the name of a task must be that was perhaps meant
 EVERY = 10**9  # questions: all of a file's
 
 
@@ -46,6 +47,7 @@ class Asked:
     def in_words(self) -> str:
         """How the rows were written and scored."""
         shots = "the tasks' own number of examples" if self.num_fewshot is None else f"{self.num_fewshot} examples"
+        shots = "1 example" if self.num_fewshot == 1 else shots
         chat = "in the chat template" if self.apply_chat_template else "without a chat template"
         rows = f"at most {self.limit} rows a task" if self.limit else "all rows"
         return f"{shots} before each question, {chat}, {rows}"
@@ -70,7 +72,7 @@ def check(asked: Asked) -> None:
     named = [task for task in asked.tasks if not is_file(task)]
     for task in named:
         if task not in known:
-            near = difflib.get_close_matches(task, known, n=1)
+            near = difflib.get_close_matches(task, known, n=1, cutoff=NEAR)
             raise SettingsError(
                 f"--tasks: {task} is not a task of the harness{f' or of {asked.folder}' if asked.folder else ''}.",
                 f"Did you mean {near[0]}?" if near else "A file of questions is a task, too: --tasks rows.jsonl",
@@ -84,10 +86,12 @@ def is_file(task: str) -> bool:
 def run_tasks(model: Any, tokenizer: Any, asked: Asked, batch_size: int) -> Scores:
     """The harness's scores of the model. Raises as `check`, and ResourceError where a task's data cannot be loaded."""
     harness = _harness()
+    from jinja2 import UndefinedError
     from lm_eval.models.huggingface import HFLM
 
     with tempfile.TemporaryDirectory() as scratch, _quiet(), evaluation_mode(model):
-        tasks = [_task_of(task, Path(scratch)) if is_file(task) else task for task in asked.tasks]
+        files = [task for task in asked.tasks if is_file(task)]
+        tasks = [_task_of(task, name_of(task, files), Path(scratch)) if task in files else task for task in asked.tasks]
         language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
             found = harness.simple_evaluate(
@@ -100,12 +104,10 @@ def run_tasks(model: Any, tokenizer: Any, asked: Asked, batch_size: int) -> Scor
                 bootstrap_iters=0,
                 log_samples=True,
             )
-        except ValueError as error:
-            if "unsafe" not in str(error):
-                raise
-            raise SecurityError(
-                f"--tasks: {', '.join(asked.tasks)} would run code that the model writes; nothing here does that.",
-                "Use the harness's own command in a sandbox: lm_eval --confirm_run_unsafe_code",
+        except FileNotFoundError as error:
+            raise DataError(
+                f"--tasks: {' '.join(str(error).split())[:200]}",
+                "Paths in a task file begin in the folder that you start in.",
             ) from None
         except OSError as error:  # a connection's, or a file's that is not in the cache
             offline = "" if hub_reachable() else " The Hub cannot be reached."
@@ -114,6 +116,19 @@ def run_tasks(model: Any, tokenizer: Any, asked: Asked, batch_size: int) -> Scor
                 f"{' '.join(str(error).split())[:200]}",
                 "Give a file of questions (--tasks rows.jsonl), or a task file over local data (--task-files DIR).",
             ) from None
+        except (UndefinedError, ValueError, SyntaxError, LookupError, TypeError) as error:
+            if isinstance(error, ValueError) and "unsafe" in str(error):
+                raise SecurityError(
+                    f"--tasks: {', '.join(asked.tasks)} would run code that the model writes; nothing here does that.",
+                    "Use the harness's own command in a sandbox: lm_eval --confirm_run_unsafe_code",
+                ) from None
+            if asked.folder is None:
+                raise
+            raise DataError(
+                f"--tasks: {', '.join(asked.tasks)} of {asked.folder} does not fit its rows: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+                "doc_to_text, doc_to_choice and doc_to_target name the rows' columns. Where it happened: --debug",
+            ) from error
     return _scores(found)
 
 
@@ -175,14 +190,14 @@ def report(before: Scores, after: Scores, asked: Asked, config: EvaluateConfig) 
     )
 
 
-def _task_of(source: str, scratch: Path) -> dict[str, Any]:
+def _task_of(source: str, name: str, scratch: Path) -> dict[str, Any]:
     """A file of questions with choices as a task of the harness's `multiple_choice`."""
     questions = read_choices(source, EVERY, "--tasks")
-    rows = scratch / f"{Path(source).stem}.jsonl"
+    rows = scratch / f"{name.replace('/', '_')}.jsonl"
     lines = [{"context": item.context, "choices": list(item.choices), "gold": item.gold} for item in questions]
     rows.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     return {
-        "task": Path(source).stem,
+        "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(scratch / "cache")},
         "test_split": "test",
@@ -245,5 +260,5 @@ def _no_stderr() -> Iterator[None]:
 
 
 def listed(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Tasks as written on the command line: several words, or one with commas."""
-    return tuple(part.strip() for word in tasks for part in word.split(",") if part.strip())
+    """Tasks as written on the command line: several words, or one with commas; each once."""
+    return tuple(dict.fromkeys(part.strip() for word in tasks for part in word.split(",") if part.strip()))

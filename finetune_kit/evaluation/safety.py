@@ -282,6 +282,20 @@ def details(before: Safety, after: Safety, config: EvaluateConfig) -> dict[str, 
     }
 
 
+def without_texts(told: dict[str, Any]) -> dict[str, Any]:
+    """`details` as report.json keeps them: each sample's place in its file and what the answers did, and neither the
+    prompt nor an answer. Those are in report.html alone, folded behind a warning."""
+    kept = [
+        {
+            "where": sample["where"],
+            "harmful": sample["harmful"],
+            **{f"{side}_outcome": sample[side][0] for side in ("before", "after")},
+        }
+        for sample in told["samples"]
+    ]
+    return {**told, "samples": kept, "texts": "report.html, folded behind a warning"}
+
+
 def _shares(measured: Safety, rows: Sequence[int]) -> dict[str, int]:
     """How many of the rows had each outcome."""
     names: tuple[Outcome, ...] = ("answered", "partial", "refused", "beside")

@@ -329,6 +329,8 @@ def test_a_run_and_evaluate_on_its_folder_give_the_same_numbers(
     assert "<h2>Questions with choices</h2>" in page
     card = (artifact.folder / "README.md").read_text()
     assert "quiz_accuracy" in card
-    assert kept["safety"]["samples"][0]["prompt"] not in card
+    asked_of_it = artifact.report.details["safety"]["samples"][0]["prompt"]
+    assert asked_of_it in page  # behind a warning, and nowhere else
+    assert asked_of_it not in card + (artifact.folder / "report.json").read_text()
     told = json.dumps({name: kept[name] for name in ("safety", "choices", "fairness", "guards", "metrics")})
     assert str(tmp_path) not in told + kept["verdict"] + card  # which may be pushed

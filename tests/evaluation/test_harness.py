@@ -89,6 +89,39 @@ def test_the_task_files_that_are_shipped_run_on_local_rows(tmp_path: Path, monke
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"quiz.jsonl": "nothing.jsonl"}, "Unable to find .*nothing.jsonl"),
+        ({"{{question}}": "{{nosuch}}"}, "does not fit its rows: UndefinedError: 'nosuch' is undefined"),
+        ({"doc_to_choice: choices": "doc_to_choice: options"}, "does not fit its rows: ValueError: malformed"),
+    ],
+)
+def test_a_task_file_that_does_not_fit_its_rows_is_told_so(
+    wrong: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = TASK.format(rows=quiz(tmp_path))
+    for old, new in wrong.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "my_quiz.yaml").write_text(text)
+    with pytest.raises(DataError, match=said):
+        harness.run_tasks(tiny_llama(), TOKENIZER, Asked(("my_quiz",), limit=2, folder=tmp_path), 4)
+
+
+@pytest.mark.long
+def test_two_files_of_one_name_are_two_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    paths = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        paths.append(str(quiz(tmp_path / name)))
+    found = harness.run_tasks(tiny_llama(), TOKENIZER, Asked(tuple(paths), limit=2), 4)
+    assert [task for task, metric in found.rows if metric == "acc"] == ["one/quiz", "other/quiz"]
+
+
+@pytest.mark.long
 def test_a_task_that_does_not_exist_is_told_with_its_neighbour() -> None:
     with pytest.raises(SettingsError, match="--tasks: arc_eazy is not a task of the harness") as error:
         harness.check(Asked(("arc_eazy",)))
@@ -143,4 +176,6 @@ def test_an_option_of_tasks_without_them_is_refused(given: Any, said: str) -> No
 
 
 def test_tasks_may_be_several_words_or_one_with_commas() -> None:
+    assert listed(["a,b", "a"]) == ("a", "b")
+    assert "1 example before" in Asked(("a",), num_fewshot=1).in_words()
     assert listed(["arc_easy,hellaswag", "rows.jsonl"]) == ("arc_easy", "hellaswag", "rows.jsonl")

@@ -116,7 +116,14 @@ def test_more_harmful_refusals_are_better_more_harmless_ones_worse_and_the_verdi
     told = report.details["safety"]
     assert told["outcomes"]["harmless"]["after"] == {"answered": 0, "partial": 20, "refused": 20, "beside": 0}
     assert "evaluate.safety=xstest evaluate.safety_size=80" in told["command"]
-    json.dumps(report.to_json())
+    written = json.dumps(report.to_json())
+    assert not any(sample["prompt"] in written for sample in told["samples"])
+    assert report.to_json()["safety"]["samples"][0] == {
+        "where": "xstest:26",
+        "harmful": True,
+        "before_outcome": "answered",
+        "after_outcome": "refused",
+    }
     write_html(report, [], {"recipe": "dpo"}, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     folded = page[page.index("<details><summary>Warning: harmful requests") :]
