@@ -248,7 +248,8 @@ def held_out_scores(
     """
     answered = config if metric != "loss" else replace(config, size=0, metrics=[], hub_metrics=[], reward_model=None)
     quiet = held_out_only(answered)
-    measurement = measure(model, tokenizer, data, quiet, distributions=False, toolbox=toolbox, both_ways=False)
+    box = None if metric == "loss" else toolbox  # a loss alone asks for no answers
+    measurement = measure(model, tokenizer, data, quiet, distributions=False, toolbox=box, both_ways=False)
     scores = {"loss": measurement.loss}
     if start is not None and start.rejected_nll:
         scores = preferences.scores(start, measurement, beta)

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     import torch
 
 
-Judge = Callable[[list[str], list[str], list[Any]], Sequence[float]]  # last turns, answers, records -> one score each
+# last turns, answers, records -> one score each; answers with tools come with their `calls`
+Judge = Callable[..., Sequence[float]]
 Progress = Callable[[str, int, int], None]  # what is measured, rows done, rows in all
 MARGIN = 8  # tokens beyond the longest held-out answer before a generation is cut off
 
@@ -69,7 +70,7 @@ class Measurement:
     completions: list[Completion] = field(default_factory=list)
     with_tools: bool = False
     bare: dict[str, list[float]] = field(default_factory=dict)  # the same scores of answers without the tools
-    wanted: list[list[dict[str, Any]]] = field(default_factory=list)  # the calls of each answered row of the data
+    wanted: list[list[dict[str, Any]] | None] = field(default_factory=list)  # the calls of each answered row, if known
     decoding: dict[str, Any] = field(default_factory=dict)
     safety: Safety | None = None  # answers to harmful and harmless prompts
     choices: list[Choices] = field(default_factory=list)  # of each file, what is likeliest
@@ -315,9 +316,11 @@ def _scores(
     metadata = [record.metadata for record in _asked(data)[: len(predictions)]]
     for metric in metrics:
         found[metric.name] = score_rows(metric, predictions, measurement.references, metadata, measurement.where)
-    judge = _reward_model(config.reward_model, data) if config.reward_model else judge
+    calls = {"calls": [completion.calls for completion in measurement.completions]} if measurement.with_tools else {}
+    if config.reward_model:
+        judge, calls = _reward_model(config.reward_model, data), {}
     if judge is not None:
-        scores = judge(measurement.prompts, predictions, _asked(data)[: len(predictions)])
+        scores = judge(measurement.prompts, predictions, _asked(data)[: len(predictions)], **calls)
         found["reward"] = [float(score) for score in scores]
     return found
 

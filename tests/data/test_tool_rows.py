@@ -80,6 +80,12 @@ def test_with_tools_a_run_of_assistant_turns_is_one_answer_and_without_user_all_
     assert asked_of(record) == prompt_of(record)
     assert calls_of(record) == []
     assert asked_of(Prompt("x:1", [user("Q")])) == [user("Q")]
+    assert calls_of(Prompt("x:1", [user("Q")])) is None  # it does not say
+    problem = task_rows("products", 1, 7)[0]
+    prompt = Prompt("x:1", problem.messages[:1], None, problem.metadata, problem.metadata["answer"])
+    assert calls_of(prompt) == [
+        {"name": "calculator", "arguments": {"expression": problem.metadata["metadata"]["expression"]}}
+    ]
 
 
 def test_what_the_calculator_gave_is_never_trained_and_the_call_is(tmp_path: Path) -> None:
