@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from finetune_kit.evaluation.function_calls import same_call
 from finetune_kit.evaluation.intervals import SHARE, entry, spread_of
 from finetune_kit.evaluation.measure import Measurement
 from finetune_kit.evaluation.metrics import BUILT_IN
@@ -81,28 +82,6 @@ def same_calls(calls: Sequence[Call], wanted: Sequence[dict[str, Any]]) -> bool:
             return False
         left.remove(found)
     return True
-
-
-def same_call(name: str, arguments: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """By structure: the name, the set of arguments, each value and its type. 3 and 3.0 are the same number, "3" is no
-    number; of a text white space at its ends and the case of letters are no difference."""
-    return name == wanted["name"] and _same(arguments, wanted["arguments"])
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, int | float) and isinstance(other, int | float):
-        return bool(one == other)
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, str):
-        return bool(one.strip().casefold() == other.strip().casefold())
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
 
 
 def _is_used(answer: Completion) -> bool:
