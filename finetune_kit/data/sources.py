@@ -229,7 +229,7 @@ def _records(
                 elif is_bfcl(as_read[number]) and TRUTH in as_read[number]:  # what calls are judged by
                     record.metadata = {TRUTH: as_read[number][TRUTH]}
             records += converted[:1] if found.ranked and config.pairs == "best_worst" else converted
-    return [same for record in records for same in as_kind(record, kind)]
+    return [same for record in records for same in as_kind(record, kind, bool(config.tools))]
 
 
 def _settle_turns(record: Record, merge: bool) -> None:
