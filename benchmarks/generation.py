@@ -128,16 +128,17 @@ def beside_transformers(shape: str, count: int, width: int, new: int) -> None:
 
 def rollouts(model: Any, prompts: list[list[int]], ends: list[int], new: int) -> None:
     """PPO's sampling, nearly greedy so that all ways draw the same tokens, and what goes through the layers."""
+    from finetune_kit.generation import cache
     from finetune_kit.rl import rollout
 
     through: list[int] = []
     layers = model.base_model  # both ways of sampling come by here
     layers.register_forward_pre_hook(lambda m, a, kwargs: through.append(kwargs["input_ids"].numel()), with_kwargs=True)
-    share = rollout.common_beginning
+    share = cache.common_beginning
     given: dict[str, Any] = {"max_new_tokens": new, "end_token_ids": ends, "temperature": 1e-5, "seed": 0}
 
     def cached(beginnings: Any) -> list[list[int]]:
-        rollout.common_beginning = beginnings
+        cache.common_beginning = beginnings
         return [row.ids for row in rollout.sample(model, prompts, batch_size=len(prompts), **given)]
 
     ways = {

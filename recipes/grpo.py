@@ -29,6 +29,7 @@ from typing import ClassVar
 
 from finetune_kit.data.load import load_data
 from finetune_kit.evaluation.evaluator import Evaluator
+from finetune_kit.generation.toolbox import toolbox_of
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.rewards.settings import RewardConfig
@@ -40,16 +41,17 @@ from finetune_kit.rl.online import (
     reward_functions,
     reward_watchdog,
     sample_here,
+    tool_rollouts,
 )
 from finetune_kit.runs.save import Artifact, save
-from finetune_kit.settings.schema import EvaluateConfig, LoraConfig, RecipeConfig, TrainConfig, section, setting
+from finetune_kit.settings.schema import EvaluateConfig, LoraConfig, ToolsRecipeConfig, TrainConfig, section, setting
 from finetune_kit.training.begin import begin
 from finetune_kit.training.build import build
 from finetune_kit.training.fit import fit
 
 
 @dataclass
-class Config(RecipeConfig):
+class Config(ToolsRecipeConfig):
     kind: ClassVar[str] = "prompt"
     trainer_config: ClassVar[str] = "trl.GRPOConfig"
     lora: LoraConfig = section(LoraConfig)
@@ -76,6 +78,7 @@ def run(config: Config) -> Artifact:
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
     policy.generation_config.eos_token_id = data.end_token_ids
     sample_here(policy)
+    toolbox = toolbox_of(config)
     trainer = build(
         GRPOTrainer,
         GRPOConfig,
@@ -88,6 +91,7 @@ def run(config: Config) -> Artifact:
             "reward_funcs": reward_functions(rewards, data),
             "callbacks": [reward_watchdog()],
             "processing_class": rendering_rows(tokenizer, data),
+            "rollout_func": tool_rollouts(tokenizer, data, toolbox, config),
         },
         reward_weights=[part.weight for part in rewards.parts],
         num_generations=config.num_generations,
@@ -98,7 +102,7 @@ def run(config: Config) -> Artifact:
         num_iterations=config.num_iterations,
     )
     begin(config, tokenizer, data, policy)
-    evaluator = Evaluator(tokenizer, data, config.evaluate, judge=rewards.judge)
+    evaluator = Evaluator(tokenizer, data, config.evaluate, judge=rewards.judge, toolbox=toolbox)
     before = evaluator.measure(policy, "before")
     history = fit(trainer, config.train, evaluator.scores)
     after = evaluator.measure(trainer.model, "after")

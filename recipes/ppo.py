@@ -63,7 +63,7 @@ def run(config: Config) -> Artifact:
     rewards = load_rewards(config.reward, data, config.model, policy)
     trainer = PPOTrainer(policy, tokenizer, data, rewards, config)
     begin(config, tokenizer, data, policy)
-    evaluator = Evaluator(tokenizer, data, config.evaluate, judge=rewards.judge)
+    evaluator = Evaluator(tokenizer, data, config.evaluate, judge=rewards.judge, toolbox=trainer.toolbox)
     before = evaluator.measure(policy, "before")
     history = trainer.train()
     after = evaluator.measure(policy, "after")

@@ -184,8 +184,6 @@ def generate(
         raise SettingsError("A prompt and --prompts are both given.", "Give one of them.")
     if batch_size is not None and not prompts:
         raise SettingsError("--batch-size has no effect without --prompts.", "Leave it out.")
-    if tools and prompts:
-        raise SettingsError("--tools acts on a prompt and in a conversation, and not on --prompts.", "Leave it out.")
     limits = {"--max-tool-calls": max_tool_calls, "--tool-timeout": tool_timeout, "--yes": yes or None}
     if idle := [name for name, value in limits.items() if value is not None and not tools]:
         raise SettingsError(f"{idle[0]} has no effect without --tools.", "Such as: --tools calculator")
@@ -197,7 +195,7 @@ def generate(
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     with doing("opening the run"):
-        box = _toolbox(tools, max_tool_calls, tool_timeout, yes) if tools else None
+        box = _toolbox(tools, max_tool_calls, tool_timeout, yes, prompts is not None) if tools else None
         asked = answering.prepare(
             open_run(folder_of(folder, revision), moved_base(base), recipe), decoding, system, box
         )
@@ -215,16 +213,17 @@ def generate(
         _answer(asked, sys.stdin.read().rstrip("\n") if prompt is None else prompt, compare)
 
 
-def _toolbox(sources: list[str], most: int | None, seconds: float | None, yes: bool) -> Any:
-    """The tools of --tools; what is not built in is asked for before each call."""
+def _toolbox(sources: list[str], most: int | None, seconds: float | None, yes: bool, many: bool) -> Any:
+    """The tools of --tools; what is not built in is asked for before each call. Of `many` prompts none is asked for."""
     from finetune_kit.generation.toolbox import Toolbox
     from finetune_kit.tools.load import is_built_in, load_tools
 
     if (most is not None and most < 1) or (seconds is not None and not seconds > 0):
         raise SettingsError("--max-tool-calls and --tool-timeout: expected numbers above 0.")
     own = [source for source in sources if not is_built_in(source)]
-    if own and not yes and not sys.stdin.isatty():
-        raise SettingsError(f"{own[0]} is not built in, and there is nobody here to ask.", "If it may run: --yes")
+    if own and not yes and (many or not sys.stdin.isatty()):
+        why = "a file of prompts is not interrupted" if many else "there is nobody here to ask"
+        raise SettingsError(f"{own[0]} is not built in, and {why}.", "If it may run: --yes")
 
     def allow(tool: Any, arguments: dict[str, Any]) -> bool:
         call = escaped(f"{tool.name}({json.dumps(arguments, ensure_ascii=False)})")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.data import tasks
+from finetune_kit.data.bfcl import TRUTH, has_rows, is_bfcl, with_answers
 from finetune_kit.data.columns import Row, unused_in
 from finetune_kit.data.files import (
     DATA_SUFFIXES,
@@ -103,8 +104,8 @@ def read_source(
         return _shakespeare(kind)
     if local.is_dir():
         train, held = data_files(local)
-        rows = [record for file in train for record in _read_file(file, config, kind, bad, unused)]
-        apart = [record for file in held for record in _read_file(file, config, kind, bad, unused)]
+        rows = [record for file in filter(has_rows, train) for record in _read_file(file, config, kind, bad, unused)]
+        apart = [record for file in filter(has_rows, held) for record in _read_file(file, config, kind, bad, unused)]
         return Source(path, rows, apart if held else None)
     if local.is_file():
         return Source(path, _read_file(local, config, kind, bad, unused))
@@ -173,7 +174,7 @@ def _read_file(path: Path, config: DataConfig, kind: str, bad: Bad, unused: Coun
         raise DataError(f"{path}: compressed.", f"{unpack} {path.name}")
     if suffix not in READERS:
         raise DataError(f"{path}: cannot read this kind of file.", f"Expected {', '.join(DATA_SUFFIXES)}.")
-    return _records(READERS[suffix](path, bad), path.name, config, kind, bad, unused)
+    return _records(with_answers(READERS[suffix](path, bad), path), path.name, config, kind, bad, unused)
 
 
 def _records(
@@ -221,10 +222,14 @@ def _records(
             unused.update(theirs.get(column, column) for column in unused_in(row))
             for record in converted:
                 _settle_turns(record, config.merge_turns)
-                if kind == "prompt" and not isinstance(record, Text):  # what rewards judge by; no other kind is judged
+                if isinstance(record, Text):
+                    continue
+                if kind == "prompt":  # what rewards judge by
                     record.metadata = as_read[number]
+                elif is_bfcl(as_read[number]) and TRUTH in as_read[number]:  # what calls are judged by
+                    record.metadata = {TRUTH: as_read[number][TRUTH]}
             records += converted[:1] if found.ranked and config.pairs == "best_worst" else converted
-    return [same for record in records for same in as_kind(record, kind)]
+    return [same for record in records for same in as_kind(record, kind, bool(config.tools))]
 
 
 def _settle_turns(record: Record, merge: bool) -> None:

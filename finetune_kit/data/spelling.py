@@ -10,6 +10,7 @@ from collections import Counter
 from itertools import takewhile
 from typing import Any
 
+from finetune_kit.data.bfcl import as_conversation, is_bfcl
 from finetune_kit.data.columns import ANSWER_KEY
 from finetune_kit.data.messages import is_turn
 from finetune_kit.errors import DataError
@@ -61,6 +62,8 @@ def opened(rows: list[tuple[int, dict[str, Any]]], where: str) -> list[tuple[int
 
 
 def _opened(row: dict[str, Any]) -> dict[str, Any]:
+    if is_bfcl(row):
+        return as_conversation(row)
     given = row.get("input")
     if isinstance(given, dict) and isinstance(given.get("messages"), list) and "prompt" not in row:
         return _inside(row, "input", {"messages": "prompt", "tools": "tools"})  # OpenAI's preference files

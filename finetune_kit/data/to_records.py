@@ -35,6 +35,7 @@ from finetune_kit.data.records import (
     PromptCompletion,
     Record,
     Text,
+    asked_of,
     last_assistant,
     prompt_of,
     reference_of,
@@ -256,12 +257,14 @@ def _answer_as_text(row: dict[str, Any], name: str) -> Any:
     return _number_as_text(row[name])
 
 
-def as_kind(record: Record, kind: str) -> list[Record]:
+def as_kind(record: Record, kind: str, calls: bool = False) -> list[Record]:
     """A record as the kind that a recipe trains on: the prompt that a conversation's last answer or a pair answers,
-    a pair as a liked and a disliked answer; any other record unchanged.
+    a pair as a liked and a disliked answer; any other record unchanged. `calls`: answers may call tools, so that the
+    calls of a row and their results are no part of the prompt.
     """
     if kind == "prompt" and isinstance(record, PromptCompletion | Preference):
-        return [Prompt(record.where, prompt_of(record), record.tools, record.metadata, reference_of(record))]
+        turns = asked_of(record) if calls else prompt_of(record)
+        return [Prompt(record.where, turns, record.tools, record.metadata, reference_of(record))]
     if kind == "labelled_completion" and isinstance(record, Preference):
         sides = ((record.chosen, True), (record.rejected, False))
         return [

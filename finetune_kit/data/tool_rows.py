@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from finetune_kit.data.records import Message, PromptCompletion, Record, Text
+from finetune_kit.data.records import Message, Prompt, PromptCompletion, Record, Text
 from finetune_kit.errors import SettingsError
 from finetune_kit.tools.calculator import Refused, calculate
 from finetune_kit.tools.load import load_tools
@@ -49,20 +49,28 @@ def offer_tools(records: Sequence[Record], sources: Sequence[str]) -> list[str]:
     return notes
 
 
-def calls_of(record: Record) -> list[dict[str, Any]]:
-    """The calls that a row makes behind its last user turn, each {"name", "arguments"}."""
-    if not isinstance(record, PromptCompletion):
-        return []
-    last = max((at for at, turn in enumerate(record.messages) if turn["role"] == "user"), default=0)
-    return [call["function"] for turn in record.messages[last:] for call in turn.get("tool_calls") or ()]
+def calls_of(record: Record) -> list[dict[str, Any]] | None:
+    """The calls that a row makes behind its last user turn, each {"name", "arguments"}; None where it does not say:
+    a prompt alone, unless it is a problem with an expression."""
+    if isinstance(record, PromptCompletion):
+        last = max((at for at, turn in enumerate(record.messages) if turn["role"] == "user"), default=0)
+        return [call["function"] for turn in record.messages[last:] for call in turn.get("tool_calls") or ()]
+    expression = _expression(record.metadata, record.completion) if isinstance(record, Prompt) else None
+    return None if expression is None else [{"name": "calculator", "arguments": {"expression": expression.strip()}}]
+
+
+def _expression(metadata: dict[str, Any], answer: str) -> str | None:
+    """What a task's generator says that its problem calculates, where that has the answer for a value."""
+    made = metadata.get("metadata")
+    expression = made.get("expression") if isinstance(made, dict) else None
+    return expression if isinstance(expression, str) and _value(expression, answer) is not None else None
 
 
 def _as_calls(record: PromptCompletion) -> tuple[bool, int]:
     """Rewrite a row's answers; (whether a call was made, calculations left as text)."""
-    made = record.metadata.get("metadata")  # what a task's generator says of its problem
-    expression = made.get("expression") if isinstance(made, dict) else None
     answer = str(record.messages[-1]["content"])
-    if isinstance(expression, str) and len(record.messages) >= 2 and _value(expression, answer) is not None:
+    expression = _expression(record.metadata, answer)
+    if expression is not None and len(record.messages) >= 2:
         record.messages[-1:] = [*_call("", expression), {"role": "assistant", "content": answer}]
         return True, 0
     written: list[Message] = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.errors import DataError, SettingsError
-from finetune_kit.evaluation import choices, fairness, preferences, safety
+from finetune_kit.evaluation import choices, fairness, function_calls, preferences, safety
 from finetune_kit.evaluation.guards import choice_sources, guarded, sentence
 from finetune_kit.evaluation.intervals import ALIKE, SHARE, entry
 from finetune_kit.evaluation.measure import Measurement, held_out_only, measure
@@ -86,6 +86,7 @@ def compare(
     for name, scores in before.metrics.items():
         within = SHARE if name in BUILT_IN else None  # rewards and scores of the Hub may be any numbers
         entries.append(entry(name, scores, after.metrics[name], config, higher_is_better=True, within=within))
+    entries += function_calls.entries(before.called, after.called, config)
     entries += preferences.entries(before, after, config, beta)
     entries += _loss_entries("held_out", before.nll, after.nll, before.tokens, config, before.sources)
     if before.text_nll:
@@ -118,6 +119,8 @@ def compare(
     broken = [line["name"] for line in guards if line["verdict"] == "worse"]
     if guards:
         details["guards"] = {"held": [line["name"] for line in guards if line["name"] not in broken], "failed": broken}
+    if before.called:
+        details["function_calls"] = function_calls.details(before.called, after.called)
     if before.with_tools and after.with_tools:
         details["tools"] = tools_report(before, after, config)
         verdict += f" {tools_sentence(details['tools'])}"
@@ -161,10 +164,13 @@ def _gains(before: Measurement, after: Measurement) -> list[float]:
     """By how much each row of the main metric got better (scores, or nats a token)."""
     for name in before.metrics:
         return [now - was for was, now in zip(before.metrics[name], after.metrics[name], strict=True)]
+    if before.called:  # of which some want a call
+        rows = zip(before.called, after.called, strict=True)
+        return [float(now.right) - float(was.right) for was, now in rows if was.wanted]
     if before.rejected_nll:
         return preferences.margins(before, after)
-    rows = zip(before.nll, after.nll, before.tokens, strict=True)
-    gains = [(was - now) / tokens for was, now, tokens in rows if tokens]
+    losses = zip(before.nll, after.nll, before.tokens, strict=True)
+    gains = [(was - now) / tokens for was, now, tokens in losses if tokens]
     return [0.0 if abs(gain) <= ALIKE else gain for gain in gains]
 
 
@@ -194,6 +200,8 @@ def _sentence(entries: list[dict[str, Any]], wins: int, ties: int, losses: int) 
     for line in entries[1:]:
         if line["name"] == "preference_accuracy":
             text += f" Preference accuracy {line['before']:.3f} → {line['after']:.3f}: {line['verdict']}."
+        if line["name"] == "needless_calls" and line["verdict"] in ("better", "worse"):
+            text += f" Needless calls {line['before']:.3f} → {line['after']:.3f}: {line['verdict']}."
         if line["name"] in REFUSALS:
             text += f" {REFUSALS[line['name']]} {line['before']:.2f} → {line['after']:.2f}: {line['verdict']}."
         said = others.get(line["name"], {}).get(line["verdict"])
@@ -248,7 +256,8 @@ def held_out_scores(
     """
     answered = config if metric != "loss" else replace(config, size=0, metrics=[], hub_metrics=[], reward_model=None)
     quiet = held_out_only(answered)
-    measurement = measure(model, tokenizer, data, quiet, distributions=False, toolbox=toolbox, both_ways=False)
+    box = None if metric == "loss" else toolbox  # a loss alone asks for no answers
+    measurement = measure(model, tokenizer, data, quiet, distributions=False, toolbox=box, both_ways=False)
     scores = {"loss": measurement.loss}
     if start is not None and start.rejected_nll:
         scores = preferences.scores(start, measurement, beta)

@@ -22,6 +22,7 @@ from finetune_kit.evaluation import preferences
 from finetune_kit.evaluation.choices import Choices, measure_choices, read_choices
 from finetune_kit.evaluation.divergence import Positions, choose_positions, log_probs
 from finetune_kit.evaluation.fairness import Fairness, measure_fairness, read_bbq
+from finetune_kit.evaluation.function_calls import Called, measure_calls
 from finetune_kit.evaluation.guards import choice_sources
 from finetune_kit.evaluation.loss import general_losses, row_losses
 from finetune_kit.evaluation.metrics import choose_metrics, score_rows
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     import torch
 
 
-Judge = Callable[[list[str], list[str], list[Any]], Sequence[float]]  # last turns, answers, records -> one score each
+# last turns, answers, records -> one score each; answers with tools come with their `calls`
+Judge = Callable[..., Sequence[float]]
 Progress = Callable[[str, int, int], None]  # what is measured, rows done, rows in all
 MARGIN = 8  # tokens beyond the longest held-out answer before a generation is cut off
 
@@ -69,7 +71,8 @@ class Measurement:
     completions: list[Completion] = field(default_factory=list)
     with_tools: bool = False
     bare: dict[str, list[float]] = field(default_factory=dict)  # the same scores of answers without the tools
-    wanted: list[list[dict[str, Any]]] = field(default_factory=list)  # the calls of each answered row of the data
+    wanted: list[list[dict[str, Any]] | None] = field(default_factory=list)  # the calls of each answered row, if known
+    called: list[Called] = field(default_factory=list)  # of rows that list tools, where none are run
     decoding: dict[str, Any] = field(default_factory=dict)
     safety: Safety | None = None  # answers to harmful and harmless prompts
     choices: list[Choices] = field(default_factory=list)  # of each file, what is likeliest
@@ -136,6 +139,9 @@ def _measured(
         _answer(measurement, model, tokenizer, data, config, progress, toolbox)
         moved("scoring the answers")
         measurement.metrics = distributed.from_main(lambda: _scores(measurement, metrics, data, config, judge))
+        if toolbox is None and data.kind == "prompt_completion":
+            told = _told(progress, "calls", min(config.size, len(data.held_out_records)))
+            measurement.called = measure_calls(model, tokenizer, data, config, told)
         if toolbox is not None and both_ways and measurement.metrics:
             bare = Measurement()
             _answer(bare, model, tokenizer, data, config, progress, replace(toolbox, tools={}))
@@ -190,9 +196,7 @@ def _answer(
     measurement.prompts = [str(before[-1]["content"]) if before else "" for before in turns]
     measurement.conversations = [_conversation(before) for before in turns]
     measurement.references = [reference_of(record) for record in records]
-    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in measurement.references]
-    if toolbox is not None:
-        lengths = [_tokens_of_answer(tokenizer, record) for record in records]
+    lengths = [_tokens_of_answer(tokenizer, record, toolbox) for record in records]
     longest = config.max_new_tokens or max(lengths, default=0) + MARGIN
     tools = [record.tools if toolbox is None or toolbox.tools else None for record in records]
     rendering = (data.chat_template_kwargs, data.special_tokens_in_text)
@@ -245,12 +249,14 @@ def _answer(
         measurement.decoding["tools"] = list(toolbox.tools)
 
 
-def _tokens_of_answer(tokenizer: Any, record: Any) -> int:
-    """About how many tokens of its own a row's answer has, in all its turns."""
-    if not isinstance(record, PromptCompletion):
+def _tokens_of_answer(tokenizer: Any, record: Any, toolbox: Toolbox | None) -> int:
+    """About how many tokens of its own a row's answer has: with tools in all its turns, else in the last one."""
+    own = []
+    if isinstance(record, PromptCompletion):
+        turns = record.messages[len(asked_of(record) if toolbox is not None else prompt_of(record)) :]
+        own = [turn for turn in turns if turn["role"] == "assistant"]
+    if not any(turn.get("tool_calls") for turn in own):
         return len(tokenizer(reference_of(record), add_special_tokens=False)["input_ids"])
-    turns = record.messages[len(asked_of(record)) :]
-    own = [turn for turn in turns if turn["role"] == "assistant"]
     texts = [str(turn["content"]) for turn in own]
     texts += [json.dumps(call["function"]) for turn in own for call in turn.get("tool_calls") or ()]
     marks = 16 * sum(len(turn.get("tool_calls") or ()) for turn in own) + len(
@@ -315,9 +321,11 @@ def _scores(
     metadata = [record.metadata for record in _asked(data)[: len(predictions)]]
     for metric in metrics:
         found[metric.name] = score_rows(metric, predictions, measurement.references, metadata, measurement.where)
-    judge = _reward_model(config.reward_model, data) if config.reward_model else judge
+    calls = {"calls": [completion.calls for completion in measurement.completions]} if measurement.with_tools else {}
+    if config.reward_model:
+        judge, calls = _reward_model(config.reward_model, data), {}
     if judge is not None:
-        scores = judge(measurement.prompts, predictions, _asked(data)[: len(predictions)])
+        scores = judge(measurement.prompts, predictions, _asked(data)[: len(predictions)], **calls)
         found["reward"] = [float(score) for score in scores]
     return found
 

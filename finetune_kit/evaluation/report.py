@@ -14,6 +14,8 @@ LABELS: dict[str, str] = {
     "exact_match": "exact match",
     "final_number": "final number right",
     "reward": "reward of the answers",
+    "calls_right": "calls right: names, arguments, types",
+    "needless_calls": "calls where none is wanted",
     "rouge": "ROUGE-L",
     "bleu": "BLEU (sentence)",
     "held_out_loss": "held-out loss, nats/token",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit.evaluation.charts import loss_curves, reliability_plot, reward_frontier, shortness
-from finetune_kit.evaluation.report import LISTED, label_of, notes_of, numbers_of, safety_notes
+from finetune_kit.evaluation.report import LABELS, LISTED, label_of, notes_of, numbers_of, safety_notes
 
 if TYPE_CHECKING:
     from finetune_kit.evaluation.compare import Report
@@ -29,6 +30,7 @@ def write_html(report: Report, history: list[dict[str, Any]], run: dict[str, Any
         loss_curves(history),
         shortness(history),
         reward_frontier(history),
+        _tools_html(report.details),
         _samples_html(report),
         _safety_html(report.details),
         _questions_html(report.details),
@@ -51,18 +53,21 @@ def _metric_table(report: Report) -> str:
     return f'<h2>Before and after, on the same held-out rows</h2>{_table(report.metrics)}<p class="note">{note}</p>'
 
 
-def _table(entries: list[dict[str, Any]]) -> str:
+HEADS = ("", "before", "after", "difference [95 %]", "verdict", "rows")
+
+
+def _table(entries: list[dict[str, Any]], heads: tuple[str, ...] = HEADS) -> str:
     lines = []
     for entry in entries:
         before, after, difference, verdict = map(escape, numbers_of(entry))
         lines.append(
-            f'<tr><th scope="row">{escape(label_of(entry))}</th><td data-label="before">{before}</td>'
-            f'<td data-label="after">{after}</td><td data-label="difference">{difference}</td>'
+            f'<tr><th scope="row">{escape(label_of(entry))}</th><td data-label="{heads[1]}">{before}</td>'
+            f'<td data-label="{heads[2]}">{after}</td><td data-label="difference">{difference}</td>'
             f'<td data-label="verdict" class="{verdict.split()[0]}">{verdict}</td>'
             f'<td data-label="rows">{entry["n"]}</td></tr>'
         )
-    heads = "".join(f"<th>{head}</th>" for head in ("", "before", "after", "difference [95 %]", "verdict", "rows"))
-    return f'<table class="metrics"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    titles = "".join(f"<th>{head}</th>" for head in heads)
+    return f'<table class="metrics"><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
 def _safety_html(details: dict[str, Any]) -> str:
@@ -94,6 +99,50 @@ def _safety_html(details: dict[str, Any]) -> str:
     )
 
 
+def _tools_html(details: dict[str, Any]) -> str:
+    """What tools were worth and how they were called; calls that none was run for, by structure."""
+    parts = []
+    if "tools" in details:
+        for side in ("before", "after"):
+            lines = [
+                {
+                    **line,
+                    "before": line["without"],
+                    "after": line["with"],
+                    "name": f"{label}, {'all rows' if line['rows'] == 'all' else 'rows ' + line['rows']}",
+                }
+                for line in details["tools"][side]["scores"]
+                for label in [LABELS.get(line["name"], line["name"])]
+            ]
+            heads = ("", "without tools", "with tools", "difference [95 %]", "verdict", "rows")
+            parts += [f"<h3>{side}</h3>", _table(lines, heads) if lines else ""]
+            parts.append(_facts(f"calls, {side}", details["tools"][side]["calls"]))
+    if "function_calls" in details:
+        found = details["function_calls"]
+        parts += [_facts(f"calls by structure, {side}", found[side]) for side in ("before", "after")]
+        parts += [
+            f'<section class="sample"><h3>{escape(sample["where"])}</h3><h4>wanted</h4>'
+            f'<pre>{escape(_shown_calls(sample["wanted"]))}</pre><div class="sides">'
+            + "".join(
+                f"<div><h4>{side} <small>{'right' if right else 'not right'}</small></h4>"
+                f"<pre>{escape(_shown_calls(sample[side]))}</pre></div>"
+                for side, right in zip(("before", "after"), sample["right"], strict=True)
+            )
+            + "</div></section>"
+            for sample in found["samples"]
+        ]
+    return "<h2>Tools</h2>" + "".join(parts) if parts else ""
+
+
+def _shown_calls(calls: list[dict[str, Any]]) -> str:
+    """Calls for people, with what came of them where they were run."""
+    return "\n".join(
+        f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"
+        + (f" → {call['result']}" if "result" in call else "")
+        for call in calls
+    )
+
+
 def _questions_html(details: dict[str, Any]) -> str:
     """Multiple choice and fairness: rows, way and command, and the categories' own numbers."""
     notes = notes_of({name: details[name] for name in ("choices", "fairness") if name in details})
@@ -114,7 +163,9 @@ def _samples_html(report: Report) -> str:
             scores = [f"{name} {values[position]:.2f}" for name, values in sample["scores"].items()]
             scores += [] if sample["ended"][position] else ["cut off"]
             facts = escape(" · ".join(scores))
-            sides.append(f"<div><h4>{side} <small>{facts}</small></h4><pre>{escape(sample[side])}</pre></div>")
+            calls = _shown_calls(sample["calls"][position]) if "calls" in sample else ""
+            called = f'<pre class="calls">{escape(calls)}</pre>' if calls else ""
+            sides.append(f"<div><h4>{side} <small>{facts}</small></h4>{called}<pre>{escape(sample[side])}</pre></div>")
         blocks.append(
             f'<section class="sample"><h3>{escape(sample["where"])}</h3><pre>{escape(sample["prompt"])}</pre>'
             f"<h4>expected</h4><pre>{escape(sample['reference'])}</pre>"
@@ -196,6 +247,7 @@ th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(-
 .facts th, .facts td { overflow-wrap: anywhere; font-size: .875rem; }
 pre { background: var(--soft); padding: .6rem; margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font-size: .875rem; border-radius: .3rem; min-height: 2.4rem; }
+pre.calls { border-left: .2rem solid var(--train); min-height: 0; margin-bottom: .3rem; }
 .sample { border-top: 1px solid var(--line); padding: .5rem 0 1rem; }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; }
 details { margin-top: 1.5rem; } summary { cursor: pointer; font-weight: 600; }

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from finetune_kit.evaluation.function_calls import same_call
 from finetune_kit.evaluation.intervals import SHARE, entry, spread_of
 from finetune_kit.evaluation.measure import Measurement
 from finetune_kit.evaluation.metrics import BUILT_IN
@@ -15,7 +16,7 @@ from finetune_kit.settings.schema import EvaluateConfig
 
 def tools_report(before: Measurement, after: Measurement, config: EvaluateConfig) -> dict[str, Any]:
     """The report's `tools`: for the model before and after, `scores` (each metric without and with the tools, a paired
-    difference with its 95 % interval) and `calls` (see `calling`)."""
+    difference with its 95 % interval, over all rows and over those that want a call) and `calls` (see `calling`)."""
     sides = {"before": before, "after": after}
     return {name: {"scores": _scores(side, config), "calls": calling(side)} for name, side in sides.items()}
 
@@ -24,11 +25,10 @@ def tools_sentence(report: dict[str, Any]) -> str:
     """What matters of it in words."""
     after, calls = report["after"], report["after"]["calls"]
     said = ""
-    for score in after["scores"][:1]:
-        said = (
-            f"Without the tools {score['name']} is {score['without']:.3f}, with them {score['with']:.3f} "
-            f"(difference {score['difference']:+.3f} [{spread_of(score)}]). "
-        )
+    for score in (score for score in after["scores"] if score["name"] == after["scores"][0]["name"]):
+        on = "" if score["rows"] == "all" else f"On the {score['n']} rows {score['rows']}: "
+        said += f"{on}{'without' if on else 'Without'} the tools {score['name']} is {score['without']:.3f}, "
+        said += f"with them {score['with']:.3f} (difference {score['difference']:+.3f} [{spread_of(score)}]). "
     said += f"{calls['answers_that_call']:.1%} of the answers call"
     if calls["calls"]:
         said += f", {calls['valid']:.1%} of {calls['calls']} calls are valid"
@@ -51,7 +51,7 @@ def calling(side: Measurement) -> dict[str, Any]:
     calling_ones = [answer for answer in answers if answer.calls]
     given = [answer for answer in calling_ones if any(call.ok and call.result.strip() for call in answer.calls)]
     pairs = list(zip(answers, side.wanted, strict=True))
-    none = [answer for answer, wanted in pairs if not wanted]
+    none = [answer for answer, wanted in pairs if wanted == []]  # None: the row does not say
     some = [(answer, wanted) for answer, wanted in pairs if wanted]
     seconds = sum(call.seconds for call in calls)
     return {
@@ -84,28 +84,6 @@ def same_calls(calls: Sequence[Call], wanted: Sequence[dict[str, Any]]) -> bool:
     return True
 
 
-def same_call(name: str, arguments: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """By structure: the name, the set of arguments, each value and its type. 3 and 3.0 are the same number, "3" is no
-    number; of a text white space at its ends and the case of letters are no difference."""
-    return name == wanted["name"] and _same(arguments, wanted["arguments"])
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, int | float) and isinstance(other, int | float):
-        return bool(one == other)
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, str):
-        return bool(one.strip().casefold() == other.strip().casefold())
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
-
-
 def _is_used(answer: Completion) -> bool:
     """Whether what a tool gave stands in a later call or in the answer."""
     for at, call in enumerate(answer.calls):
@@ -121,11 +99,18 @@ def _share(found: Sequence[bool]) -> float | None:
 
 
 def _scores(side: Measurement, config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Each metric over all rows and, where some want a call and others are not known to, over those that do."""
+    rows: dict[str, Sequence[int]] = {"all": range(len(side.completions))}
+    calling_ones = [row for row, wanted in enumerate(side.wanted) if wanted]
+    if 0 < len(calling_ones) < len(side.completions):
+        rows["that want a call"] = calling_ones
     lines = []
     for name, scores in side.metrics.items():
-        if name not in side.bare:
-            continue
-        within = SHARE if name in BUILT_IN else None
-        line = entry(name, side.bare[name], scores, config, higher_is_better=True, within=within)
-        lines.append({"name": name, "without": line.pop("before"), "with": line.pop("after"), **line})
+        for which, chosen in rows.items() if name in side.bare else ():
+            within = SHARE if name in BUILT_IN else None
+            bare, with_tools = ([values[row] for row in chosen] for values in (side.bare[name], scores))
+            line = entry(name, bare, with_tools, config, higher_is_better=True, within=within)
+            lines.append(
+                {"name": name, "rows": which, "without": line.pop("before"), "with": line.pop("after"), **line}
+            )
     return lines

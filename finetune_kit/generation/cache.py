@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune_kit.packing.plan import WORTH_SHARING
+
 
 def pick(chances: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """(b, v) -> (b, 1), tokens drawn with their chances: torch.multinomial's own draw to the bit, without its look at
@@ -72,6 +74,50 @@ def begin(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> Growing:
     if cache is None:
         raise TypeError(f"{type(model).__name__} hands no cache out")
     return Growing(model, cache, mask, positions[:, -1:], logits)
+
+
+def begin_rows(model: Any, rows: Sequence[list[int]]) -> Growing | Whole:
+    """Rows of token ids through the model, what they all begin with once where its cache allows that."""
+    try:
+        return _begin_with_cache(model, rows)
+    except (TypeError, ValueError, AttributeError):  # it knows no cache of the common kind
+        return Whole(model, rows)
+
+
+def _begin_with_cache(model: Any, rows: Sequence[list[int]]) -> Growing:
+    shared = common_beginning(model, rows)
+    cache: Any = None
+    if shared:
+        beginning = torch.tensor([rows[0][:shared]], device=model.device)
+        cache = getattr(model(input_ids=beginning, use_cache=True, logits_to_keep=1), "cache", None)
+        if is_plain(cache):
+            cache.batch_repeat_interleave(len(rows))
+        else:  # a state without columns would see the padding behind the beginning
+            cache, shared = None, 0
+    width = max(map(len, rows))
+    ids = torch.zeros((len(rows), width - shared), dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    mask[:, :shared] = 1
+    for place, row in enumerate(rows):  # padded in front of what is its own, so that all continue in the same column
+        ids[place, width - len(row) :] = torch.tensor(row[shared:])
+        mask[place, width - (len(row) - shared) :] = 1
+    return begin(model, ids.to(model.device), mask.to(model.device), cache)
+
+
+def common_beginning(model: Any, rows: Sequence[list[int]]) -> int:
+    """How many tokens at the start of all rows go through the model once, for all of them; 0: each on its own.
+
+    Every row keeps at least its last token. Behind the beginning shorter rows are padded, which a model that counts
+    distance in columns (a sliding window) or keeps a state without columns would see.
+    """
+    first, last = min(rows), max(rows)  # sorted rows: what these two share, all share
+    most = min(map(len, rows)) - 1
+    shared = next((place for place in range(most) if first[place] != last[place]), most)
+    config = model.config.get_text_config()
+    plain = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    if len(rows) < 2 or shared < WORTH_SHARING or not plain or getattr(config, "sliding_window", None):
+        return 0
+    return shared
 
 
 class Whole:

@@ -14,7 +14,8 @@ from finetune_kit.data.messages import check_media, messages_of, tools_of
 from finetune_kit.data.records import Message
 from finetune_kit.errors import DataError, SettingsError
 
-OURS = ("row", "completion", "ended", "tokens", "base_completion", "base_ended", "base_tokens", "made_with")
+_EACH = ("completion", "ended", "tokens", "calls")
+OURS = ("row", *_EACH, *(f"base_{name}" for name in _EACH), "made_with")
 BEGINNING = b'{"row": '  # of every line that we write
 
 

@@ -133,18 +133,20 @@ def answer_with_tools(
     positions: int | None = None,
     progress: Callable[[int], None] | None = None,
     told: Told | None = None,
+    in_step: bool = False,
 ) -> list[Answer]:
     """One answer for each (conversation, tools listed in it), in their order.
 
     `max_new_tokens`: of the model's own, in all turns of an answer together; `positions`: the longest conversation in
     tokens that the model knows. `draw` picks each token. Calls beyond `toolbox.max_calls` get an error for a result.
-    `told` of a single conversation is given what happens as it does.
+    `told` of a single conversation is given what happens as it does. `in_step`: the rows of a batch wait for each
+    other's tools, so that what `draw` is asked does not depend on how long a tool takes.
     Raises DataError where the template's calls cannot be read back, or for a prompt without tokens.
     """
     syntax = syntax_of(tokenizer, toolbox.kwargs)
     ends = list(dict.fromkeys([*end_token_ids, syntax.end_id]))
     prompts = [render_prompt(tokenizer, turns, tools, toolbox.kwargs, toolbox.in_text) for turns, tools in asked]
-    loop = _Loop(model, tokenizer, toolbox, syntax, ends, max_new_tokens, draw, tuple(stop), positions, told)
+    loop = _Loop(model, tokenizer, toolbox, syntax, ends, max_new_tokens, draw, tuple(stop), positions, told, in_step)
     found: dict[int, Answer] = {}
 
     def run(batch: list[int]) -> None:
@@ -183,14 +185,15 @@ class _Loop:
         stop: tuple[str, ...],
         positions: int | None,
         told: Told | None,
+        in_step: bool,
     ) -> None:
         self.model, self.tokenizer, self.toolbox, self.syntax, self.ends = model, tokenizer, toolbox, syntax, ends
         self.max_new_tokens, self.draw, self.stop, self.positions = max_new_tokens, draw, stop, positions
-        self.told = told or (lambda what, value: None)
+        self.told, self.in_step = told or (lambda what, value: None), in_step
 
     def go(self, rows: list[_Row], pool: ThreadPoolExecutor) -> None:
         """All rows from where they are until each is over, or has to start over."""
-        batch = self._begin(rows)
+        batch = cache.begin_rows(self.model, [row.ids for row in rows])
         stands = isinstance(batch, cache.Whole) or cache.is_plain(batch.cache)
         for row in rows:
             row.state = "writing"
@@ -198,7 +201,7 @@ class _Loop:
         device = self.model.device
         while True:
             self._write(rows, batch.logits, pool)
-            self._gather(rows, wait_for_all=not stands)
+            self._gather(rows, wait_for_all=self.in_step or not stands)
             if not any(row.state in ("writing", "waiting") for row in rows):
                 return
             places = [place for place, row in enumerate(rows) if row.state in ("writing", "waiting")]
@@ -211,18 +214,6 @@ class _Loop:
             tokens = torch.tensor([own or [0] * count for own in fed], device=device)
             real = torch.tensor([[1 if own or not stands else 0] * count for own in fed], device=device)
             batch.feed(tokens, real)
-
-    def _begin(self, rows: list[_Row]) -> cache.Growing | cache.Whole:
-        width = max(len(row.ids) for row in rows)
-        ids = torch.zeros((len(rows), width), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, row in enumerate(rows):
-            ids[place, width - len(row.ids) :] = torch.tensor(row.ids)
-            mask[place, width - len(row.ids) :] = 1
-        try:
-            return cache.begin(self.model, ids.to(self.model.device), mask.to(self.model.device))
-        except (TypeError, ValueError, AttributeError):  # it knows no cache of the common kind
-            return cache.Whole(self.model, [row.ids for row in rows])
 
     def _write(self, rows: list[_Row], logits: Any, pool: ThreadPoolExecutor) -> None:
         """The next token of every row that has been given all of its tokens."""

@@ -19,6 +19,7 @@ class Rows:
     input_ids, attention_mask: (b, w), padded on the right. before: (s,), the places among b * w whose next token is a
     completion's. tokens: (s,), those next tokens. mask: (b, t), true where a completion, laid out alone, has a token;
     places: (s,), of those among b * t. Places are counted on the CPU: a GPU that is asked for them is waited for.
+    What a tool returned is in input_ids alone: the tokens around it follow one another in (b, t).
     """
 
     input_ids: Tensor
@@ -37,22 +38,35 @@ class Rows:
         return hidden.flatten(0, 1)[self.before]
 
 
-def make_rows(prompts: Sequence[list[int]], completions: Sequence[list[int]], width: int, device: Any) -> Rows:
-    """Rows of prompts with completions of at least one token each; `width`: t, at least that of the longest one."""
+def make_rows(
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    width: int,
+    device: Any,
+    own: Sequence[list[bool]] | None = None,
+) -> Rows:
+    """Rows of prompts with completions of at least one token each; `width`: t, at least that of the longest one.
+
+    `own`: which tokens of each completion the policy wrote, the others being read and no more; None: all of them.
+    """
+    if own is None:
+        own = [[True] * len(answer) for answer in completions]
     longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, completions, strict=True))
     ids = torch.zeros((len(prompts), longest), dtype=torch.long)
     attention = torch.zeros_like(ids)
     before: list[int] = []
     places: list[int] = []
     mask = torch.zeros((len(prompts), width), dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
+    tokens: list[int] = []
+    for row, (prompt, answer, written) in enumerate(zip(prompts, completions, own, strict=True)):
         end = len(prompt) + len(answer)
         ids[row, :end] = torch.tensor([*prompt, *answer])
         attention[row, :end] = 1
-        before += range(row * longest + len(prompt) - 1, row * longest + end - 1)
-        places += range(row * width, row * width + len(answer))
-        mask[row, : len(answer)] = True
-    tokens = [token for answer in completions for token in answer]
+        kept = [at for at, is_own in enumerate(written) if is_own]
+        before += [row * longest + len(prompt) - 1 + at for at in kept]
+        places += range(row * width, row * width + len(kept))
+        tokens += [answer[at] for at in kept]
+        mask[row, : len(kept)] = True
     flat = [torch.tensor(part, dtype=torch.long) for part in (before, tokens, places)]
     parts = [part.to(device, non_blocking=True) for part in (ids, attention, flat[0], flat[1], mask, flat[2])]
     return Rows(*parts)

@@ -15,6 +15,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from decimal import Decimal
 from numbers import Real
 from pathlib import Path
@@ -27,6 +28,7 @@ from finetune_kit.rewards.limits import Ended, Own, contained
 log = logging.getLogger(__name__)
 
 OURS = "def score(prompts, completions, records)"
+CALLS = "calls"  # of each completion its tool calls, for either signature; a column of that name is what it was
 TRLS = "def score(prompts, completions, completion_ids, **columns)"
 # what TRL gives beside the columns; "prompt" and "completion" are not columns to it
 FROM_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -77,11 +79,13 @@ def bind(
     own: Own,
     folder: Path,
 ) -> Callable[..., Any]:
-    """`function` as score(prompts, completions, records, completion_ids=, trainer_state=, log_extra=, log_metric=).
+    """`function` as score(prompts, completions, records, completion_ids=, trainer_state=, log_extra=, log_metric=,
+    calls=).
 
     It is called with the parameters that it names. `columns`: those of the rows. `conversational`: TRL's signature gets
     turns, as TRL gives where the rows' prompts are turns, else texts. `tokenize`: for completions that come without
-    ids. `limit`: seconds a call. `own`, `folder`: see `contained`. What it gives back is not looked at here.
+    ids. `limit`: seconds a call. `own`, `folder`: see `contained`. What it gives back is not looked at here. `calls`:
+    of each completion, dicts of what it called (name, arguments, result, valid, ok, seconds); none without tools.
 
     Raises SettingsError for any other signature.
     """
@@ -102,14 +106,19 @@ def bind(
         given["log_extra"] = more.get("log_extra") or _say_nothing
         given["log_metric"] = more.get("log_metric") or _say_nothing
         given["prompts"], given["completions"] = list(prompts), list(completions)
+        calls = [[asdict(call) for call in made] for made in more.get(CALLS) or [[]] * len(completions)]
+        given.setdefault(CALLS, calls)
         if ours:
             given["records"] = rows
         elif conversational:
             given["prompts"] = [copy.deepcopy(prompt_of(record)) for record in rows]
-            given["completions"] = [[{"role": "assistant", "content": text}] for text in completions]
+            given["completions"] = [
+                [*_turns(made), {"role": "assistant", "content": text}]
+                for text, made in zip(completions, calls, strict=True)
+            ]
         words = {key: given[key] for key in named if key in given}
         if everything:
-            passed |= {key: given[key] for key in FROM_TRL}
+            passed |= {key: given[key] for key in (*FROM_TRL, *([CALLS] if more.get(CALLS) else []))}
             words = {key: value for key, value in passed.items() if key not in positional} | words
 
         def call() -> Any:
@@ -120,6 +129,16 @@ def bind(
         return contained(call, limit, own, folder, seed=0 if state is None else int(state.global_step))
 
     return score
+
+
+def _turns(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls as the turns that TRL gives of them."""
+    turns: list[dict[str, Any]] = []
+    for call in calls:
+        function = {"name": call["name"], "arguments": call["arguments"]}
+        turns.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]})
+        turns.append({"role": "tool", "name": call["name"], "content": call["result"]})
+    return turns
 
 
 async def _awaited(found: Any) -> Any:
@@ -146,7 +165,7 @@ def _parameters(function: Any, name: str, columns: Sequence[str]) -> tuple[bool,
     everything = inspect.Parameter.VAR_KEYWORD in kinds
     single = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     ours = any(parameter.name == "records" for parameter in single)
-    known = {"prompts", "completions", "records"} if ours else {*FROM_TRL, *columns}
+    known = {"prompts", "completions", "records", CALLS} if ours else {*FROM_TRL, CALLS, *columns}
     unknown = [p.name for p in single if p.default is p.empty and p.name not in known]
     shown = f"({', '.join(str(parameter).split(':')[0].split('=')[0].strip() for parameter in parameters)})"
     if unknown:

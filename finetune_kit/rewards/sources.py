@@ -31,7 +31,7 @@ Score = Callable[..., Any]  # what it returns is looked at by `checked`
 @dataclass(frozen=True)
 class Part:
     """One reward: its name in the log, its weight, and its function. `in_full`: that takes completion_ids,
-    trainer_state, log_extra and log_metric, too, by name."""
+    trainer_state, log_extra, log_metric and calls, too, by name."""
 
     name: str
     weight: float
@@ -51,7 +51,7 @@ class Rewards:
         """(the weighted sum of each row, each part's own scores by name), NaN where a part does not apply.
 
         Parts that do not apply to a row are left out of its sum, as TRL does; it is NaN where none applies. `more`:
-        completion_ids, trainer_state, log_extra, log_metric, for functions that take them.
+        completion_ids, trainer_state, log_extra, log_metric, calls, for functions that take them.
         Raises DataError where a part raises or gives another number of scores than rows, NumericsError for a score
         that is not finite; both name the row.
         """
@@ -59,9 +59,9 @@ class Rewards:
         weights = [part.weight for part in self.parts]
         return [_sum(weights, row) for row in zip(*found.values(), strict=True)], found
 
-    def judge(self, prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+    def judge(self, prompts: list[str], completions: list[str], records: list[Any], **more: Any) -> list[float]:
         """The weighted sum of each row, for the report; 0 where no reward applies, before as after."""
-        return [0.0 if math.isnan(score) else score for score in self(prompts, completions, records)[0]]
+        return [0.0 if math.isnan(score) else score for score in self(prompts, completions, records, **more)[0]]
 
 
 def _sum(weights: list[float], scores: Sequence[float]) -> float:
@@ -105,9 +105,10 @@ def _first_refused(
     part: Part, prompts: list[str], completions: list[str], records: list[Any], **more: Any
 ) -> int | None:
     """The first row that makes the part raise alone, too."""
-    ids = more.get("completion_ids")
+    ids, calls = more.get("completion_ids"), more.get("calls")
     for row, (prompt, completion, record) in enumerate(zip(prompts, completions, records, strict=True)):
-        alone = {**more, "completion_ids": ids and [ids[row]], "log_extra": None, "log_metric": None}
+        alone = {**more, "completion_ids": ids and [ids[row]], "calls": calls and [calls[row]]}
+        alone |= {"log_extra": None, "log_metric": None}
         try:
             part.score([prompt], [completion], [record], **(alone if part.in_full else {}))
         except Exception:

@@ -11,7 +11,9 @@ from typing import Any
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import NumericsError, SettingsError
+from finetune_kit.generation.toolbox import Toolbox
 from finetune_kit.rewards.sources import Part, Rewards, checked
+from finetune_kit.rl.tool_rollouts import call_figures, check_template, sample_with_tools
 from finetune_kit.settings.schema import RecipeConfig
 from finetune_kit.system.terminal import doing
 from finetune_kit.training.progress import console, hooks
@@ -58,18 +60,59 @@ def rendering_rows(tokenizer: Any, data: Data) -> Any:
 
 def reward_functions(rewards: Rewards, data: Data) -> list[Callable[..., list[float | None]]]:
     """One function for each reward, as TRL calls it, named as in the log; their weights are `rewards`' own."""
-    return [_function(part, data) for part in rewards.parts]
+    return [_function(part, data, part is rewards.parts[0]) for part in rewards.parts]
 
 
-def _function(part: Part, data: Data) -> Callable[..., list[float | None]]:
+def _function(part: Part, data: Data, first: bool) -> Callable[..., list[float | None]]:
     def score(prompts: list[Any], completions: list[Any], row: list[int], **other: Any) -> list[float | None]:
-        texts = [str(turns[0]["content"]) for turns in completions]
+        texts = other.pop("answers", None) or [str(turns[0]["content"]) for turns in completions]
+        if first and "calls" in other:
+            for name, number in call_figures(other["calls"]).items():
+                other["log_metric"](name, number)
         records = [data.train_records[index] for index in row]
         last = [str(turns[-1]["content"]) for turns in prompts]
         return [None if math.isnan(found) else found for found in checked(part, last, texts, records, **other)]
 
     score.__name__ = part.name
     return score
+
+
+def tool_rollouts(tokenizer: Any, data: Data, toolbox: Toolbox | None, config: RecipeConfig) -> Any:
+    """GRPO's `rollout_func`: completions that call tools; None without tools. `config`: of the recipe.
+
+    Beside what TRL asks for it gives `env_mask` (1: the policy's own token), and `answers` and `calls` for rewards. The
+    seed is drawn from torch's state, which a checkpoint keeps. TRL's own `tools` would run in this process, without a
+    limit. Raises SettingsError for a template that cannot be trained with calls.
+    """
+    if toolbox is None:
+        return None
+    check_template(tokenizer, toolbox)
+
+    def roll_out(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        import torch
+
+        rows = [turns[0][TRAINED_ROW] for turns in prompts]
+        sampled = sample_with_tools(
+            trainer.model,
+            tokenizer,
+            data,
+            rows,
+            toolbox,
+            max_new_tokens=trainer.max_completion_length,
+            temperature=trainer.temperature,
+            seed=int(torch.randint(2**62, (1,))),
+            batch_size=config.evaluate.batch_size,
+        )
+        return {
+            "prompt_ids": [list(ids) for ids in data.train.select(rows)["prompt_ids"]],
+            "completion_ids": [completion.ids for completion in sampled],
+            "logprobs": None,  # the trainer computes them, of the same tokens
+            "env_mask": [[int(is_own) for is_own in completion.written] for completion in sampled],
+            "answers": [completion.text for completion in sampled],
+            "calls": [list(completion.calls) for completion in sampled],
+        }
+
+    return roll_out
 
 
 def reward_watchdog() -> Any:

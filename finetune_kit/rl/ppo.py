@@ -22,6 +22,7 @@ from finetune_kit import distributed
 from finetune_kit.data.load import Data
 from finetune_kit.data.records import prompt_of
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
+from finetune_kit.generation.toolbox import toolbox_of
 from finetune_kit.models.completion_rows import Rows, make_rows
 from finetune_kit.models.device import computes_in_bfloat16, device
 from finetune_kit.packing import forward
@@ -31,6 +32,7 @@ from finetune_kit.rl.checkpoint import Snapshot, load_optimizer, optimizer_tenso
 from finetune_kit.rl.loop import Loop
 from finetune_kit.rl.rollout import Reference, Sampled, passes, sample, shuffled, token_stats
 from finetune_kit.rl.settings import PPOSettings, check_prompts, check_settings
+from finetune_kit.rl.tool_rollouts import check_template, sample_with_tools
 from finetune_kit.rl.value import NAME, build_value, value_parameters
 from finetune_kit.system.terminal import doing
 from finetune_kit.training.guard import CAUSES as NOT_FINITE
@@ -42,12 +44,13 @@ from finetune_kit.training.progress import Record
 class Rollout:
     """One process's part of an update: b completions, laid out to t tokens; all tensors (b, t), 0 where masked.
 
-    chosen: the training row of each.
+    chosen: the training row of each. own: which tokens of each the policy wrote; the others have no place in (b, t).
     """
 
     chosen: list[int]
     prompts: list[list[int]]
     completions: list[list[int]]
+    own: list[list[bool]]
     mask: Tensor
     logprobs: Tensor
     values: Tensor
@@ -56,8 +59,9 @@ class Rollout:
 
     def rows(self, chosen: list[int]) -> Rows:
         """Some of its rows as the model takes them."""
-        picked = [self.prompts[row] for row in chosen], [self.completions[row] for row in chosen]
-        return make_rows(*picked, self.mask.shape[1], self.mask.device)
+        prompts, completions = [self.prompts[row] for row in chosen], [self.completions[row] for row in chosen]
+        own = [self.own[row] for row in chosen]
+        return make_rows(prompts, completions, self.mask.shape[1], self.mask.device, own)
 
 
 def copied(tensor: Tensor, beside: bool) -> Tensor:
@@ -83,6 +87,9 @@ class PPOTrainer:
         self.share = config.batch_size // self.accelerator.num_processes  # completions of this process in an update
         self.prompts: list[list[int]] = [list(ids) for ids in data.train["prompt_ids"]]
         check_prompts(self.prompts, data, policy, config.max_new_tokens)
+        self.toolbox = toolbox_of(config)
+        if self.toolbox is not None:
+            check_template(tokenizer, self.toolbox)
         self.sample = self._sampler()
         self.reference = Reference(policy)
         self.value = build_value(config.value_model, policy, config.model, config.value_init_from, config.train.seed)
@@ -147,7 +154,8 @@ class PPOTrainer:
         shape = (count, config.max_new_tokens)
         blank = [torch.zeros(shape, device=device) for _ in range(4)]
         mask = torch.ones(shape, dtype=torch.bool, device=device)
-        rollout = Rollout(chosen, [self.prompts[row] for row in chosen], completions, mask, *blank)
+        own = [[True] * config.max_new_tokens] * count
+        rollout = Rollout(chosen, [self.prompts[row] for row in chosen], completions, own, mask, *blank)
         taken = 0 if self.optimizer.state else sum(8 * parameter.numel() for parameter in self.trained.values())
         states = torch.empty(taken, dtype=torch.uint8, device=device)
         with self._recomputing():
@@ -190,24 +198,15 @@ class PPOTrainer:
         prompts = [self.prompts[row] for row in chosen]
         self._now("sampling", 0, len(prompts))
         with self.accelerator.autocast():  # the policy is what it is trained as
-            sampled = self.sample(
-                self.model,
-                prompts,
-                max_new_tokens=config.max_new_tokens,
-                end_token_ids=self.data.end_token_ids,
-                temperature=config.temperature,
-                seed=self._seed("sampling"),
-                batch_size=config.evaluate.batch_size,
-                progress=lambda done: self._now("sampling", done, len(prompts)),
-            )
+            sampled = self._sample(chosen, prompts)
         generation = time.perf_counter() - started
         self._now("scoring", 0, len(prompts))
         scores, parts = self._score(chosen, sampled)
-        completions = [completion.ids for completion in sampled]
-        width = max(map(len, completions))
-        mask = make_rows(prompts, completions, width, self.model.device).mask
+        completions, own = [completion.ids for completion in sampled], [completion.written for completion in sampled]
+        width = max(map(sum, own))
+        mask = make_rows(prompts, completions, width, self.model.device, own).mask
         blank = torch.zeros(mask.shape, device=mask.device)
-        rollout = Rollout(chosen, prompts, completions, mask, *(blank.clone() for _ in range(4)))
+        rollout = Rollout(chosen, prompts, completions, own, mask, *(blank.clone() for _ in range(4)))
         ref_logprobs, entropy = blank.clone(), blank.clone()
         with torch.no_grad():
             micros = [micro for mini in order for micro in mini]
@@ -251,9 +250,9 @@ class PPOTrainer:
                 "Let a reward apply to most rows: docs/ppo.md says what None does.",
             )
         means = {f"reward/{name}": of_scored(values) for name, values in parts.items()}
-        own = {name: sum(values) / len(values) for name, values in self.logged.items()}
+        logged = {name: sum(values) / len(values) for name, values in self.logged.items()}
         line = {
-            **{name: number for name, number in own.items() if math.isfinite(number)},
+            **{name: number for name, number in logged.items() if math.isfinite(number)},
             "objective/kl": far,
             "objective/kl_coef": self.kl_coef,
             "objective/entropy": mean(-(rollout.logprobs * mask).sum(1)),
@@ -266,9 +265,33 @@ class PPOTrainer:
             "val/explained_variance": ppo.explained_variance(rollout.values, rollout.returns, mask, self._total),
             "completions/mean_length": mean(mask.sum(1)),
             "completions/ended": mean(ended),
+            **self._call_figures(sampled),
             "time/generation": generation,
         }
         return rollout, line
+
+    def _sample(self, chosen: list[int], prompts: list[list[int]]) -> list[Sampled]:
+        """A completion of each prompt, which those rows of the data have."""
+        given: dict[str, Any] = {
+            "max_new_tokens": self.config.max_new_tokens,
+            "temperature": self.config.temperature,
+            "seed": self._seed("sampling"),
+            "batch_size": self.config.evaluate.batch_size,
+            "progress": lambda done: self._now("sampling", done, len(prompts)),
+        }
+        if self.toolbox is not None:
+            return sample_with_tools(self.model, self.tokenizer, self.data, chosen, self.toolbox, **given)
+        found: list[Sampled] = self.sample(self.model, prompts, end_token_ids=self.data.end_token_ids, **given)
+        return found
+
+    def _call_figures(self, sampled: list[Sampled]) -> dict[str, float]:
+        """How tools were called, over all processes' completions; nothing without tools."""
+        if self.toolbox is None:
+            return {}
+        calls = [call for completion in sampled for call in completion.calls]
+        counts = [len(calls), sum(not call.ok for call in calls)]
+        made, failed = self._total(torch.tensor(counts, device=self.model.device)).tolist()
+        return {"tools/call_frequency": made / self.config.batch_size, "tools/failure_frequency": failed / max(1, made)}
 
     def _optimise(self, rollout: Rollout, orders: list[list[list[list[int]]]]) -> dict[str, float]:
         """Epochs of mini-batches. Gradients are of the mean over all tokens of a mini-batch, over all processes."""
@@ -379,7 +402,10 @@ class PPOTrainer:
         from transformers import TrainerState
 
         ids = [completion.ids[:-1] if completion.ended else completion.ids for completion in sampled]
-        texts = [str(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in ids]
+        texts = [
+            str(self.tokenizer.decode(tokens, skip_special_tokens=True)) if completion.text is None else completion.text
+            for completion, tokens in zip(sampled, ids, strict=True)
+        ]
         records = [self.data.train_records[self.data.train[row]["row"]] for row in chosen]
         turns = [prompt_of(record) for record in records]
         prompts = [str(before[-1]["content"]) if before else "" for before in turns]
@@ -389,6 +415,7 @@ class PPOTrainer:
             "completion_ids": [completion.ids for completion in sampled],
             "trainer_state": TrainerState(global_step=self.step, max_steps=self.updates),
             "log_metric": lambda name, value: self.logged.setdefault(str(name), []).append(float(value)),
+            "calls": None if self.toolbox is None else [list(completion.calls) for completion in sampled],
         }
         try:
             scores, parts = self.rewards(prompts, texts, records, **more)

@@ -15,20 +15,32 @@ from torch import Tensor
 
 from finetune_kit.errors import NumericsError
 from finetune_kit.generation import decoding
-from finetune_kit.generation.cache import Growing, Whole, begin, is_plain, pick
+from finetune_kit.generation.cache import begin_rows, pick
+from finetune_kit.generation.generate import Call
 from finetune_kit.models.adapters import is_adapter
 from finetune_kit.models.completion_rows import Rows, states
 from finetune_kit.models.inference import evaluation_mode, in_batches
 from finetune_kit.models.second_adapter import adapter
-from finetune_kit.packing.plan import WORTH_SHARING
 from finetune_kit.rl.math import entropy_from_logits, token_logprobs
 
 
 class Sampled(NamedTuple):
-    """A completion's token ids, the end token included where it `ended` by itself."""
+    """A completion's token ids, the end token included where it `ended` by itself.
+
+    With tools: `ids` has what they returned, too, and `own` says which tokens the policy wrote; `text` is that of the
+    last turn, `calls` what was called.
+    """
 
     ids: list[int]
     ended: bool
+    own: list[bool] | None = None
+    text: str | None = None
+    calls: tuple[Call, ...] = ()
+
+    @property
+    def written(self) -> list[bool]:
+        """Of each token whether the policy wrote it."""
+        return [True] * len(self.ids) if self.own is None else self.own
 
 
 def shuffled(count: int, seed: int, number: int) -> list[int]:
@@ -89,7 +101,7 @@ def _sample_batch(
     temperature: float,
     generator: torch.Generator,
 ) -> list[Sampled]:
-    state = decoding.fastest(_begin(policy, prompts), max_new_tokens)
+    state = decoding.fastest(begin_rows(policy, prompts), max_new_tokens)
     written: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))  # the prompt that each row of the batch resumes from
     going = list(alive)  # those that have not ended
@@ -125,56 +137,6 @@ def _up_to_end(tokens: list[int], end_token_ids: list[int]) -> list[int]:
     """The tokens as far as the first that ends them."""
     end = next((place for place, token in enumerate(tokens) if token in end_token_ids), len(tokens))
     return tokens[: end + 1]
-
-
-def _begin(policy: Any, prompts: list[list[int]]) -> Growing | Whole:
-    """The prompts through the policy, what they begin with once where its cache allows that."""
-    try:
-        return _begin_with_cache(policy, prompts)
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-    ):  # it knows no cache of the common kind
-        return Whole(policy, prompts)
-
-
-def _begin_with_cache(policy: Any, prompts: list[list[int]]) -> Growing:
-    shared = common_beginning(policy, prompts)
-    cache: Any = None
-    if shared:
-        beginning = torch.tensor([prompts[0][:shared]], device=policy.device)
-        cache = getattr(policy(input_ids=beginning, use_cache=True, logits_to_keep=1), "cache", None)
-        if is_plain(cache):
-            cache.batch_repeat_interleave(len(prompts))
-        else:  # a state without columns would see the padding behind the beginning
-            cache, shared = None, 0
-    width = max(map(len, prompts))
-    ids = torch.zeros((len(prompts), width - shared), dtype=torch.long)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    mask[:, :shared] = 1
-    for row, prompt in enumerate(
-        prompts
-    ):  # padded in front of what is its own, so that all continue in the same column
-        ids[row, width - len(prompt) :] = torch.tensor(prompt[shared:])
-        mask[row, width - (len(prompt) - shared) :] = 1
-    return begin(policy, ids.to(policy.device), mask.to(policy.device), cache)
-
-
-def common_beginning(policy: Any, prompts: list[list[int]]) -> int:
-    """How many tokens at the start of all prompts go through the model once, for all of them; 0: each on its own.
-
-    Every prompt keeps at least its last token. Behind the beginning shorter prompts are padded, which a model that
-    counts distance in columns (a sliding window) or keeps a state without columns would see.
-    """
-    first, last = min(prompts), max(prompts)  # sorted rows: what these two share, all share
-    most = min(map(len, prompts)) - 1
-    shared = next((place for place in range(most) if first[place] != last[place]), most)
-    config = policy.config.get_text_config()
-    plain = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
-    if len(prompts) < 2 or shared < WORTH_SHARING or not plain or getattr(config, "sliding_window", None):
-        return 0
-    return shared
 
 
 class TokenStats(NamedTuple):

@@ -13,11 +13,11 @@ from finetune_kit.errors import DataError, SettingsError
 from finetune_kit.models.adapters import is_adapter
 from finetune_kit.rewards.settings import RewardConfig
 from finetune_kit.settings.aliases import near_path
-from finetune_kit.settings.schema import RecipeConfig, TrainConfig, section, setting
+from finetune_kit.settings.schema import ToolsRecipeConfig, TrainConfig, section, setting
 
 
 @dataclass
-class PPOSettings(RecipeConfig):
+class PPOSettings(ToolsRecipeConfig):
     """What PPO adds to a recipe's sections. An update is: sample, score, then epochs of mini-batches.
 
     train.max_steps and num_train_epochs count updates and passes over the prompts; per_device_train_batch_size is rows
@@ -101,6 +101,8 @@ def check_settings(config: PPOSettings, devices: int) -> None:
         )
     if config.train.optim not in ("auto", "adamw_torch", "adamw_torch_fused"):
         raise SettingsError(f"train.optim={config.train.optim}: PPO's optimizer is AdamW.", "Leave it out.")
+    if config.use_vllm and config.tools:
+        raise SettingsError("use_vllm=true samples without tools.", "Leave out one of the two.")
     if not config.use_vllm and config.vllm_gpu_memory_utilization != PPOSettings.vllm_gpu_memory_utilization:
         raise SettingsError("vllm_gpu_memory_utilization has no effect without use_vllm=true.", "Leave it out.")
     _check_value(config)

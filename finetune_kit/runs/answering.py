@@ -237,6 +237,8 @@ def answer_prompt_file(
         asked = load(asked, with_base)
 
         def answer(batch: list[Line]) -> list[dict[str, Any]]:
+            if asked.toolbox is not None:
+                return _called_fields(asked, batch)
             return answer_fields(asked, [ids[line.number] for line in batch], batch[0].number)
 
         told = None if progress is None else partial(_tell_progress, progress, len(lines))
@@ -258,7 +260,14 @@ def _ids_of(asked: LoadedRun, line: Line, path: Path) -> list[int]:
 def _made_with(asked: LoadedRun, batch_size: int, with_base: bool) -> str:
     """12 hex digits that change with the run, what it measured, and every setting that its answers depend on."""
     files = [(asked.run.folder / name).read_bytes() for name in ("run.yaml", "report.json")]
-    settings = (asked.decoding, asked.system, with_base, batch_size if asked.decoding.samples else None)
+    settings: tuple[Any, ...] = (
+        asked.decoding,
+        asked.system,
+        with_base,
+        batch_size if asked.decoding.samples else None,
+    )
+    if (box := asked.toolbox) is not None:
+        settings += (box.schemas, box.max_calls, box.timeout)
     return hashlib.sha256(b"".join([*files, repr(settings).encode()])).hexdigest()[:12]
 
 
@@ -271,8 +280,21 @@ def answer_fields(asked: LoadedRun, prompts: list[list[int]], shift: int = 0) ->
     return fields
 
 
+def _called_fields(asked: LoadedRun, batch: list[Line]) -> list[dict[str, Any]]:
+    """The same of answers that may call tools, with what they called."""
+    sides = {"": False, **({"base_": True} if asked.base is not None else {})}
+    found = {side: called_answers(asked, batch, of_base) for side, of_base in sides.items()}
+    return [
+        {name: value for side in sides for name, value in _fields(side, found[side][place]).items()}
+        for place in range(len(batch))
+    ]
+
+
 def _fields(side: str, completion: Completion) -> dict[str, Any]:
-    values = {"completion": completion.text, "ended": completion.ended, "tokens": len(completion.ids)}
+    values: dict[str, Any] = {"completion": completion.text, "ended": completion.ended, "tokens": len(completion.ids)}
+    if isinstance(completion, Answer):
+        names = ("name", "arguments", "result", "valid", "ok")  # the same at each run, as its seconds are not
+        values["calls"] = [{name: getattr(call, name) for name in names} for call in completion.calls]
     return {side + name: value for name, value in values.items()}
 
 
@@ -303,20 +325,15 @@ def answer_one(asked: LoadedRun, messages: list[Message], tell: Callable[[str], 
     return written("\ntuned: ")
 
 
+Asked = tuple[list[Message], list[dict[str, Any]] | None]  # a conversation, and the tools that are listed in it
+
+
 def _answer_with_tools(
     asked: LoadedRun, messages: list[Message], shift: int, tell: Callable[[str], None], of_base: bool = False
 ) -> Answer:
     """The answer to a conversation, with each call and its result told between its turns."""
     box = asked.toolbox
     assert box is not None
-    if asked.system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": asked.system}, *messages]
-    model = asked.base if of_base else asked.model
-    given = asked.decoding.arguments(shift)
-    longest, stop = given.pop("max_new_tokens"), given.pop("stop")
-    sampled = asked.decoding.samples
-    draws = sampled or asked.decoding.repetition_penalty != 1
-    draw = sampling(**{"seed": 0, "do_sample": sampled, **given}) if draws else greedy
     shown: list[int] = []
 
     def told(what: str, value: Any) -> None:
@@ -330,19 +347,48 @@ def _answer_with_tools(
             shown.clear()
             tell(f"\n[{value.name}({json.dumps(value.arguments, ensure_ascii=False)}) → {value.result}]\n")
 
+    return _loop(asked, [(messages, box.schemas)], shift, of_base, told=told)[0]
+
+
+def called_answers(asked: LoadedRun, batch: list[Line], of_base: bool = False) -> list[Answer]:
+    """Answers to lines of a prompt file, which may call tools. A line's own tools are listed in place of --tools'."""
+    assert asked.toolbox is not None
+    given: list[Asked] = [(line.messages, line.tools or asked.toolbox.schemas) for line in batch]
+    return _loop(asked, given, batch[0].number, of_base, in_step=True)
+
+
+def _loop(
+    asked: LoadedRun,
+    given: list[Asked],
+    shift: int,
+    of_base: bool,
+    **more: Any,
+) -> list[Answer]:
+    box = asked.toolbox
+    assert box is not None
+    if asked.system:
+        system: Message = {"role": "system", "content": asked.system}
+        given = [(turns if turns[0]["role"] == "system" else [system, *turns], tools) for turns, tools in given]
+    model = asked.base if of_base else asked.model
+    arguments = asked.decoding.arguments(shift)
+    longest, stop = arguments.pop("max_new_tokens"), arguments.pop("stop")
+    sampled = asked.decoding.samples
+    draws = sampled or asked.decoding.repetition_penalty != 1
+    draw = sampling(**{"seed": 0, "do_sample": sampled, **arguments}) if draws else greedy
     with model.disable_adapter() if of_base and asked.run.is_adapter else contextlib.nullcontext():
         return answer_with_tools(
             model,
             asked.tokenizer,
-            [(messages, box.schemas)],
+            given,
             box,
             max_new_tokens=longest,
             end_token_ids=asked.end_token_ids,
+            batch_size=len(given),
             draw=draw,
             stop=stop,
             positions=asked.positions,
-            told=told,
-        )[0]
+            **more,
+        )
 
 
 def converse(asked: LoadedRun, read: Callable[[], str], tell: Callable[[str], None]) -> None:

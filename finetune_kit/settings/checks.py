@@ -147,7 +147,7 @@ def _check_tools(config: RecipeConfig) -> None:
             why = "its rollouts call no tools" if config.kind == "prompt" else "its answers call no tools"
             raise SettingsError(
                 f"{_named(config, 'data.tools')} has no effect in {config.recipe}: {why}.",
-                "Recipes with tools: lora_sft, full_sft, qlora_sft, dpo.",
+                "Recipes with tools: lora_sft, full_sft, qlora_sft, dpo, ppo, grpo.",
             )
         return
     if not config.data.apply_chat_template and config.tools:

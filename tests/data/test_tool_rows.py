@@ -80,6 +80,12 @@ def test_with_tools_a_run_of_assistant_turns_is_one_answer_and_without_user_all_
     assert asked_of(record) == prompt_of(record)
     assert calls_of(record) == []
     assert asked_of(Prompt("x:1", [user("Q")])) == [user("Q")]
+    assert calls_of(Prompt("x:1", [user("Q")])) is None  # it does not say
+    problem = task_rows("products", 1, 7)[0]
+    prompt = Prompt("x:1", problem.messages[:1], None, problem.metadata, problem.metadata["answer"])
+    assert calls_of(prompt) == [
+        {"name": "calculator", "arguments": {"expression": problem.metadata["metadata"]["expression"]}}
+    ]
 
 
 def test_what_the_calculator_gave_is_never_trained_and_the_call_is(tmp_path: Path) -> None:
@@ -102,3 +108,17 @@ def test_what_the_calculator_gave_is_never_trained_and_the_call_is(tmp_path: Pat
     assert "<tool_response>" not in supervised
     assert json.dumps(CALCULATOR)[:40] in tokenizer.decode(row["input_ids"])
     assert all(samples_of(record, tokenizer, DataConfig()) for record in data.held_out_records)
+
+
+def test_a_prompt_whose_answer_may_call_ends_before_the_row_s_own_calls(tmp_path: Path) -> None:
+    function = {"name": "calculator", "arguments": {"expression": "6*7"}}
+    turns = [user("6 * 7?"), assistant("", tool_calls=[{"type": "function", "function": function}])]
+    rows = [
+        {"messages": [*turns, {"role": "tool", "name": "calculator", "content": "42"}, assistant(f"42, {n}")]}
+        for n in range(30)
+    ]
+    path, tokenizer = write_jsonl(tmp_path / "rows.jsonl", rows), bpe_tokenizer()
+    with_tools = load_data(DataConfig(path=path, tools=["calculator"], held_out_size=0), "prompt", tokenizer)
+    assert [turn["role"] for turn in with_tools.train_records[0].messages] == ["user"]
+    plain = load_data(DataConfig(path=path, held_out_size=0), "prompt", tokenizer)
+    assert [turn["role"] for turn in plain.train_records[0].messages] == ["user", "assistant", "tool"]

@@ -10,12 +10,14 @@ from rich.console import Console
 
 from finetune_kit.evaluation.charts import loss_curves, reward_frontier
 from finetune_kit.evaluation.compare import compare
+from finetune_kit.evaluation.function_calls import Called
 from finetune_kit.evaluation.measure import Measurement
 from finetune_kit.evaluation.report import print_report
 from finetune_kit.evaluation.report_html import write_html
-from finetune_kit.generation.generate import Completion
+from finetune_kit.generation.generate import Call, Completion
 from finetune_kit.settings.schema import EvaluateConfig
 
+CALL = Call("calculator", {"expression": "6*7 <b>"}, "42 <i>", True, True, 0.1)
 EVIL = '</script><script>alert("x")</script> [bold]not markup[/bold] & <img src=http://evil.example/x.png>'
 HISTORY = [
     {"step": 1, "loss": 3.0},
@@ -209,3 +211,44 @@ def test_with_2_rewards_each_has_a_curve_of_its_own_so_that_a_fooled_one_shows()
     assert drawn.count("<figure>") == 3
     assert "update 3: KL 3.00, reward/judge 0.300" in drawn
     assert "update 3: KL 3.00, reward/task 0.700" in drawn
+
+
+def test_tools_have_a_section_and_each_sample_its_calls(tmp_path):
+    def measured(score):
+        return Measurement(
+            with_tools=True,
+            metrics={"exact_match": [score] * 40},
+            bare={"exact_match": [0.0] * 40},
+            wanted=[[{"name": "calculator", "arguments": {"expression": "6*7"}}]] * 30 + [[]] * 10,
+            where=["held.jsonl:1"] * 40,
+            conversations=["6 * 7?"] * 40,
+            references=["42"] * 40,
+            completions=[Completion([1], "It is 42.", True, [CALL])] * 40,
+        )
+
+    page = tmp_path / "report.html"
+    write_html(
+        compare(measured(0.0), measured(1.0), EvaluateConfig(bootstrap_samples=50)), HISTORY, {"recipe": "x"}, page
+    )
+    text = page.read_text(encoding="utf-8")
+    Checker().feed(text)
+    assert "<h2>Tools</h2>" in text
+    assert "exact match, all rows" in text
+    assert "exact match, rows that want a call" in text
+    assert "<th>without tools</th><th>with tools</th>" in text
+    assert "calculator({&quot;expression&quot;: &quot;6*7 &lt;b&gt;&quot;}) → 42 &lt;i&gt;" in text
+
+    wants, made = [{"name": "area", "arguments": {"side": 3}}], [{"name": "area", "arguments": {"side": "<4>"}}]
+
+    def called(right):
+        row = Called("bfcl.jsonl:7", wants, wants if right else made, right, True, [True])
+        return Measurement(nll=[1.0] * 20, tokens=[1] * 20, called=[row] * 20)
+
+    write_html(
+        compare(called(False), called(True), EvaluateConfig(bootstrap_samples=50)), HISTORY, {"recipe": "x"}, page
+    )
+    text = page.read_text(encoding="utf-8")
+    Checker().feed(text)
+    assert "calls right: names, arguments, types" in text
+    assert "bfcl.jsonl:7" in text
+    assert "area({&quot;side&quot;: &quot;&lt;4&gt;&quot;})" in text

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_kit.data.load import load_data
 from finetune_kit.errors import SettingsError
-from finetune_kit.evaluation.compare import compare
+from finetune_kit.evaluation.compare import compare, held_out_scores
 from finetune_kit.evaluation.measure import Measurement, measure
 from finetune_kit.evaluation.tools import calling, same_call, same_calls, tools_report, tools_sentence
 from finetune_kit.generation.generate import Call, Completion
@@ -92,6 +92,17 @@ def test_with_and_without_the_tools_are_compared_row_by_row() -> None:
     assert "100.0% of the answers call, 100.0% of 40 calls are valid" in said
 
 
+def test_rows_that_want_a_call_have_a_score_of_their_own() -> None:
+    side = answered(*[("24", [call("48/2")])] * 30, *[("no", [])] * 10, wants=[*[wanted("48/2")] * 30, *[[]] * 10])
+    side.metrics, side.bare = {"task_score": [1.0] * 30 + [0.0] * 10}, {"task_score": [0.0] * 40}
+    report = tools_report(side, side, CONFIG)
+    scores = [(line["rows"], line["n"], line["without"], line["with"]) for line in report["after"]["scores"]]
+    assert scores == [("all", 40, 0.0, 0.75), ("that want a call", 30, 0.0, 1.0)]
+    assert "On the 30 rows that want a call: without the tools task_score is 0.000, with them 1.000" in (
+        tools_sentence(report)
+    )
+
+
 def test_a_model_is_measured_both_ways_on_the_same_prompts_and_the_report_has_it(tmp_path: Path) -> None:
     rows = [{"question": f"{n} * 7?", "answer": f"<<{n}*7={n * 7}>>It is\n#### {n * 7}"} for n in range(60)]
     tokenizer = bpe_tokenizer()
@@ -107,6 +118,8 @@ def test_a_model_is_measured_both_ways_on_the_same_prompts_and_the_report_has_it
     assert report["tools"]["after"]["scores"][0]["name"] == "final_number"
     assert report["tools"]["after"]["calls"]["missed"] == 1.0
     assert report["samples"][0]["calls"] == [[], []]
+    scores = held_out_scores(tiny(tokenizer), tokenizer, data, measuring, toolbox=toolbox)
+    assert list(scores) == ["loss"]  # while it trains, of which no answer is asked
     quick = measure(tiny(tokenizer), tokenizer, data, measuring, toolbox=toolbox, both_ways=False)
     assert quick.bare == {}
     with pytest.raises(SettingsError, match=r"tools have no effect: evaluate.size is 0"):

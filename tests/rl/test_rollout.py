@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from finetune_kit.generation.cache import common_beginning
 from finetune_kit.generation.generate import generate
 from finetune_kit.models.completion_rows import make_rows, states
 from finetune_kit.models.second_adapter import adapter
 from finetune_kit.packing import forward
-from finetune_kit.rl.rollout import Reference, common_beginning, sample, token_stats
+from finetune_kit.rl.rollout import Reference, sample, token_stats
 from finetune_kit.rl.value import build_value, value_parameters
 from tests.rl.fixtures import parts, settings, trainer, write_home
 
@@ -87,7 +88,7 @@ def test_what_16_prompts_begin_with_goes_through_the_model_once_and_the_samples_
     shared = draw(policy, prompts)
     assert fed[:2] == [30, 16 * 16]  # 30 tokens that all have, then 1 to 16 of their own, padded to 16
     fed.clear()
-    monkeypatch.setattr("finetune_kit.rl.rollout.common_beginning", lambda policy, prompts: 0)
+    monkeypatch.setattr("finetune_kit.generation.cache.common_beginning", lambda policy, prompts: 0)
     assert draw(policy, prompts) == shared
     assert fed[0] == 16 * 46
     hook.remove()

@@ -485,6 +485,27 @@ def test_a_tool_of_one_s_own_is_asked_for_and_what_is_refused_is_told_the_model(
     assert '[lookup({"word": "6*7"}) → 6*76*7]' in "".join(told)
 
 
+def test_a_file_of_prompts_is_answered_with_tools_and_has_their_calls(
+    lora_run: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = with_tools(open_run(lora_run.folder, []), "calculator")
+    path, output = Path(write_jsonl(tmp_path / "in.jsonl", [{"prompt": "6 * 7?"}, {"prompt": "Hi"}])), tmp_path / "out"
+    scripted(monkeypatch, asked, CALL, "It is 42.<|im_end|>", "Hello.<|im_end|>")
+    assert answer_prompt_file(asked, path, output, batch_size=1) == (2, 0)
+    first, second = [json.loads(line) for line in output.read_text().splitlines()]
+    call = {"name": "calculator", "arguments": {"expression": "6*7"}, "result": "42", "valid": True, "ok": True}
+    assert (first["completion"], first["calls"], second["completion"], second["calls"]) == (
+        "It is 42.",
+        [call],
+        "Hello.",
+        [],
+    )
+    assert answer_prompt_file(asked, path, output, batch_size=1) == (2, 2)  # nothing is answered again
+    without = load(prepare(open_run(lora_run.folder, []), Decoding(max_new_tokens=300)))
+    with pytest.raises(DataError, match="answered by another model, or with other settings"):
+        answer_prompt_file(without, path, output, batch_size=1)
+
+
 def test_a_run_of_bare_prompts_takes_no_tools(lora_run: Artifact) -> None:
     bare = with_settings(open_run(lora_run.folder, []), apply_chat_template=False)
     with pytest.raises(SettingsError, match="trained on bare prompts"):
@@ -497,7 +518,7 @@ def test_a_run_of_bare_prompts_takes_no_tools(lora_run: Artifact) -> None:
         (["q", "--max-tool-calls", "2"], "--max-tool-calls has no effect without --tools"),
         (["q", "--yes"], "--yes has no effect without --tools"),
         (["q", "--tools", "mine.py:lookup"], "nobody here to ask"),
-        (["--prompts", "a", "--output", "b", "--tools", "calculator"], "--tools acts on a prompt"),
+        (["--prompts", "a", "--output", "b", "--tools", "mine.py:lookup"], "a file of prompts is not interrupted"),
         (["q", "--tools", "calculator", "--tool-timeout", "0"], "expected numbers above 0"),
     ],
 )

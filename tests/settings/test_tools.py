@@ -15,7 +15,7 @@ def settings(recipe: str, *words: str, yaml: Path | None = None) -> RecipeConfig
     return resolve(recipes.load(recipe).config_class, recipe, yaml, words)
 
 
-@pytest.mark.parametrize("recipe", ["lora_sft", "full_sft", "qlora_sft", "dpo"])
+@pytest.mark.parametrize("recipe", ["lora_sft", "full_sft", "qlora_sft", "dpo", "ppo", "grpo"])
 def test_one_setting_gives_the_other(recipe: str) -> None:
     for words in (["tools=[calculator]"], ["data.tools=[calculator]"], ["tools=calculator"]):
         config = settings(recipe, *words)
@@ -25,7 +25,7 @@ def test_one_setting_gives_the_other(recipe: str) -> None:
     assert settings(recipe).tools == []
 
 
-@pytest.mark.parametrize("recipe", ["kto", "orpo", "reward_model", "ppo", "grpo", "rloo"])
+@pytest.mark.parametrize("recipe", ["kto", "orpo", "reward_model", "rloo"])
 @pytest.mark.parametrize("word", ["tools=[calculator]", "data.tools=[calculator]"])
 def test_a_recipe_without_the_loop_refuses_tools_with_the_reason(recipe: str, word: str) -> None:
     with pytest.raises(SettingsError, match=f"no effect in {recipe}: its (rollouts|answers) call no tools"):
