@@ -121,6 +121,22 @@ class Ledger:
             "rows_not_kept_whole": self.listed,
         }
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Ledger:
+        """The ledger that `to_json` wrote."""
+        names = ("train", "held_out")
+        special = content["special_tokens_in_text"]
+        return cls(
+            splits={name: Counts(**{**content[name], "dropped": Counter(content[name]["dropped"])}) for name in names},
+            listed=content["rows_not_kept_whole"],
+            notes=content["notes"],
+            fingerprint=content["fingerprint"],
+            unused_columns=Counter(content["unused_columns"]),
+            special_tokens_in_text=Counter(special["tokens"]),
+            special_rows=special["rows"],
+            mimicking_rows=content["rows_like_turns"],
+        )
+
 
 def content_of(record: Record) -> str:
     """A record's content as canonical JSON: equal for equal rows, wherever they came from."""
