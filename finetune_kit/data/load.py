@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TABLE_ROWS = 1000  # of one piece of a table: offsets into it are of 32 bits
 MOST_NAMED = 12  # unused columns on the console; the ledger has all
 
 
@@ -409,11 +410,32 @@ def _scorer(held_out: list[Record], config: DataConfig) -> Callable[[str, dict[s
 
 
 def _dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
+    """The columns as a table; they are emptied on the way, so that a set is not in memory twice."""
     import datasets
+    import numpy as np
+    import pyarrow as pa
 
     scalars = {"row": "int32", "margin": "float32", "label": "bool"}
-    features = {
-        name: datasets.Value(scalars[name]) if name in scalars else datasets.List(datasets.Value("int32"))
-        for name in columns
-    }
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    features = datasets.Features(
+        {
+            name: datasets.Value(scalars[name]) if name in scalars else datasets.List(datasets.Value("int32"))
+            for name in columns
+        }
+    )
+
+    def taken(name: str) -> Any:
+        values, kind, chunks = columns[name], features.arrow_schema.field(name).type, []
+        columns[name] = []
+        values.reverse()
+        while values:
+            some = values[: -TABLE_ROWS - 1 : -1]
+            del values[-TABLE_ROWS:]
+            if name in scalars:
+                chunks.append(pa.array(some, kind))
+                continue
+            ends = np.cumsum([0, *map(len, some)], dtype=np.int32)
+            chunks.append(pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(some)), type=kind))
+        return pa.chunked_array(chunks, kind)
+
+    table = pa.Table.from_arrays([taken(name) for name in columns], schema=features.arrow_schema)
+    return datasets.Dataset(datasets.table.InMemoryTable(table))

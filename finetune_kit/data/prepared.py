@@ -114,7 +114,7 @@ def _program() -> str:
 @contextmanager
 def alone(name: str) -> Iterator[None]:
     """Inside, no other process prepares the set of that name; it waits for this one. Raises OSError."""
-    home().mkdir(parents=True, exist_ok=True)
+    home().mkdir(mode=0o700, parents=True, exist_ok=True)
     number = os.open(home() / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         while lock(number) is False:  # None: a file system without locks, where several may prepare the same

@@ -1,6 +1,7 @@
 """Prepared rows are found again: by whom, for how long, and what makes others of them."""
 
 import json
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -132,6 +133,12 @@ def test_of_several_that_start_at_once_one_prepares(
         found = list(pool.map(lambda _: load_data(config, "prompt_completion", bpe_tokenizer()), range(3)))
     assert len(made) == 1
     assert given(found[0]) == given(found[1]) == given(found[2])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such modes")
+def test_nobody_else_can_read_prepared_rows(tmp_path: Path, kept: Path) -> None:
+    load_data(DataConfig(path=write_jsonl(tmp_path / "rows.jsonl", ROWS["text"])), "text", bpe_tokenizer())
+    assert kept.stat().st_mode & 0o077 == 0
 
 
 def test_an_error_is_told_each_time_and_leaves_nothing(tmp_path: Path, kept: Path) -> None:
