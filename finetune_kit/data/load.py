@@ -31,7 +31,7 @@ from finetune_kit.data.split import (
     split_off,
     texts_within,
 )
-from finetune_kit.data.stored import NotStored, Records, read_rows, write_records, write_rows
+from finetune_kit.data.stored import NotStored, Records, read_rows, table_of, write_records, write_rows
 from finetune_kit.data.template import prepare_tokenizer
 from finetune_kit.data.tokenise import Tokens, mark_contradictions
 from finetune_kit.data.tool_rows import offer_tools
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TABLE_ROWS = 1000  # of one piece of a table: offsets into it are of 32 bits
+SCALARS = {"row": "int32", "margin": "float32", "label": "bool"}  # columns without ids
 MOST_NAMED = 12  # unused columns on the console; the ledger has all
 
 
@@ -174,8 +174,8 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
     ends = end_token_ids(tokenizer, config.chat_template_kwargs)
     return Data(
         kind=kind,
-        train=_dataset(trained.columns),
-        held_out=_dataset(measured.columns),
+        train=table_of(trained.columns, SCALARS),
+        held_out=table_of(measured.columns, SCALARS),
         held_out_records=measured.records,
         train_records=trained.records,
         ledger=ledger,
@@ -407,35 +407,3 @@ def _scorer(held_out: list[Record], config: DataConfig) -> Callable[[str, dict[s
     names = {record.metadata["task"] for record in held_out if not isinstance(record, Text)}
     scorers = {str(name): tasks.scorer(str(name), config.options) for name in names}
     return lambda completion, metadata: scorers[metadata["task"]](completion, metadata)
-
-
-def _dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
-    """The columns as a table; they are emptied on the way, so that a set is not in memory twice."""
-    import datasets
-    import numpy as np
-    import pyarrow as pa
-
-    scalars = {"row": "int32", "margin": "float32", "label": "bool"}
-    features = datasets.Features(
-        {
-            name: datasets.Value(scalars[name]) if name in scalars else datasets.List(datasets.Value("int32"))
-            for name in columns
-        }
-    )
-
-    def taken(name: str) -> Any:
-        values, kind, chunks = columns[name], features.arrow_schema.field(name).type, []
-        columns[name] = []
-        values.reverse()
-        while values:
-            some = values[: -TABLE_ROWS - 1 : -1]
-            del values[-TABLE_ROWS:]
-            if name in scalars:
-                chunks.append(pa.array(some, kind))
-                continue
-            ends = np.cumsum([0, *map(len, some)], dtype=np.int32)
-            chunks.append(pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(some)), type=kind))
-        return pa.chunked_array(chunks, kind)
-
-    table = pa.Table.from_arrays([taken(name) for name in columns], schema=features.arrow_schema)
-    return datasets.Dataset(datasets.table.InMemoryTable(table))

@@ -125,6 +125,36 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
             writer.write_batch(pa.record_batch([pa.array(written, pa.large_binary())], schema=schema))
 
 
+def table_of(columns: dict[str, list[Any]], scalars: dict[str, str]) -> datasets.Dataset:
+    """Columns of token ids (int32 arrays) and of `scalars` (name -> type) as a table. They are emptied on the way, so
+    that a set is not in memory twice."""
+    import datasets
+    import numpy as np
+    import pyarrow as pa
+
+    ids = datasets.List(datasets.Value("int32"))
+    features = datasets.Features({name: datasets.Value(scalars[name]) if name in scalars else ids for name in columns})
+
+    def taken(name: str) -> Any:
+        values, kind, chunks = columns[name], features.arrow_schema.field(name).type, []
+        columns[name] = []
+        values.reverse()
+        while values:
+            some = values[: -TOGETHER - 1 : -1]
+            del values[-TOGETHER:]
+            if name in scalars:
+                chunks.append(pa.array(some, kind))
+                continue
+            ends = np.cumsum([0, *map(len, some)], dtype=np.int32)
+            chunks.append(pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(some)), type=kind))
+        return pa.chunked_array(chunks, kind)
+
+    table = pa.Table.from_arrays([taken(name) for name in columns], schema=features.arrow_schema)
+    # a name of its own: the library's is a hash of all rows, for which it would copy them
+    own = datasets.fingerprint.generate_random_fingerprint()
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=own)
+
+
 def write_rows(path: Path, rows: datasets.Dataset) -> None:
     """Raises OSError."""
     import pyarrow as pa
