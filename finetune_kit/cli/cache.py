@@ -15,9 +15,9 @@ def show_cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove the prepared rows that no command is using.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Prepared rows kept on disk: what they are of, their size and last use.
+    """Prepared rows on disk: list or clear them.
 
-    The next command on the same files and settings maps them and tokenises nothing. --clear removes them.
+    The next command on the same files and settings maps them and tokenises nothing.
     """
     from finetune_kit.data import prepared
 
