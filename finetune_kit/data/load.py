@@ -135,8 +135,10 @@ def _keep(data: Data, name: str, config: DataConfig, tokenizer: Any) -> Data:
             write_rows(folder / "held_out.arrow", data.held_out)
             write_records(folder / "train_records.arrow", data.train_records)
             write_records(folder / "held_out_records.arrow", data.held_out_records)
-    except (NotStored, OSError) as error:
+    except NotStored as error:
         log.debug("prepared rows are not kept: %s", error)
+    except OSError as error:
+        log.warning("note: prepared rows are not kept: %s", error)
     return _read(name, config, tokenizer) or data
 
 

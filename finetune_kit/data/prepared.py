@@ -38,7 +38,8 @@ FOLDER = "data"
 FACTS = "facts.json"  # of a set: what it is, for people, and all that is not rows; written last
 LIMIT = "FINETUNE_KIT_CACHE_GIB"
 MOST_GIB = 32.0  # of prepared rows, unless LIMIT says otherwise; 0: none are kept
-LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
+# that rows depend on, and what is made of them, which `datasets` keeps beside them (TRL's packing)
+LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "trl")
 POLL = 0.1  # seconds between two looks at somebody's lock
 _in_use: dict[Path, int] = {}  # the sets that this process maps, with the locks by which nobody clears them
 
@@ -68,6 +69,8 @@ def key_of(config: DataConfig, kind: str, seed: int, tokenizer: Any) -> str | No
     paths = [config.path] if isinstance(config.path, str) else list(config.path)
     paths += [config.held_out_path] if config.held_out_path else []
     if most_bytes() == 0 or not getattr(tokenizer, "is_fast", False) or {*config.tools} - {"calculator"}:
+        return None
+    if not type(tokenizer).__module__.startswith("transformers."):  # a class of somebody's, whose code is not known
         return None
     if any(path.startswith(tasks.PREFIX) or not Path(path).expanduser().exists() for path in paths if path):
         return None

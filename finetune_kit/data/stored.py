@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import date, datetime, time, timedelta
@@ -165,6 +166,9 @@ def write_rows(path: Path, rows: datasets.Dataset) -> None:
 
 
 def read_rows(path: Path) -> datasets.Dataset:
+    """The rows of a file of `write_rows`, mapped."""
     import datasets
 
+    if not os.access(path.parent, os.W_OK):
+        datasets.disable_caching()  # what the library makes of rows goes beside them, or into a temporary folder
     return datasets.Dataset.from_file(str(path))
