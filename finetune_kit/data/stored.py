@@ -147,7 +147,9 @@ def table_of(columns: dict[str, list[Any]], scalars: dict[str, str]) -> datasets
                 chunks.append(pa.array(some, kind))
                 continue
             ends = np.cumsum([0, *map(len, some)], dtype=np.int32)
-            chunks.append(pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(some)), type=kind))
+            chunks.append(
+                pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(some).astype(np.int32)), type=kind)
+            )
         return pa.chunked_array(chunks, kind)
 
     table = pa.Table.from_arrays([taken(name) for name in columns], schema=features.arrow_schema)
