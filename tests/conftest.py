@@ -18,8 +18,10 @@ from tests.warm import FRESH, Warm
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests are of a CPU wherever they run: a GPU is seen by those alone that are of one, with `-m gpu`. What a command
-    says does not depend on how fast they run: nothing that takes long is named, but where a test asks for it."""
+    says does not depend on how fast they run: nothing that takes long is named, but where a test asks for it. Prepared
+    rows are kept where a test asks for it, too."""
     terminal.FIRST = terminal.GAP = 3600.0
+    os.environ.setdefault("FINETUNE_KIT_CACHE_GIB", "0")
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

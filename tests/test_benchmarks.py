@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_kit import recipe as recipes
 from finetune_kit.cli import main as cli
+from finetune_kit.models.embedded import embedded_folder
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.tiny import write_tiny_model
 from finetune_kit.runs import save, saved
@@ -72,6 +73,22 @@ def test_the_comparison_of_a_cpu_says_speed_losses_and_where_the_time_went_of_ea
         assert losses[2] == pytest.approx(losses[0], abs=2e-4)
     spent = r"^(\w+), the last step: \w+ [\d.]+%, .*; matrix products at [\d,]+ GFLOP/s$"
     assert re.findall(spent, said, re.MULTILINE) == 4 * ["ours", "trl", "bare"]
+
+
+def test_the_benchmark_of_data_finds_rows_again_with_the_tokens_that_it_made_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("FINETUNE_KIT_CACHE_GIB", "1")
+    data = importlib.import_module("data")
+    embedded = embedded_folder()
+    monkeypatch.setenv("FINETUNE_KIT_CACHE", str(tmp_path))
+    (tmp_path / embedded.name).symlink_to(embedded)
+    path = str(data.write_rows(tmp_path / "rows.jsonl", 50, seed=0))
+    found = {who: data.measure(who, path) for who in ("map", "first", "again")}
+    # what follows the end token, a line feed, is not trained
+    assert found["map"]["tokens"] - 50 == found["first"]["tokens"] == found["again"]["tokens"] > 50 * 100
+    assert data.line(50, "again", found["again"]).count("|") == data.HEAD.splitlines()[0].count("|")
 
 
 def test_the_shapes_have_the_parameters_of_llama_3_1_8b_qwen3_and_smollm2(monkeypatch: pytest.MonkeyPatch) -> None:

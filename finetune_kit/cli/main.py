@@ -12,8 +12,8 @@ import typer
 
 from finetune_kit import distributed
 from finetune_kit import recipe as recipes
+from finetune_kit.cli import cache, results, training
 from finetune_kit.cli import recipes as recipe_commands
-from finetune_kit.cli import results, training
 from finetune_kit.cli.options import Debug, out
 from finetune_kit.errors import FinetuneKitError, SettingsError, Stopped
 from finetune_kit.settings.aliases import COMMANDS, KNOWN_ELSEWHERE
@@ -139,6 +139,7 @@ OFFERED: dict[str, Callable[..., None]] = {
     "merge": results.merge,
     "diff": results.diff,
     "push": results.push,
+    "cache": cache.show_cache,
     "doctor": doctor,
 }
 for name, command in OFFERED.items():

@@ -15,19 +15,23 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_kit.data.adapt import adapt
+from finetune_kit.data.causal import cuts_of, prefixes_of
 from finetune_kit.data.records import THOUGHTS, Message, PromptCompletion, Text
 from finetune_kit.data.rendering import render, silent
 from finetune_kit.data.special import found_in, hide, ids_of_hidden, ids_of_text, show, why_not
-from finetune_kit.data.template import Dialect, Note, added_tokens, bos_prefix, dialect_of
+from finetune_kit.data.template import Dialect, Note, added_tokens, bos_prefix, dialect_of, last_added
 from finetune_kit.errors import DataError, SecurityError
 from finetune_kit.settings.schema import DataConfig
 
 IGNORED = -100  # a label that no loss counts
+Result = TypeVar("Result")
+# work on a row, which asks for the token ids of some texts, once: so those of many rows are made in one call
+Asking = Generator[list[str], list[list[int]], Result]
 
 
 @dataclass(slots=True)
@@ -58,6 +62,37 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def ids_of_all(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """`ids_of` each text, in one call."""
+    if not texts:
+        return []
+    lean = {"return_attention_mask": False, "return_token_type_ids": False} if getattr(tokenizer, "is_fast", 0) else {}
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, **lean)["input_ids"]
+    return found
+
+
+def together(rows: Iterable[Asking[Result]], tokenizer: Any) -> Iterator[Result]:
+    """What comes of each row, in order. An error of a row is raised when its turn comes."""
+    begun: list[tuple[Asking[Result], list[str]]] = []
+    failed: Exception | None = None
+    for row in rows:
+        try:
+            begun.append((row, next(row)))
+        except Exception as error:
+            failed = error
+            break
+    made = iter(ids_of_all(tokenizer, [text for _, texts in begun for text in texts]))
+    for row, texts in begun:
+        try:
+            row.send([next(made) for _ in texts])
+        except StopIteration as done:
+            yield done.value
+        else:
+            raise AssertionError("a row asks for token ids once")
+    if failed is not None:
+        raise failed
+
+
 def text_ids(tokenizer: Any, text: str, in_text: str = "text") -> list[int]:
     """Token ids of somebody's text, no special token among them unless `in_text` (data.special_tokens_in_text) is
     "keep". Raises DataError where it is "refuse", or the tokenizer cannot, and the text has one."""
@@ -76,6 +111,8 @@ def special_tokens(tokenizer: Any, value: Any, in_text: str) -> tuple[list[str],
 
 
 def _hides(tokenizer: Any, value: Any, in_text: str, where: str) -> bool:
+    if in_text == "keep":
+        return False
     found, reason = special_tokens(tokenizer, value, in_text)
     if reason:
         raise DataError(f"{where}: {reason} ({', '.join(found)}).", SPECIAL_FIX)
@@ -97,9 +134,24 @@ def render_prompt(
     Messages marked `plain`, and all with a tokenizer that has no template, are bare text. `in_text`: see `text_ids`.
     Raises DataError where the template refuses, or leaves out what somebody says.
     """
+    return next(together([asking_prompt(tokenizer, messages, tools, kwargs, in_text)], tokenizer))
+
+
+def asking_prompt(
+    tokenizer: Any,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    in_text: str = "text",
+) -> Asking[list[int]]:
+    """`render_prompt`, as one of the rows of `together`."""
     if not tokenizer.chat_template or (messages and messages[0].get("plain")):
         text = "\n\n".join(message["content"] for message in messages)
-        return bos_prefix(tokenizer) + text_ids(tokenizer, text, in_text)
+        if _hides(tokenizer, text, in_text, "prompt"):
+            yield []
+            return bos_prefix(tokenizer) + ids_of_text(tokenizer, text)
+        (ids,) = yield [text]
+        return bos_prefix(tokenizer) + ids
     hidden = _hides(tokenizer, [messages, tools], in_text, "prompt")
     if hidden:
         messages, tools = hide(tokenizer, messages), hide(tokenizer, tools)
@@ -107,7 +159,11 @@ def render_prompt(
     adapted, tools = adapt(messages, tools, dialect)
     text = _render(tokenizer, adapted, tools, kwargs, True, "prompt", dialect)
     _check_kept(adapted, text, "prompt")
-    return ids_of_hidden(tokenizer, text) if hidden else ids_of(tokenizer, text)
+    if hidden:
+        yield []
+        return ids_of_hidden(tokenizer, text)
+    (ids,) = yield [text]
+    return ids
 
 
 def end_token_ids(tokenizer: Any, kwargs: dict[str, Any] | None = None) -> list[int]:
@@ -115,7 +171,7 @@ def end_token_ids(tokenizer: Any, kwargs: dict[str, Any] | None = None) -> list[
     ids = []
     if tokenizer.chat_template:
         ends = [dialect_of(tokenizer, kwargs, tools).end for tools in (False, True)]
-        ids += [_last_added(tokenizer, end) for end in ends if end]
+        ids += [last_added(tokenizer, end) for end in ends if end]
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return list(dict.fromkeys(ids))
@@ -140,30 +196,64 @@ def samples_of(
 
     Raises DataError naming the row where the template refuses it or an invariant of this module does not hold.
     """
-    in_text = config.special_tokens_in_text
+    return next(together([asking_samples(record, tokenizer, config, note)], tokenizer))
+
+
+def asking_samples(
+    record: PromptCompletion | Text, tokenizer: Any, config: DataConfig, note: Note = silent, clean: bool = False
+) -> Asking[list[Sample]]:
+    """`samples_of`, as one of the rows of `together`; `note` is told before the first ids are asked for.
+
+    `clean`: there is no special token in the record's text, as somebody has found.
+    """
+    in_text = "keep" if clean else config.special_tokens_in_text
     if isinstance(record, Text):
-        return _text_samples(record, tokenizer, config.max_length, in_text)
+        return (yield from _text_samples(record, tokenizer, config.max_length, in_text))
     if record.messages[0].get("plain"):
         trains = not untrainable(record.messages, config.train_on)
-        return [_plain_sample(record, tokenizer, in_text, note)] if trains else []
+        # a token may stand where the two texts join
+        samples = [_plain_sample(record, tokenizer, config.special_tokens_in_text, note)] if trains else []
+        yield []
+        return samples
     kwargs, messages, tools = config.chat_template_kwargs, record.messages, record.tools
     hidden = _hides(tokenizer, [messages, tools], in_text, record.where)
     if hidden:
         messages, tools = hide(tokenizer, messages), hide(tokenizer, tools)
     dialect = dialect_of(tokenizer, kwargs, bool(tools))
     messages, tools = adapt(messages, tools, dialect, note)
-    flat = [{**message, "content": _text(message)} for message in messages]
-    turns = [
-        _turn(tokenizer, messages, i, tools, kwargs, dialect, note, record.where)
-        for i in _trained_turns(flat, config.train_on)
-    ]
+    flat = [{**message, "content": _text(message)} for message in messages] if dialect.parts else messages
+    prefixes = None if tools or hidden else prefixes_of(tokenizer, dialect.template, kwargs)
+    texts = prefixes.of(messages) if prefixes else None
+    turns = []
+    for i in _trained_turns(flat, config.train_on):
+        given = (texts[i] + prefixes.opening, texts[i + 1] + prefixes.closing) if prefixes and texts else None
+        turns.append(_turn(tokenizer, messages, i, tools, kwargs, dialect, note, record.where, given))
     if turns:
         index = next(i for i, message in enumerate(messages) if message is turns[-1].message)
         _check_kept(messages[:index], turns[-1].prompt, record.where)
-    samples = _encode(tokenizer, turns, ids_of_hidden if hidden else ids_of)
-    for sample, covered in samples:
+    wanted = list(dict.fromkeys(text for turn in turns for text in (turn.prompt, turn.prompt + turn.completion)))
+    cuts = cuts_of(tokenizer, prefixes.opening) if clean and prefixes and texts else None
+    if hidden:
+        yield []
+        known = {text: ids_of_hidden(tokenizer, text) for text in wanted}
+    elif cuts and turns:
+        (whole,) = yield wanted[-1:]
+        known = {wanted[-1]: whole}
+        for turn in turns:
+            known[turn.prompt] = cuts.before_answer(turn.prompt, whole) or []
+            if turn is not turns[-1]:
+                known[turn.prompt + turn.completion] = cuts.with_answer(turn.prompt + turn.completion, whole) or []
+    else:
+        known = dict(zip(wanted, (yield wanted), strict=True))
+    samples = []
+    for sample, covered in _encode(turns, lambda text: known.get(text) or _ids(tokenizer, text, hidden)):
         _verify(tokenizer, sample, covered, show if hidden else str, record.where)
-    return [sample for sample, _ in samples]
+        samples.append(sample)
+    return samples
+
+
+def _ids(tokenizer: Any, text: str, hidden: bool) -> list[int]:
+    return (ids_of_hidden if hidden else ids_of)(tokenizer, text)
 
 
 def _wanted(messages: list[Message], index: int, train_on: str) -> bool:
@@ -205,10 +295,14 @@ def _turn(
     dialect: Dialect,
     note: Note,
     where: str,
+    given: tuple[str, str] | None = None,
 ) -> Turn:
+    """`given`: the renderings of the turns before, which ask for the answer, and of these turns with it."""
     before, message = messages[:index], messages[index]
-    prompt = _render(tokenizer, before, tools, kwargs, True, where, dialect)
-    full = _render(tokenizer, messages[: index + 1], tools, kwargs, False, where, dialect)
+    prompt, full = given or (
+        _render(tokenizer, before, tools, kwargs, True, where, dialect),
+        _render(tokenizer, messages[: index + 1], tools, kwargs, False, where, dialect),
+    )
     if full.startswith(prompt):
         completion = full[len(prompt) :]
     else:
@@ -228,7 +322,8 @@ def _turn(
             raise DataError(f"{where}: neither the chat template nor the tokenizer has a token that ends an answer.")
         note(f"The chat template ends answers with no token: {tokenizer.eos_token} is appended, each answer by itself.")
         return Turn(prompt, completion + tokenizer.eos_token, tokenizer.eos_token_id, False, message)
-    return Turn(prompt, completion, _last_added(tokenizer, end), True, message)
+    known = dialect.end_id if end == dialect.end else None
+    return Turn(prompt, completion, last_added(tokenizer, end) if known is None else known, True, message)
 
 
 def _shared_length(one: str, other: str) -> int:
@@ -278,33 +373,26 @@ def _cut_after_end(tokenizer: Any, completion: str, dialect: Dialect) -> tuple[s
     return trimmed, ""
 
 
-def _last_added(tokenizer: Any, text: str) -> int:
-    tokens = added_tokens(tokenizer)
-    return tokens[max((token for token in tokens if token and text.endswith(token)), key=len)]
-
-
-def _encode(
-    tokenizer: Any, turns: list[Turn], ids_of: Callable[[Any, str], list[int]]
-) -> list[tuple[Sample, list[Turn]]]:
+def _encode(turns: list[Turn], ids_of: Callable[[str], list[int]]) -> list[tuple[Sample, list[Turn]]]:
     """One sample for the turns that agree, in text and in tokens, with the last rendering; one each for the others."""
     if not turns:
         return []
     whole = turns[-1].prompt + turns[-1].completion
-    whole_ids = ids_of(tokenizer, whole)
+    whole_ids = ids_of(whole)
     spans: list[tuple[int, int]] = []
     shared: list[Turn] = []
     alone: list[tuple[Sample, list[Turn]]] = []
     # Turns share a sample all or none where text differs: a sample whose history is not what is served teaches nothing.
     share = all(turn.joins and whole.startswith(turn.prompt + turn.completion) for turn in turns)
     for turn in turns:
-        prompt = ids_of(tokenizer, turn.prompt)
-        both = whole_ids if turn is turns[-1] else ids_of(tokenizer, turn.prompt + turn.completion)
+        prompt = ids_of(turn.prompt)
+        both = whole_ids if turn is turns[-1] else ids_of(turn.prompt + turn.completion)
         fits = both[: len(prompt)] == prompt
         if share and fits and whole_ids[: len(both)] == both:
             spans.append((len(prompt), len(both)))
             shared.append(turn)
         else:
-            ids = both if fits else prompt + ids_of(tokenizer, turn.completion)
+            ids = both if fits else prompt + ids_of(turn.completion)
             alone.append((_sample(ids, [(len(prompt), len(ids))]), [turn]))
     return ([(_sample(whole_ids[: spans[-1][1]], spans), shared)] if spans else []) + alone
 
@@ -357,6 +445,8 @@ def _letters(text: str) -> str:
 
 
 def _verify(tokenizer: Any, sample: Sample, turns: list[Turn], show: Callable[[str], str], where: str) -> None:
+    import numpy as np  # of a list the tokenizer looks at every number
+
     ids = sample.input_ids
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         raise DataError(
@@ -367,13 +457,12 @@ def _verify(tokenizer: Any, sample: Sample, turns: list[Turn], show: Callable[[s
         supervised = ids[start:stop]
         if len(supervised) < 2 or supervised[-1] != turn.end_id:
             raise DataError(f"{where}: the supervised text does not end with the template's end token.")
-        decoded = _squeezed(tokenizer.decode(supervised[:-1], skip_special_tokens=False))
+        written = tokenizer.decode(np.asarray(supervised[:-1]), skip_special_tokens=False)
         names = [show(call["function"]["name"]) for call in turn.message.get("tool_calls", [])]
         # A tokenizer that cannot write a character loses it in the answer just as it does in the sample.
-        if any(
-            _squeezed(text) not in decoded and _squeezed(_through(tokenizer, text)) not in decoded
-            for text in (answer.strip(), *names)
-        ):
+        missing = [_squeezed(text) for text in (answer.strip(), *names) if text not in written]
+        decoded = _squeezed(written) if missing else ""
+        if any(text not in decoded and _squeezed(_through(tokenizer, text)) not in decoded for text in missing):
             raise DataError(
                 f"{where}: the supervised text is not the answer of the data. Answer: {answer.strip()[:80]!r}; "
                 f"supervised: {tokenizer.decode(supervised)[:80]!r}.",
@@ -400,14 +489,18 @@ def _plain_sample(record: PromptCompletion, tokenizer: Any, in_text: str, note: 
     return _sample([*ids, tokenizer.eos_token_id], [(len(head), len(ids) + 1)])
 
 
-def _text_samples(record: Text, tokenizer: Any, max_length: int, in_text: str) -> list[Sample]:
+def _text_samples(record: Text, tokenizer: Any, max_length: int, in_text: str) -> Asking[list[Sample]]:
     """Text in blocks of `max_length`, the last one shorter; the end token where a document ends.
 
     A block begins with the last token of the one before, which is context there and no label: so every token of the
     text is predicted once, but for the first where the tokenizer begins no text with a token of its own.
     """
-    encode = ids_of_text if _hides(tokenizer, record.text, in_text, record.where) else ids_of
-    ids = bos_prefix(tokenizer) + encode(tokenizer, record.text)
+    if _hides(tokenizer, record.text, in_text, record.where):
+        yield []
+        said = ids_of_text(tokenizer, record.text)
+    else:
+        (said,) = yield [record.text]
+    ids = bos_prefix(tokenizer) + said
     if record.ends and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     if len(ids) < 2 or max_length < 2:

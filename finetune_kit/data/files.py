@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import logging
@@ -11,7 +12,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from finetune_kit.errors import DataError, SecurityError
 from finetune_kit.system.parsing import NotJSON, parse
@@ -23,6 +24,7 @@ Numbered = list[tuple[int, Row]]  # (1-based number people find the row by, row)
 Bad = Callable[[str, DataError], None]  # what comes of a row that cannot be read: its place, and what is wrong with it
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # behind one of the others but .parquet: Arrow's name of it
 LONGEST_TEXT_RUN = 4096  # characters
 LARGEST_LINE = 64 * 2**20  # bytes of one row
 LARGEST_FILE = 4 * 2**30  # bytes of a file that has to be read as a whole
@@ -39,7 +41,7 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     files = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in DATA_SUFFIXES
+        if suffix_of(path) in DATA_SUFFIXES
         and path.is_file()
         and _inside(path, home)
         and not _BESIDES.match(path.name)
@@ -51,6 +53,13 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
         found = f"only held-out files ({', '.join(path.name for path in held)})" if held else "no data file"
         raise DataError(f"{folder}: found {found}.", f"Expected files ending in {', '.join(DATA_SUFFIXES)}.")
     return train, held
+
+
+def suffix_of(path: Path) -> str:
+    """What a file's name says is in it: .jsonl of rows.jsonl and of rows.jsonl.gz, .gz of rows.gz."""
+    suffix = path.suffix.lower()
+    inner = Path(path.stem).suffix.lower() if suffix in COMPRESSED else ""
+    return inner if inner in DATA_SUFFIXES and inner != ".parquet" else suffix
 
 
 def _inside(path: Path, home: Path) -> bool:
@@ -111,7 +120,7 @@ def _refuse_list(path: Path, first: str) -> None:
         return  # told by whoever reads the row
     except ValueError:
         pass  # the list continues in the next line
-    name = path.with_suffix(".json").name
+    name = re.sub(r"\.(jsonl|ndjson)", ".json", path.name, flags=re.IGNORECASE)
     raise DataError(f"{path}:1: one JSON list, not an object a line.", f"Name it {name}: mv {path.name} {name}")
 
 
@@ -272,22 +281,45 @@ READERS: dict[str, Callable[[Path, Bad], Numbered]] = {
 
 def _whole(path: Path, fix: str) -> bytes:
     """A file that has to be in memory as a whole. `fix`: {0} is its name, {1} without the ending."""
-    size = path.stat().st_size
+    with _opened(path) as file:
+        content = file.read(LARGEST_FILE + 1) if path.stat().st_size <= LARGEST_FILE else b""
+    size = max(path.stat().st_size, len(content))
     if size > LARGEST_FILE:
         name, bare = shlex.quote(path.name), shlex.quote(path.stem)
         raise DataError(f"{path} has {size / 2**30:,.1f} GiB, more than {LARGEST_FILE >> 30}.", fix.format(name, bare))
-    return path.read_bytes()
+    return content
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(1-based number, bytes) of each line. Raises DataError for one that no row is as long as."""
-    with path.open("rb") as lines:
+    with _opened(path) as lines:
         for number, raw in enumerate(iter(lambda: lines.readline(LARGEST_LINE + 1), b""), start=1):
             if len(raw) > LARGEST_LINE:
                 raise DataError(
                     f"{path}:{number}: a line of more than {LARGEST_LINE >> 20} MiB.", "Each row is a line of its own."
                 )
             yield number, raw
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, as they were before it was compressed. Raises DataError where that cannot be told."""
+    codec = COMPRESSED.get(path.suffix.lower())
+    if codec is None:
+        with path.open("rb") as file:
+            yield file
+        return
+    import pyarrow as pa
+
+    if not path.stat().st_size:
+        raise DataError(f"{path}: an empty file, where {codec} was expected.", "Write it again.")
+    with pa.OSFile(str(path)) as packed, pa.CompressedInputStream(packed, codec) as stream:
+        try:
+            yield cast(IO[bytes], io.BufferedReader(stream))
+        except OSError as error:
+            raise DataError(
+                f"{path}: broken {codec}: {error}", f"Write it again, or give it its name: {path.stem}"
+            ) from None
 
 
 GZIP = b"\x1f\x8b"

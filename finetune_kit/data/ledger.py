@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
@@ -121,10 +121,26 @@ class Ledger:
             "rows_not_kept_whole": self.listed,
         }
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Ledger:
+        """The ledger that `to_json` wrote."""
+        names = ("train", "held_out")
+        special = content["special_tokens_in_text"]
+        return cls(
+            splits={name: Counts(**{**content[name], "dropped": Counter(content[name]["dropped"])}) for name in names},
+            listed=content["rows_not_kept_whole"],
+            notes=content["notes"],
+            fingerprint=content["fingerprint"],
+            unused_columns=Counter(content["unused_columns"]),
+            special_tokens_in_text=Counter(special["tokens"]),
+            special_rows=special["rows"],
+            mimicking_rows=content["rows_like_turns"],
+        )
+
 
 def content_of(record: Record) -> str:
     """A record's content as canonical JSON: equal for equal rows, wherever they came from."""
-    content = asdict(record)
+    content = {item.name: getattr(record, item.name) for item in fields(record)}
     # rewards judge by a prompt's other columns; a task's are made anew from its question
     judged = isinstance(record, Prompt) and not record.where.startswith("reasoning_gym/")
     for name in ("where", "as_strings", "defect", *([] if judged else ["metadata"])):
@@ -151,30 +167,47 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
+def _said(turn: Message) -> str:
+    calls = turn.get("tool_calls")
+    return f"{turn['role']}\x1e{_plain(turn['content'])}\x1e{json.dumps(calls, sort_keys=True) if calls else 'null'}"
+
+
 def content_key(messages: list[Message]) -> str:
     """Who said what, calls included, with white space and case taken out of account."""
-    return "\x1f".join(
-        f"{turn['role']}\x1e{_plain(turn['content'])}\x1e{json.dumps(turn.get('tool_calls'), sort_keys=True)}"
-        for turn in messages
-    )
+    return "\x1f".join(map(_said, messages))
+
+
+def digest(key: str) -> bytes:
+    """A key's hash, 16 bytes: all that is kept of the keys of a set's rows."""
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def keys_of(record: Record) -> tuple[str, str, str]:
+    """(prompt, same, answer), each equal for rows that have it in common.
+
+    By the prompt rows must not sit on both sides of a split; by all that is said duplicates and overlap are judged; the
+    (chosen) answer is "" where there is none.
+    """
+    if isinstance(record, Text):
+        text = _plain(record.text)
+        return text, text, ""
+    answer = _plain(reference_of(record))
+    if isinstance(record, PromptCompletion):
+        said = list(map(_said, record.messages))
+        return "\x1f".join(said[: len(prompt_of(record))]), "\x1f".join(said), answer
+    prompt = content_key(prompt_of(record))
+    if isinstance(record, Preference):
+        return prompt, "\x1d".join([prompt, *map(content_key, (record.chosen, record.rejected))]), answer
+    if isinstance(record, LabelledCompletion):
+        return prompt, "\x1d".join([prompt, content_key(record.completion), str(record.label)]), answer
+    return prompt, prompt, answer
 
 
 def prompt_key(record: Record) -> str:
-    """Equal for rows with the same prompt: such rows must not sit on both sides of a split."""
+    """The first of `keys_of`."""
     return _plain(record.text) if isinstance(record, Text) else content_key(prompt_of(record))
 
 
-def answer_key(record: Record) -> str:
-    """Equal for rows whose (chosen) answers say the same; "" for a row without an answer."""
-    return "" if isinstance(record, Text) else _plain(reference_of(record))
-
-
 def same_key(record: Record) -> str:
-    """Equal for rows that say the same: what duplicates and overlap are judged by."""
-    if isinstance(record, PromptCompletion):
-        return content_key(record.messages)
-    if isinstance(record, Preference):
-        return "\x1d".join(map(content_key, (record.prompt, record.chosen, record.rejected)))
-    if isinstance(record, LabelledCompletion):
-        return "\x1d".join([*map(content_key, (record.prompt, record.completion)), str(record.label)])
-    return prompt_key(record)
+    """The second of `keys_of`."""
+    return keys_of(record)[1]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_kit.data import tasks
+from finetune_kit.data import prepared, tasks
 from finetune_kit.data.chat import end_token_ids
 from finetune_kit.data.columns import UNUSED
 from finetune_kit.data.files import (
@@ -30,6 +31,7 @@ from finetune_kit.data.split import (
     split_off,
     texts_within,
 )
+from finetune_kit.data.stored import NotStored, Records, read_rows, table_of, write_records, write_rows
 from finetune_kit.data.template import prepare_tokenizer
 from finetune_kit.data.tokenise import Tokens, mark_contradictions
 from finetune_kit.data.tool_rows import offer_tools
@@ -40,6 +42,9 @@ from finetune_kit.system.terminal import doing
 if TYPE_CHECKING:
     import datasets
 
+log = logging.getLogger(__name__)
+
+SCALARS = {"row": "int32", "margin": "float32", "label": "bool"}  # columns without ids
 MOST_NAMED = 12  # unused columns on the console; the ledger has all
 
 
@@ -58,8 +63,8 @@ class Data:
     kind: str
     train: datasets.Dataset
     held_out: datasets.Dataset
-    held_out_records: list[Record]
-    train_records: list[Record]
+    held_out_records: Sequence[Record]
+    train_records: Sequence[Record]
     ledger: Ledger
     score: Callable[[str, dict[str, Any]], float] | None
     end_token_ids: list[int]
@@ -76,11 +81,68 @@ def load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int = 0) -> D
     alone, to measure on. Raises DataError (rows), SettingsError, ResourceError (Hub, package).
     """
     with doing(f"reading {_shown(config)}"):
-        return _load_data(config, kind, tokenizer, seed)
+        _check_acts(config)
+        name = prepared.key_of(config, kind, seed, tokenizer)
+        if name is None:
+            return _load_data(config, kind, tokenizer, seed)
+        if (kept := _read(name, config, tokenizer)) is not None:
+            return kept
+        try:
+            with prepared.alone(name):
+                kept = _read(name, config, tokenizer)
+                return kept or _keep(_load_data(config, kind, tokenizer, seed), name, config, tokenizer)
+        except OSError as error:
+            log.warning("note: prepared rows are not kept: %s", error)
+            return _load_data(config, kind, tokenizer, seed)
+
+
+def _read(name: str, config: DataConfig, tokenizer: Any) -> Data | None:
+    """The data as another command, or another process, has prepared them."""
+    found = prepared.found(name)
+    if found is None:
+        return None
+    folder, facts = found
+    prepare_tokenizer(tokenizer, conversations=facts["templated"])
+    return Data(
+        kind=facts["kind"],
+        train=read_rows(folder / "train.arrow"),
+        held_out=read_rows(folder / "held_out.arrow"),
+        held_out_records=Records(folder / "held_out_records.arrow"),
+        train_records=Records(folder / "train_records.arrow"),
+        ledger=Ledger.from_json(facts["ledger"]),
+        score=None,
+        end_token_ids=facts["end_token_ids"],
+        packed=facts["packed"],
+        chat_template_kwargs=config.chat_template_kwargs,
+        special_tokens_in_text=config.special_tokens_in_text,
+    )
+
+
+def _keep(data: Data, name: str, config: DataConfig, tokenizer: Any) -> Data:
+    """The data, on disk from here on where they can be kept there."""
+    counts = data.ledger.splits.values()
+    facts = {
+        "what": f"{_shown(config)}: {sum(split.rows for split in counts):,} {data.kind.replace('_', '-')} rows",
+        "kind": data.kind,
+        "templated": bool(tokenizer.chat_template) and data.kind != "text",
+        "ledger": data.ledger.to_json(),
+        "end_token_ids": data.end_token_ids,
+        "packed": data.packed,
+    }
+    try:
+        with prepared.writing(name, facts) as folder:
+            write_rows(folder / "train.arrow", data.train)
+            write_rows(folder / "held_out.arrow", data.held_out)
+            write_records(folder / "train_records.arrow", data.train_records)
+            write_records(folder / "held_out_records.arrow", data.held_out_records)
+    except NotStored as error:
+        log.debug("prepared rows are not kept: %s", error)
+    except OSError as error:
+        log.warning("note: prepared rows are not kept: %s", error)
+    return _read(name, config, tokenizer) or data
 
 
 def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data:
-    _check_acts(config)
     ledger = Ledger()
     train, held_out = _split(config, kind, seed, ledger)
     if not train and (config.path or not held_out):
@@ -114,8 +176,8 @@ def _load_data(config: DataConfig, kind: str, tokenizer: Any, seed: int) -> Data
     ends = end_token_ids(tokenizer, config.chat_template_kwargs)
     return Data(
         kind=kind,
-        train=_dataset(trained.columns),
-        held_out=_dataset(measured.columns),
+        train=table_of(trained.columns, SCALARS),
+        held_out=table_of(measured.columns, SCALARS),
         held_out_records=measured.records,
         train_records=trained.records,
         ledger=ledger,
@@ -347,14 +409,3 @@ def _scorer(held_out: list[Record], config: DataConfig) -> Callable[[str, dict[s
     names = {record.metadata["task"] for record in held_out if not isinstance(record, Text)}
     scorers = {str(name): tasks.scorer(str(name), config.options) for name in names}
     return lambda completion, metadata: scorers[metadata["task"]](completion, metadata)
-
-
-def _dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
-    import datasets
-
-    scalars = {"row": "int32", "margin": "float32", "label": "bool"}
-    features = {
-        name: datasets.Value(scalars[name]) if name in scalars else datasets.List(datasets.Value("int32"))
-        for name in columns
-    }
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -130,6 +131,11 @@ def list_of(columns: set[str], row: dict[str, Any]) -> str | None:
 
 def answers_of(columns: set[str]) -> tuple[str, str] | None:
     """The two columns that hold an answer each, where something says which is better."""
+    return _answers_of(frozenset(columns))
+
+
+@lru_cache(maxsize=64)
+def _answers_of(columns: frozenset[str]) -> tuple[str, str] | None:
     for stem in STEMS:
         for one, other in ENDINGS:
             verdicts = {*VOTES, *VOTES_BY_ID, *SIGNED, f"score{one}"}

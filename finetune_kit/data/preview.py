@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+ANSWERS = ("input_ids", "chosen_ids", "rejected_ids", "completion_ids")  # of the samples of a row, in order
 BAR = 40  # characters of the longest histogram bar
 OPEN, CLOSE = "⟦", "⟧"  # around trained text, where there is no colour
 
@@ -53,7 +54,19 @@ def print_preview(data: Data, tokenizer: Any, console: Console, n: int = 3) -> N
 
 def lengths(data: Data) -> list[int]:
     """Tokens of each training sample, in order."""
-    return [len(ids) for row in data.train for ids, _ in sequences(row).values()]
+    import numpy as np
+
+    if not len(data.train):
+        return []
+    names = [name for name in ANSWERS if name in data.train.column_names]
+    before = ["prompt_ids"] if "prompt_ids" in data.train.column_names else []
+    table = data.train.select_columns([*before, *names]).with_format("arrow")[:]
+    counted = {
+        name: np.concatenate([chunk.value_lengths().to_numpy() for chunk in table[name].chunks])
+        for name in table.column_names
+    }
+    sides = [sum(counted[part] for part in (*before, name)) for name in names] or [counted["prompt_ids"]]
+    return [int(length) for length in np.stack(sides, axis=1).ravel()]
 
 
 def pieces(ids: list[int], labels: list[int], tokenizer: Any) -> list[tuple[str, bool]]:

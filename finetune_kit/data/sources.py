@@ -15,6 +15,7 @@ from finetune_kit.data import tasks
 from finetune_kit.data.bfcl import TRUTH, has_rows, is_bfcl, with_answers
 from finetune_kit.data.columns import Row, unused_in
 from finetune_kit.data.files import (
+    COMPRESSED,
     DATA_SUFFIXES,
     READERS,
     Bad,
@@ -25,6 +26,7 @@ from finetune_kit.data.files import (
     refuse,
     row_at,
     runs_of,
+    suffix_of,
 )
 from finetune_kit.data.formats import (
     UNDERSTOOD,
@@ -109,7 +111,7 @@ def read_source(
         return Source(path, rows, apart if held else None)
     if local.is_file():
         return Source(path, _read_file(local, config, kind, bad, unused))
-    if local.suffix.lower() in DATA_SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+    if suffix_of(local) in (*DATA_SUFFIXES, *COMPRESSED) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise DataError(
             f"data.path={path}: no such file or folder.",
             f"{near_path(path)}Expected a file ({', '.join(DATA_SUFFIXES)}), a folder or a Hub id.",
@@ -163,15 +165,16 @@ def _as_kind(rows: list[PromptCompletion], kind: str, seed: int, options: dict[s
 
 
 def _read_file(path: Path, config: DataConfig, kind: str, bad: Bad, unused: Counter[str]) -> list[Record]:
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix == ".txt":
         _check_takes_text(path, kind)
         return [Text(f"{path.name}:{line}", text, ends) for line, text, ends in read_txt(path)]
     if suffix == ".parquet":
         return _records(_read_parquet(path), path.name, config, kind, bad, unused)
-    if suffix in (".gz", ".bz2", ".xz", ".zst", ".zip"):
+    if suffix in (*COMPRESSED, ".xz", ".zip"):
+        named = "" if suffix not in COMPRESSED else f", or let its name say what is in it: {path.stem}.jsonl{suffix}"
         unpack = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}[suffix]
-        raise DataError(f"{path}: compressed.", f"{unpack} {path.name}")
+        raise DataError(f"{path}: compressed.", f"{unpack} {path.name}{named}")
     if suffix not in READERS:
         raise DataError(f"{path}: cannot read this kind of file.", f"Expected {', '.join(DATA_SUFFIXES)}.")
     return _records(with_answers(READERS[suffix](path, bad), path), path.name, config, kind, bad, unused)
@@ -253,7 +256,7 @@ def read_rows(source: str, setting: str) -> Numbered:
     """
     path, config = Path(source).expanduser(), DataConfig()
     if path.is_file():
-        suffix = path.suffix.lower()
+        suffix = suffix_of(path)
         if suffix != ".parquet" and suffix not in READERS:
             raise DataError(
                 f"{setting}: {source}: cannot read this kind of file.", "Expected JSONL, JSON, CSV, Parquet."
@@ -262,7 +265,7 @@ def read_rows(source: str, setting: str) -> Numbered:
         for number, row in rows:
             check_text(row, f"{path.name}:{number}")
     elif found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::(\w+))?", source):
-        if path.suffix.lower() in DATA_SUFFIXES:
+        if suffix_of(path) in DATA_SUFFIXES:
             raise DataError(f"{setting}: {source}: no such file.", near_path(source) or "Look at its name.")
         config.split = found[2] or config.split
         rows = _read_hub(found[1], config)

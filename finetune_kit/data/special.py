@@ -31,11 +31,13 @@ _PROBE = [{"role": role, "content": f"Probe {role}"} for role in ("system", "use
 class Special:
     """The tokens that a text may not become: special ones, and any other that the template parts turns by.
 
-    `pattern` finds them, `in_answers` all but the marks of a thought; None where there are none. `normalise`: what the
-    tokenizer does to a text before it looks for tokens, where that could make one.
+    `first`: the character that all of them begin with, if any. `pattern` finds them, `in_answers` all but the marks of
+    a thought; None where there are none. `normalise`: what the tokenizer does to a text before it looks for tokens,
+    where that could make one.
     """
 
     tokens: frozenset[str]
+    first: str | None
     pattern: re.Pattern[str] | None
     in_answers: re.Pattern[str] | None
     normalise: Callable[[str], str] | None
@@ -54,7 +56,8 @@ def found_in(tokenizer: Any, value: Any) -> list[str]:
 
     def look(text: str, pattern: re.Pattern[str] | None) -> str:
         if pattern is not None:
-            found.update(dict.fromkeys(pattern.findall(text)))
+            if special.first is None or special.first in text:
+                found.update(dict.fromkeys(pattern.findall(text)))
             if special.normalise is not None:
                 found.update(dict.fromkeys(pattern.findall(special.normalise(text))))
         return text
@@ -182,7 +185,9 @@ def _special(tokenizer: Any, templates: str) -> Special:
     tokens |= {token for token in tokenizer.all_special_tokens if isinstance(token, str)}
     tokens.discard("")
     answers = tokens.difference(THOUGHT)
-    return Special(frozenset(tokens), _pattern(tokens), _pattern(answers), _normaliser(tokenizer, tokens))
+    heads = {token[0] for token in tokens}
+    first = heads.pop() if len(heads) == 1 else None
+    return Special(frozenset(tokens), first, _pattern(tokens), _pattern(answers), _normaliser(tokenizer, tokens))
 
 
 def _parting(tokenizer: Any) -> set[str]:

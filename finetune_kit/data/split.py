@@ -8,7 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
-from finetune_kit.data.ledger import REPEATED, Ledger, answer_key, prompt_key, same_key
+from finetune_kit.data.ledger import REPEATED, Ledger, digest, keys_of, prompt_key, same_key
 from finetune_kit.data.records import LabelledCompletion, Preference, Record, Text
 from finetune_kit.errors import DataError, SettingsError
 
@@ -88,9 +88,9 @@ def labels(records: list[Record]) -> set[bool]:
 
 def _groups(records: list[Record], key: Callable[[Record], str]) -> list[list[int]]:
     """Indices of the rows of each key."""
-    groups: dict[str, list[int]] = defaultdict(list)
+    groups: dict[bytes, list[int]] = defaultdict(list)
     for index, record in enumerate(records):
-        groups[key(record)].append(index)
+        groups[digest(key(record))].append(index)
     return list(groups.values())
 
 
@@ -147,7 +147,8 @@ def drop_repeated(held_out: list[Record], ledger: Ledger) -> list[Record]:
     in every interval, and 20 copies of one as enough for a verdict."""
     kept: dict[str, Record] = {}
     for record in held_out:
-        key = f"{same_key(record)}\x1d{answer_key(record)}"
+        _, same, answer = keys_of(record)
+        key = f"{same}\x1d{answer}"
         if kept.setdefault(key, record) is not record:
             ledger.drop("held_out", record.where, REPEATED)
     return list(kept.values())
@@ -159,20 +160,31 @@ def drop_overlap(train: list[Record], held_out: list[Record], ledger: Ledger) ->
     Held-out prompts and answers that training rows have, too, are counted in a note: what is measured there may be
     memory.
     """
-    held = {same_key(record) for record in held_out}
-    kept, seen = [], set()
+    keys = [tuple(map(digest, keys_of(record))) for record in held_out]
+    held = {same for _, same, _ in keys}
+    prompts, answers = {prompt for prompt, _, _ in keys}, {answer for *_, answer in keys} - {NOTHING}
+    kept, seen = list[Record](), set[bytes]()
+    shared_prompts, shared_answers = set[bytes](), set[bytes]()
     for record in train:
-        key = same_key(record)
-        if key in held:
+        prompt, same, answer = map(digest, keys_of(record))
+        if same in held:
             ledger.drop("train", record.where, "also held out")
             continue
-        ledger.train.duplicates += key in seen
-        seen.add(key)
+        ledger.train.duplicates += same in seen
+        seen.add(same)
         kept.append(record)
-    _note_shared(kept, held_out, ledger)
+        shared_prompts.update({prompt} & prompts)
+        shared_answers.update({answer} & answers)
+    for what, place, there in (("prompts", 0, shared_prompts), ("answers", 2, shared_answers)):
+        said = [key[place] for key in keys if key[place] != NOTHING]
+        if shared := sum(key in there for key in said):
+            ledger.note(
+                f"{shared} of {len(said)} held-out {what} are in training rows, too: there memory counts as skill"
+            )
     return kept
 
 
+NOTHING = digest("")
 STRETCH = 13  # words, by which GPT-3's authors looked for test text in training text (arXiv 2005.14165, appendix C)
 MOST_SHARED = 0.5  # of a text's stretches, or of the held-out texts
 
@@ -193,13 +205,3 @@ def texts_within(held_out: list[Record], train: list[Record]) -> list[Record]:
 def _stretches(text: str) -> Iterator[int]:
     words = text.split()
     return (hash(tuple(words[at : at + STRETCH])) for at in range(len(words) - STRETCH + 1))
-
-
-def _note_shared(train: list[Record], held_out: list[Record], ledger: Ledger) -> None:
-    for what, key in (("prompts", prompt_key), ("answers", answer_key)):
-        known = {key(record) for record in train}
-        keys = [found for record in held_out if (found := key(record))]
-        if shared := sum(found in known for found in keys):
-            ledger.note(
-                f"{shared} of {len(keys)} held-out {what} are in training rows, too: there memory counts as skill"
-            )

@@ -37,7 +37,8 @@ class Dialect:
     `several`, `late`: system turns behind the first one, and behind other turns. `calls`: arguments of
     a tool call as "object" or as JSON "string"; "text" where calls or results are not rendered.
     `reasoning`: the key of a message whose thought is rendered, "" if there is none. `tail`: what follows an
-    answer that is the last turn; `end`: its beginning up to and with the end token, "" where there is none.
+    answer that is the last turn; `end`: its beginning up to and with the end token, "" where there is none; its last
+    token is `end_id`.
     """
 
     template: str
@@ -50,11 +51,18 @@ class Dialect:
     reasoning: str
     tail: str
     end: str
+    end_id: int | None
 
 
 def added_tokens(tokenizer: Any) -> dict[str, int]:
     """Text -> id of the tokens that are matched whole in any text (special and other added ones)."""
     return {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+
+
+def last_added(tokenizer: Any, text: str) -> int:
+    """The id of the added token that a text ends with, the longest one."""
+    tokens = added_tokens(tokenizer)
+    return tokens[max((token for token in tokens if token and text.endswith(token)), key=len)]
 
 
 def template_of(tokenizer: Any, tools: bool = False) -> str:
@@ -112,6 +120,7 @@ def _probe(tokenizer: Any, template: str, eos: str, kwargs_json: str) -> Dialect
     thinking = [key for key in THOUGHTS if _shows_thought(shown, write, question, {**answer, key: "ProbeThought"})]
     has_system = bool(shown(write([system, question, answer]), [*words, "ProbeSystem"]))
     tail = text[text.rindex("ProbeAnswer") + len("ProbeAnswer") :]
+    end = _leading_end(tail, list(added_tokens(tokenizer)))
     return Dialect(
         template=template,
         parts=parts,
@@ -126,7 +135,8 @@ def _probe(tokenizer: Any, template: str, eos: str, kwargs_json: str) -> Dialect
         calls=_probe_calls(shown, write, question, answer),
         reasoning=thinking[0] if thinking else "",
         tail=tail,
-        end=_leading_end(tail, list(added_tokens(tokenizer))),
+        end=end,
+        end_id=last_added(tokenizer, end) if end else None,
     )
 
 

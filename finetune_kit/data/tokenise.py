@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from finetune_kit.data.chat import (
     IGNORED,
+    Asking,
     Sample,
-    render_prompt,
-    samples_of,
+    asking_prompt,
+    asking_samples,
     special_tokens,
+    together,
     truncate,
     untrainable,
 )
@@ -28,6 +32,9 @@ from finetune_kit.data.records import (
 from finetune_kit.data.special import plain_marks
 from finetune_kit.errors import DataError
 from finetune_kit.settings.schema import DataConfig
+
+Result = TypeVar("Result")
+TOGETHER = 256  # rows whose texts become tokens in one call
 
 
 @dataclass
@@ -58,9 +65,12 @@ def supervised(records: list[Record], split: str, config: DataConfig, tokenizer:
     import numpy as np
 
     tokens, needs = Tokens({"input_ids": [], "labels": [], "row": []}), _Needs()
-    for record in records:
+
+    def asking(record: Record) -> Asking[list[Sample]]:
         assert isinstance(record, PromptCompletion | Text)
-        kept = _kept(record, split, config, tokenizer, ledger, tokens.ends, needs)
+        return _kept(record, split, config, tokenizer, ledger, tokens.ends, needs)
+
+    for record, kept in _each(records, asking, tokenizer):
         for sample in kept:
             tokens.columns["input_ids"].append(np.asarray(sample.input_ids, dtype=np.int32))
             tokens.columns["labels"].append(np.asarray(sample.labels, dtype=np.int32))
@@ -81,17 +91,23 @@ def prompts(records: list[Record], split: str, config: DataConfig, tokenizer: An
 
     tokens = Tokens({"prompt_ids": [], "row": []})
     counts = ledger.splits[split]
-    for record in records:
+
+    def asking(record: Record) -> Asking[list[int] | None]:
         assert not isinstance(record, Text)
         turns = prompt_of(record)
-        if reason := _special(record, [turns, record.tools], config, tokenizer, ledger):
+        if reason := _special(record, [turns, record.tools], config, tokenizer, ledger)[0]:
+            yield []
             ledger.drop(split, record.where, reason)
-            continue
+            return None
         settings = (config.chat_template_kwargs, config.special_tokens_in_text)
         try:
-            ids = render_prompt(tokenizer, turns, record.tools, *settings)
+            return (yield from asking_prompt(tokenizer, turns, record.tools, *settings))
         except DataError as error:
             raise DataError(f"{record.where}: {error.message.removeprefix('prompt: ')}", error.fix) from None
+
+    for record, ids in _each(records, asking, tokenizer):
+        if ids is None:
+            continue
         tokens.columns["prompt_ids"].append(np.asarray(ids, dtype=np.int32))
         tokens.columns["row"].append(len(tokens.records))
         tokens.records.append(record)
@@ -111,15 +127,21 @@ def pairs(records: list[Record], split: str, config: DataConfig, tokenizer: Any,
     import numpy as np
 
     tokens, needs = Tokens({"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "margin": [], "row": []}), _Needs()
-    for record in records:
+
+    def asking(record: Record) -> Asking[_Answers]:
         assert isinstance(record, Preference)
         sides = (record.chosen, record.rejected)
         reason = record.defect or _pair_defect(record)
-        texts = [record.prompt, *sides, record.tools]
-        reason = reason or _special(record, texts, config, tokenizer, ledger)
-        whole = [] if reason else [_answer(record, side, config, tokenizer, ledger) for side in sides]
-        if not _fits(record, whole, reason, split, config, ledger, needs):
+        texts, clean = [record.prompt, *sides, record.tools], False
+        if not reason:
+            reason, clean = _special(record, texts, config, tokenizer, ledger)
+        whole = yield from _answers(record, [] if reason else sides, config, tokenizer, ledger, clean)
+        return whole if _fits(record, whole, reason, split, config, ledger, needs) else []
+
+    for record, whole in _each(records, asking, tokenizer):
+        if not whole:
             continue
+        assert isinstance(record, Preference)
         (prompt, chosen), (same, rejected) = whole
         if prompt != same:
             raise AssertionError(f"{record.where}: the two sides do not have the same prompt tokens")
@@ -138,14 +160,20 @@ def labelled(records: list[Record], split: str, config: DataConfig, tokenizer: A
     import numpy as np
 
     tokens, needs = Tokens({"prompt_ids": [], "completion_ids": [], "label": [], "row": []}), _Needs()
-    for record in records:
+
+    def asking(record: Record) -> Asking[_Answers]:
         assert isinstance(record, LabelledCompletion)
         reason = record.defect or _answer_defect(record.completion, "completion")
-        texts = [record.prompt, record.completion, record.tools]
-        reason = reason or _special(record, texts, config, tokenizer, ledger)
-        whole = [] if reason else [_answer(record, record.completion, config, tokenizer, ledger)]
-        if not _fits(record, whole, reason, split, config, ledger, needs):
+        texts, clean = [record.prompt, record.completion, record.tools], False
+        if not reason:
+            reason, clean = _special(record, texts, config, tokenizer, ledger)
+        whole = yield from _answers(record, [] if reason else [record.completion], config, tokenizer, ledger, clean)
+        return whole if _fits(record, whole, reason, split, config, ledger, needs) else []
+
+    for record, whole in _each(records, asking, tokenizer):
+        if not whole:
             continue
+        assert isinstance(record, LabelledCompletion)
         prompt, completion = whole[0]
         tokens.columns["prompt_ids"].append(np.asarray(prompt, dtype=np.int32))
         tokens.columns["completion_ids"].append(np.asarray(completion, dtype=np.int32))
@@ -170,30 +198,61 @@ def sequences(row: dict[str, Any]) -> dict[str, tuple[list[int], list[int]]]:
     return {name: (prompt + ids, masked + ids) for name, ids in answers.items()} or {"": (prompt, masked)}
 
 
-def _answer(
-    record: Preference | LabelledCompletion, turns: list[Message], config: DataConfig, tokenizer: Any, ledger: Ledger
-) -> tuple[list[int], list[int]]:
-    """(prompt, completion) token ids of one answer; the completion ends with its end token.
+def _each(
+    records: Sequence[Record], asking: Callable[[Record], Asking[Result]], tokenizer: Any
+) -> Iterator[tuple[Record, Result]]:
+    """Each record with what comes of it, in order; the texts of many become tokens in one call."""
+    rows = iter(records)
+    while batch := list(islice(rows, TOGETHER)):
+        yield from zip(batch, together(map(asking, batch), tokenizer), strict=True)
+
+
+_Answers = list[tuple[list[int], list[int]]]
+
+
+def _answers(
+    record: Preference | LabelledCompletion,
+    sides: Sequence[list[Message]],
+    config: DataConfig,
+    tokenizer: Any,
+    ledger: Ledger,
+    clean: bool,
+) -> Asking[_Answers]:
+    """(prompt, completion) token ids of each side's answer; the completion ends with its end token.
 
     The prompt's own answers are not trained, whatever their marks say: the sample is the one of this answer.
     """
     prompt = [{**turn, "train": False} for turn in record.prompt]
-    conversation = PromptCompletion(record.where, [*prompt, {**turns[0], "train": True}], record.tools)
-    sample = samples_of(conversation, tokenizer, replace(config, train_on="last"), ledger.note)[0]
-    start, stop = sample.turns[-1]
-    return sample.input_ids[:start], sample.input_ids[start:stop]
+    noted: list[str] = []
+    asking = []
+    for turns in sides:
+        conversation = PromptCompletion(record.where, [*prompt, {**turns[0], "train": True}], record.tools)
+        asking.append(asking_samples(conversation, tokenizer, replace(config, train_on="last"), noted.append, clean))
+    texts = [next(side) for side in asking]
+    made = iter((yield [text for some in texts for text in some]))
+    for text in noted:
+        ledger.note(text)
+    answers = []
+    for side, some in zip(asking, texts, strict=True):
+        try:
+            side.send([next(made) for _ in some])
+        except StopIteration as done:
+            sample = done.value[0]
+            start, stop = sample.turns[-1]
+            answers.append((sample.input_ids[:start], sample.input_ids[start:stop]))
+    return answers
 
 
-def _special(record: Record, texts: Any, config: DataConfig, tokenizer: Any, ledger: Ledger) -> str:
-    """Book the special tokens in a row's texts; why the row cannot be trained with them, or ""."""
+def _special(record: Record, texts: Any, config: DataConfig, tokenizer: Any, ledger: Ledger) -> tuple[str, bool]:
+    """Book the special tokens in a row's texts; (why it cannot be trained with them or "", whether it has none)."""
     found, reason = special_tokens(tokenizer, texts, config.special_tokens_in_text)
     if found:
         ledger.special_tokens_in_text.update(found)
         ledger.special_rows += 1
-    if not isinstance(record, Text):
+    if not isinstance(record, Text) and (marks := plain_marks(tokenizer)):
         said = [str(turn["content"]) for turns in texts if turns for turn in turns if "content" in turn]
-        ledger.mimicking_rows += any(mark in text for mark in plain_marks(tokenizer) for text in said)
-    return reason
+        ledger.mimicking_rows += any(mark in text for mark in marks for text in said)
+    return reason, not found
 
 
 def _pair_defect(record: Preference) -> str:
@@ -276,13 +335,21 @@ def _kept(
     ledger: Ledger,
     ends: set[int],
     needs: _Needs,
-) -> list[Sample]:
+) -> Asking[list[Sample]]:
     """The record's samples within max_length, booked."""
-    counts = ledger.splits[split]
+    counts, noted = ledger.splits[split], list[str]()
     reason = untrainable(record.messages, config.train_on) if isinstance(record, PromptCompletion) else ""
     texts = [record.messages, record.tools] if isinstance(record, PromptCompletion) else record.text
-    reason = reason or _special(record, texts, config, tokenizer, ledger)
-    whole = [] if reason else samples_of(record, tokenizer, config, ledger.note)
+    clean = False
+    if not reason:
+        reason, clean = _special(record, texts, config, tokenizer, ledger)
+    if reason:
+        yield []
+        whole = []
+    else:
+        whole = yield from asking_samples(record, tokenizer, config, noted.append, clean)
+    for text in noted:
+        ledger.note(text)
     if not whole:
         ledger.drop(split, record.where, reason or "empty text")
         return []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_kit import distributed
 from finetune_kit.data.load import Data
+from finetune_kit.data.stored import table_of
 from finetune_kit.data.tokenise import sequences
 from finetune_kit.errors import SettingsError
 from finetune_kit.settings.schema import TrainConfig
@@ -36,7 +37,7 @@ def whole_pairs(data: Data, margins: bool) -> Any:
                 f"margins=true: {len(unknown)} of {len(data.train)} training pairs have no margin, such as {first}.",
                 "Leave margins out, or give data with a margin, or with scores of both answers.",
             )
-    return type(data.train).from_dict(columns)
+    return table_of(columns, {"margin": "float64"})
 
 
 def masked_pairs(data: Data) -> Any:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_kit.data.files import DATA_SUFFIXES
+from finetune_kit.data.files import DATA_SUFFIXES, suffix_of
 from finetune_kit.errors import DataError, ResourceError, SecurityError, SettingsError
 from finetune_kit.evaluation.choices import name_of, read_choices
 from finetune_kit.evaluation.compare import Report
@@ -80,7 +80,7 @@ def check(asked: Asked) -> None:
 
 
 def is_file(task: str) -> bool:
-    return Path(task).suffix.lower() in DATA_SUFFIXES
+    return suffix_of(Path(task)) in DATA_SUFFIXES
 
 
 def run_tasks(model: Any, tokenizer: Any, asked: Asked, batch_size: int) -> Scores:

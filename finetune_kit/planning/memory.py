@@ -10,6 +10,7 @@ import functools
 import itertools
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from finetune_kit.packing import attention as kernel
 from finetune_kit.packing.plan import make_plan
 from finetune_kit.settings.schema import ModelConfig, RecipeConfig
 from finetune_kit.system.terminal import format_bytes
-from finetune_kit.training.batching import by_row, micro_batch, plan_batches
+from finetune_kit.training.batching import by_row, micro_batch, plan_batches, token_lengths
 from finetune_kit.training.optimizer import optimizer_scratch, optimizer_state
 
 if TYPE_CHECKING:
@@ -221,16 +222,17 @@ def longest_batch(config: RecipeConfig, data: Data, policy: Any) -> Batch:
     from finetune_kit.planning.fake_step import Batch
 
     rows, _ = micro_batch(config.train, data)
-    samples = [list(sequences(row).values()) for row in data.train]
+    found = token_lengths(data.train)
+    places: Sequence[int] = range(len(data.train))
     if config.train.max_tokens_per_batch is not None and not by_row(data):
         layout = plan_batches(config.train, data, count=1)
-        samples = [samples[row] for row in max(layout.epoch(0), key=layout.slots)]
-        rows = len(samples)
+        places = max(layout.epoch(0), key=layout.slots)
+        rows = len(places)
     if data.packed:  # TRL lays the rows of a batch end to end, too
-        width = min(rows * config.data.max_length, sum(len(ids) for row in samples for ids, _ in row))
+        width = min(rows * config.data.max_length, found.total)
         return Batch(1, width, False, width - 1, end_to_end=True)
-    samples.sort(key=lambda row: -max(len(ids) for ids, _ in row))
-    longest = [sample for row in samples[:rows] for sample in row]
+    places = sorted(places, key=lambda place: -found.longest[place])[:rows]
+    longest = [sample for place in places for sample in sequences(data.train[place]).values()]
     lengths = [len(ids) for ids, _ in longest]
     width = max(lengths)
     scored = sum(label != IGNORED for _, labels in longest for label in labels[1:])

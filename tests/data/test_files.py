@@ -1,15 +1,19 @@
 """Files to rows: what is broken is named with file, line and column."""
 
+import bz2
 import gzip
 import json
+from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 
-from finetune_kit.data.files import data_files, read_csv, read_json, read_jsonl, read_txt
+from finetune_kit.data.files import COMPRESSED, data_files, read_csv, read_json, read_jsonl, read_txt
 from finetune_kit.data.load import load_records
 from finetune_kit.errors import DataError
 from finetune_kit.settings.schema import DataConfig
 
+PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": lambda part: pa.Codec("zstd").compress(part, asbytes=True)}
 ROWS = [{"question": "a, b?", "answer": "1\n2"}, {"question": "é “漢”?", "answer": "2"}]
 
 
@@ -73,7 +77,14 @@ BROKEN = {
     "an empty list": ("a.json", "[]", r"a.json: no rows"),
     "a header alone": ("a.csv", "a,b\n", r"a.csv: no rows"),
     "nested for ever": ("a.jsonl", "[" * 200_000, r"a.jsonl:1: JSON nested too deeply"),
-    "compressed": ("a.jsonl.gz", "PK", r"a.jsonl.gz: compressed.\ngunzip a.jsonl.gz"),
+    "no gzip": ("a.jsonl.gz", "PK", r"a.jsonl.gz: broken gzip: .*\nWrite it again, or give it its name: a.jsonl"),
+    "half a gzip": ("a.csv.gz", gzip.compress(bytes(range(256)) * 99)[:300], r"a.csv.gz: broken gzip"),
+    "no zstd": ("a.json.zst", "PK" * 9, r"a.json.zst: broken zstd"),
+    "nothing": ("a.txt.zst", "", r"a.txt.zst: an empty file, where zstd was expected"),
+    "a bad row in a gzip": ("a.jsonl.gz", gzip.compress(b'{}\n{"a": 1'), r"a.jsonl.gz:2:8: broken JSON"),
+    "compressed by something else": ("a.jsonl.xz", "PK", r"a.jsonl.xz: compressed.\nunxz a.jsonl.xz"),
+    "a compressed table": ("a.parquet.gz", "PK", r"a.parquet.gz: compressed.\ngunzip a.parquet.gz"),
+    "a name that says nothing": ("a.gz", "PK", r"gunzip a.gz, or let its name say what is in it: a.jsonl.gz"),
     "compressed under another name": ("a.jsonl", gzip.compress(b"{}"), r"a.jsonl is compressed by gzip.\nmv a.jsonl"),
     "another kind": ("a.xlsx", "PK", r"a.xlsx: cannot read this kind of file"),
 }
@@ -84,6 +95,43 @@ def test_a_broken_file_is_a_data_error_with_its_place(name, tmp_path):
     file, text, message = BROKEN[name]
     with pytest.raises(DataError, match=message):
         load_records(str(contents(tmp_path / file, text)), DataConfig())
+
+
+@pytest.mark.parametrize("codec", COMPRESSED)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
+def test_a_compressed_file_has_the_rows_of_the_file(suffix, codec, tmp_path):
+    rows = [{"prompt": f"q {n}é", "completion": "a\nb" * n} for n in range(1, 50)]
+    written = {
+        ".jsonl": "\n".join(map(json.dumps, rows)),
+        ".json": json.dumps(rows),
+        ".csv": "prompt,completion\n" + "".join(f'{row["prompt"]},"{row["completion"]}"\n' for row in rows),
+        ".txt": "".join(f"{row['prompt']}\n" for row in rows),
+    }[suffix].encode()
+    plain, packed = tmp_path / f"rows{suffix}", tmp_path / f"rows{suffix}{codec}"
+    plain.write_bytes(written)
+    half = len(written) // 2
+    with packed.open("wb") as file:  # two members, as of files laid end to end
+        for part in (written[:half], written[half:]):
+            file.write(PACK[codec](part))
+    found = [load_records(str(path), DataConfig()) for path in (plain, packed)]
+    assert len(found[0]) >= 1
+    for one, other in zip(*found, strict=True):
+        assert replace(other, where=one.where) == one
+        assert other.where == one.where.replace(suffix, suffix + codec)
+
+
+def test_a_folder_of_compressed_shards_is_read_in_order_and_a_bad_row_is_told_by_file_and_line(tmp_path):
+    for shard in range(3):
+        rows = "".join(json.dumps({"prompt": f"{shard} {n}", "completion": "a"}) + "\n" for n in range(4))
+        (tmp_path / f"part-{shard}.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "q", "completion": "a"}'))
+    assert [path.name for path in data_files(tmp_path)[1]] == ["test.jsonl.gz"]
+    records = load_records(str(tmp_path), DataConfig())
+    asked = [record.messages[0]["content"] for record in records]
+    assert asked == [*(f"{shard} {n}" for shard in range(3) for n in range(4)), "q"]
+    (tmp_path / "part-1.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "q", "completion": "a"}\n{"prompt": 1,\n'))
+    with pytest.raises(DataError, match=r"part-1.jsonl.gz:2:"):
+        load_records(str(tmp_path), DataConfig())
 
 
 @pytest.mark.parametrize("path", ["rows.jsonl", "./rows", "no/such/folder/rows"])
