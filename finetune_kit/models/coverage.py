@@ -25,6 +25,9 @@ READS = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?! =|\.(?:dtype|devi
 PARAMETERS = re.compile(r"self\.(\w+)\.(\w+)\b(?!\()")
 # a layer's weight that the code of the module around it changes in place, as Gemma 3n's
 CHANGES = re.compile(r"self\.(\w+)\.weight\.data\.\w+_\(")
+# layers whose weights the model around them divides outside training, and multiplies again in it, as RWKV's
+RESCALES = re.compile(r"\bblock\.(\w+(?:\.\w+)+)\.weight\.\w+_\(")
+RESCALED = "the model divides its weights outside training, which an adapter would not follow"
 EXPERTS_IN_4_BIT = "4-bit experts take no adapter"
 LOST = "PEFT reads an adapter on it from its file under another name, and would leave it out"
 
@@ -59,7 +62,7 @@ def matrices(model: Any) -> Iterator[Matrix]:
     }
     heads = {id(head) for head in (model.get_output_embeddings(), getattr(model, "score", None)) if head is not None}
     adaptable = [name for name, module in modules.items() if is_linear(module) or _holds_experts(name, module)]
-    renamed, lost = renamed_by_peft(model), _lost_by_peft(model, adaptable)
+    renamed, lost, rescaled = renamed_by_peft(model), _lost_by_peft(model, adaptable), _rescaled(modules)
     for name, module in modules.items():
         if id(module) in heads or name in HEADS or isinstance(module, torch.nn.Embedding):
             continue
@@ -69,7 +72,7 @@ def matrices(model: Any) -> Iterator[Matrix]:
             if leaf.isdigit():  # a layer of a Sequential has no name of its own
                 leaf = ".".join(name.rsplit(".", 2)[-2:])
             reason = _unreachable(modules, config, name, module) if inside else OUTSIDE
-            reason = reason or (LOST if name in lost else "")
+            reason = reason or (RESCALED if name in rescaled else LOST if name in lost else "")
             as_parameter = not reason and (leaf in renamed or not _gives_its_product(module))
             full = f"{name}.weight" if as_parameter else name
             yield Matrix(full, leaf, _size(module), as_parameter, reason)
@@ -204,6 +207,12 @@ def changed_in_place(model: Any) -> list[str]:
         if is_linear(module) and leaf in _named_in(around, CHANGES):
             found.append(name)
     return found
+
+
+def _rescaled(modules: dict[str, Any]) -> list[str]:
+    """Full names of the layers that some module of the model rescales, by its code."""
+    ends = {f".{end}" for module in modules.values() for end in _named_in(type(module), RESCALES)}
+    return [name for name, module in modules.items() if is_linear(module) and name.endswith(tuple(ends))]
 
 
 def _read_past(kind: type) -> frozenset[str]:

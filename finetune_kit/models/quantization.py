@@ -61,13 +61,18 @@ def check_device(device: torch.device) -> list[str]:
 
 
 def check_base(config: Any, name: str) -> None:
-    """Raises SettingsError for a base that is quantised already."""
+    """Raises SettingsError for a base that is quantised already, or whose weights do not stay as they are."""
     present = getattr(config, "quantization_config", None)
     if present:
         method = present.get("quant_method") if isinstance(present, dict) else present.quant_method
         raise SettingsError(
             f"model.load_in_4bit: {name} is quantised already ({method}).",
             "Name the unquantised model, or leave model.load_in_4bit out.",
+        )
+    if getattr(config, "rescale_every", 0) > 0:  # RWKV
+        raise SettingsError(
+            f"model.load_in_4bit: {name} divides its weights outside training, which 4-bit weights cannot follow.",
+            "Use lora_sft, or leave model.load_in_4bit out.",
         )
 
 

@@ -9,7 +9,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from finetune_kit.errors import SettingsError
 from finetune_kit.models.adapters import attach, covered, find_targets
-from finetune_kit.models.coverage import LOST, OUTSIDE, READ_PAST, ROUTER, matrices
+from finetune_kit.models.coverage import LOST, OUTSIDE, READ_PAST, RESCALED, ROUTER, matrices
 from finetune_kit.settings.schema import LoraConfig
 from tests.models.architectures import empty_model, tiny_config
 
@@ -130,6 +130,11 @@ def test_experts_whose_adapter_peft_would_read_under_another_name_are_left_out()
     lost = {matrix.kind for matrix in matrices(model) if matrix.reason == LOST}
     assert lost == {"experts.gate_up_proj", "experts.down_proj", "gate_proj", "up_proj", "down_proj"}
     assert find_targets(model, LoraConfig()).parameters == []
+
+
+def test_layers_that_rwkv_rescales_outside_training_are_left_out_with_the_reason() -> None:
+    left = {matrix.name.split(".", 3)[-1] for matrix in matrices(empty_model("rwkv")) if matrix.reason == RESCALED}
+    assert left == {"attention.output", "feed_forward.value"}
 
 
 def test_a_head_that_is_called_decoder_is_not_taken_for_the_layers() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config
+from transformers import GPT2Config, RwkvConfig
 
 from finetune_kit.errors import SettingsError
 from finetune_kit.models import quantization
@@ -104,10 +104,12 @@ def test_4_bits_cannot_be_trained_in_full(tiny_model: Path) -> None:
         load_policy(in_4_bits(tiny_model), trained_in_full=True)
 
 
-def test_a_base_that_is_quantised_already_is_refused_with_its_method() -> None:
+def test_a_base_that_is_quantised_already_or_changes_its_weights_is_refused() -> None:
     config = GPT2Config(quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(SettingsError, match=r"quantised already .gptq"):
         quantization.check_base(config, "some/model-gptq")
+    with pytest.raises(SettingsError, match="RWKV/rwkv-4-169m-pile divides its weights outside training"):
+        quantization.check_base(RwkvConfig(), "RWKV/rwkv-4-169m-pile")
 
 
 def test_a_device_without_4_bit_kernels_is_refused_and_a_cpu_is_told_what_it_lacks() -> None:
