@@ -211,7 +211,8 @@ def changed_in_place(model: Any) -> list[str]:
 
 def _rescaled(modules: dict[str, Any]) -> list[str]:
     """Full names of the layers that some module of the model rescales, by its code."""
-    ends = {f".{end}" for module in modules.values() for end in _named_in(type(module), RESCALES)}
+    kinds: set[Any] = {type(module) for module in modules.values()}
+    ends = {f".{end}" for kind in kinds for end in _named_in(kind, RESCALES)}
     return [name for name, module in modules.items() if is_linear(module) and name.endswith(tuple(ends))]
 
 
