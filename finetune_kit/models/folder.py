@@ -206,7 +206,8 @@ def _check_shapes(config: dict[str, Any], path: Path, weights: int) -> None:
                 "Download the model again.",
             )
     names = ["num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size"]
-    names += ["head_dim", "num_attention_heads", "n_head", "num_key_value_heads"]
+    names += ["num_attention_heads", "n_head", "num_key_value_heads"]
+    names += [] if "kv_lora_rank" in shape else ["head_dim"]  # there it is the rotated part, which GLM-5 next has not
     names += ["max_position_embeddings", "n_positions"]
     names += [] if any("expert" in key for key in shape) else ["intermediate_size"]  # of a model of experts alone
     for name in names:

@@ -128,7 +128,7 @@ def refuses_text(model: Any) -> str:
     "" where it does, or where that cannot be told without weights."""
     import torch
 
-    if model.get_output_embeddings() is None:  # Nemotron-H Omni
+    if not hasattr(model, "score") and model.get_output_embeddings() is None:  # Nemotron-H Omni
         return f"is a {type(model).__name__}, which holds a whole language model with its head as one of its parts"
     ids = torch.zeros((1, 4), dtype=torch.long, device="meta")
     try:

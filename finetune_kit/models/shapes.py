@@ -57,13 +57,17 @@ def _empty(model: ModelConfig, scores: bool = False, **given: Any) -> PreTrained
     return base
 
 
-def check_text(model: ModelConfig) -> None:
+def check_text(model: ModelConfig, scores: bool = False) -> None:
     """Raises SettingsError for a model that reads more than text, and cannot be trained on text alone, and for one
-    whose tokens see those behind them, as far as it can be told without weights."""
-    base = _empty(model)
-    if language_class(model) in language.MULTIMODAL and (reason := language.refuses_text(base)):
+    whose tokens see those behind them, as far as it can be told without weights. `scores`: as in empty_policy."""
+    if scores and not language.has_parts(load_model_config(model)):
+        return
+    base = _empty(model, scores)
+    beside = scores or language_class(model) in language.MULTIMODAL
+    if beside and (reason := language.refuses_text(base)):
         raise SettingsError(f"model.name_or_path={model.name_or_path} {reason.rstrip('.')}.", language.TAKE_ANOTHER)
-    language.check_order(base, model.name_or_path)
+    if not scores:
+        language.check_order(base, model.name_or_path)
 
 
 def learned_positions(model: ModelConfig) -> int | None:

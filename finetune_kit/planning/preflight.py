@@ -113,6 +113,7 @@ def _check_weights(config: RecipeConfig, elsewhere: bool) -> None:
     in_full = lora is None or lora.r == 0
     if config.scores:
         classifier.loading(load_model_config(model))
+        check_text(model, scores=True)
     else:
         check_writes(model, lora)
         check_text(model)

@@ -47,7 +47,7 @@ def test_shapes_that_no_machine_holds_are_refused(changed: dict[str, object], te
         check_config(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2", "gemma3", "jamba", "mamba2"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2", "gemma3", "jamba", "mamba2", "glm5_next"])
 def test_the_shapes_that_transformers_gives_an_architecture_pass(kind: str, tmp_path: Path) -> None:
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
     check_config(tmp_path / "config.json")

@@ -122,6 +122,14 @@ def test_what_is_no_language_model_is_refused_before_any_data_is_read(
     assert "Get all of its files" not in str(error.value)
 
 
+def test_what_takes_no_text_alone_is_refused_as_a_reward_model_too(tmp_path: Path, tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    (tmp_path / "tiny" / "model.safetensors").unlink()
+    tiny_config("molmo2").save_pretrained(tmp_path / "tiny")
+    with pytest.raises(SettingsError, match="takes no text alone: Molmo2ForSequenceClassification says"):
+        check_start(settings("reward_model", tmp_path))
+
+
 @pytest.mark.parametrize(
     ("kind", "own"), [("llada", "LLaDAModelLM"), ("Dream", "DreamModel"), ("sdar_moe", "SDARMoeForCausalLM")]
 )
