@@ -128,6 +128,7 @@ def test_of_the_last_rows_of_an_epoch_each_counts_alike_and_every_process_has_so
         assert len({len(batch) for batch in batches}) == 1
 
 
+@pytest.mark.long
 def test_the_shipped_file_starts_two_processes_that_speak_once_and_leave_one_folder(home: Path) -> None:
     data = ("data.path=prompt_completion.jsonl", "held_out_size=3")
     said = launch(*SHIPPED, "-m", "finetune_kit", "run", "lora_sft", *data, *QUICK, *QUIET, cwd=home)

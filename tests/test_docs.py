@@ -48,6 +48,7 @@ PAGES = [
     "docs/security.md",
     "docs/safety.md",
 ]
+SLOW = ("docs/choose.md", "docs/safety.md", "docs/tools.md")  # in make test-long
 NOT_RUN = ("git", "cd", "source", "pip")  # what a reader needs and the test already stands on
 SMALL = (
     "max_steps=2",
@@ -121,7 +122,7 @@ def kit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.long) if page == "docs/safety.md" else page for page in PAGES]
+    "page", [pytest.param(page, marks=pytest.mark.long) if page in SLOW else page for page in PAGES]
 )
 def test_every_command_of_a_page_runs_and_prints_what_the_page_shows(
     page: str, desk: Path, kit: Kit, tiny_model: Path

@@ -108,6 +108,7 @@ def test_a_size_that_cannot_be_read_ends_with_2(folder: Path) -> None:
     assert "--memory 24 gigs: expected a size such as 24GiB" in said.err
 
 
+@pytest.mark.long
 def test_a_room_too_small_for_anything_says_so(folder: Path) -> None:
     said = check("qlora_sft", "--memory", "100MiB")
     assert said.code == 5

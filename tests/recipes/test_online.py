@@ -43,7 +43,8 @@ def rewarded(home: Path, function: str = "score") -> str:
     return f"reward.sources=[{home / 'rewards.py'}:{function}]"
 
 
-@pytest.mark.parametrize("recipe", ["grpo", pytest.param("rloo", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_whole_run_raises_the_reward_and_reports_it_on_the_same_held_out_prompts(home: Path, recipe: str) -> None:
     words = ("lora.r=0", "learning_rate=3e-3", "held_out_size=8", "evaluate.size=8", "max_steps=60")
     run = train(recipe, home, rewarded(home), *SMALL[:3], *words)
