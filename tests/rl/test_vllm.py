@@ -11,7 +11,7 @@ import torch
 
 from finetune_kit.errors import ResourceError, SettingsError
 from finetune_kit.rl import vllm
-from finetune_kit.rl.rollout import sample
+from finetune_kit.rl.rollout import Sampled, sample
 from tests.rl.fixtures import parts, settings, trainer, write_home
 
 PROMPTS = [[7, 8, 9], [20], [30, 31, 32, 33]]
@@ -106,8 +106,10 @@ def test_it_draws_from_the_adapter_as_it_is_at_each_of_2_calls(home: Path, engin
 
 def test_an_end_token_that_vllm_leaves_out_is_put_back() -> None:
     output = SimpleNamespace(token_ids=[5, 6], finish_reason="stop", stop_reason=3)
-    assert vllm._sampled(output, [2, 3]) == ([5, 6, 3], True)
-    assert vllm._sampled(SimpleNamespace(token_ids=[5], finish_reason="length", stop_reason=None), [2]) == ([5], False)
+    assert vllm._sampled(output, [2, 3]) == Sampled([5, 6, 3], True)
+    assert vllm._sampled(SimpleNamespace(token_ids=[5], finish_reason="length", stop_reason=None), [2]) == Sampled(
+        [5], False
+    )
 
 
 def test_what_vllm_cannot_be_given_is_refused_before_anything_is_loaded(home: Path, engine: None) -> None:
