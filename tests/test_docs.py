@@ -48,7 +48,7 @@ PAGES = [
     "docs/security.md",
     "docs/safety.md",
 ]
-SLOW = ("docs/choose.md", "docs/safety.md", "docs/tools.md")  # in make test-long
+SLOW = ("docs/choose.md", "docs/pretrain.md", "docs/safety.md", "docs/tools.md")  # in make test-long
 NOT_RUN = ("git", "cd", "source", "pip")  # what a reader needs and the test already stands on
 SMALL = (
     "max_steps=2",

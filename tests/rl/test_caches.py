@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_kit.generation import cache
-from finetune_kit.rl.rollout import _begin, sample
+from finetune_kit.rl.rollout import sample
 from tests.models.architectures import tiny_config
 
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_n_groups": 1}
@@ -77,7 +77,7 @@ def test_rows_that_leave_and_rows_that_stay_get_the_tokens_that_each_row_gets_al
     went, left = drawn(ends, stay=False)
     assert went == stayed
     assert (left > 0) == (KINDS[kind] is True)
-    assert isinstance(_begin(model, PROMPTS), cache.Whole) == (KINDS[kind] is None)
+    assert isinstance(cache.begin_rows(model, PROMPTS), cache.Whole) == (KINDS[kind] is None)
     if KINDS[kind] is False:
         return  # of a batch with padding on the left it makes other blocks of columns than of a row alone
     for prompt, row in list(zip(PROMPTS, free, strict=True))[::3]:

@@ -197,6 +197,7 @@ def test_grpo_s_gradient_and_figures_are_those_of_the_own_tokens_of_the_whole_te
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.long
 def test_rewards_see_the_calls_in_grpo_and_ppo_and_in_the_report(home: Path) -> None:
     sources = f"reward.sources=[{home / 'rewards.py'}:score, {home / 'rewards.py'}:trl]"
     line = fit_only("grpo", home, sources, *GRPO, "max_steps=1").history[0]
