@@ -111,6 +111,7 @@ OWN: dict[str, dict[str, Any]] = {
     "paddleocr_vl": {"text_config": {"rope_parameters": {"mrope_section": [2, 2, 4]}}},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]},
     "rwkv": {"attention_hidden_size": 64},
+    "step3p7": {"text_config": {"sliding_window": 64}},
     "xlstm": {"qk_dim_factor": 1.0, "num_blocks": 2},
     "xmod": {"default_language": "en_XX", "is_decoder": True},
     "zamba": {
