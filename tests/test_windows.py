@@ -33,6 +33,7 @@ for word in recipe.BUILTIN:
 """
 
 
+@pytest.mark.long
 def test_all_modules_and_recipes_load_and_a_run_claims_its_folder_without_what_windows_lacks(tmp_path: Path) -> None:
     script = f"""{WITHOUT}
 from finetune_kit.settings.load import resolve
