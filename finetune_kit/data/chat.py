@@ -119,7 +119,7 @@ def _hides(tokenizer: Any, value: Any, in_text: str, where: str) -> bool:
     return bool(found) and in_text == "text"
 
 
-SPECIAL_FIX = "Take them out; data.special_tokens_in_text=keep makes turns of them."
+SPECIAL_FIX = "Remove them; data.special_tokens_in_text=keep makes turns of them."
 
 
 def render_prompt(
