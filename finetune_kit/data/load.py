@@ -211,7 +211,7 @@ def _check_apart(train: list[Record], held_out: list[Record], ledger: Ledger, re
     if refuses and len(within) > MOST_SHARED * len(held_out):
         raise DataError(
             f"{said}: what is measured there would be memory.",
-            "Take them out of the one or the other; without data.held_out_path some are split off.",
+            "Remove them from the one or the other; without data.held_out_path some are split off.",
         )
     ledger.note(f"{said}: there memory counts as skill")
 
