@@ -207,7 +207,7 @@ plot("04_tokenizer", draw)
 # per byte*.
 #
 # **For real:** this package takes the tokenizer of the model, always: a model can only read the ids that it was
-# trained with. Text becomes ids in `finetune_kit.data.chat.text_ids`; a byte-level tokenizer with no merges at all
+# trained with. Text becomes ids in `finetune_kit.data.token_ids.text_ids`; a byte-level tokenizer with no merges at all
 # is built in `finetune_kit.models.tiny.write_tiny_model`. Any recipe shows how many tokens your rows have before it
 # trains: `python -m finetune_kit check lora_sft` (`recipes/lora_sft.py`).
 #

@@ -61,8 +61,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from finetune_kit.data.chat import ids_of
-from finetune_kit.data.chat import text_ids as kit_text_ids
+from finetune_kit.data.token_ids import ids_of
+from finetune_kit.data.token_ids import text_ids as kit_text_ids
 from finetune_kit.models.tiny import write_tiny_model
 
 logging.disable_progress_bar()
@@ -223,7 +223,7 @@ print("typed by a user:", posing[11:19], "the token <result>:", [RESULT])
 # **For real:** give `tools` with your conversations, and calls and results as messages: `python -m finetune_kit run
 # lora_sft data.path=my_tool_chats.jsonl` (`recipes/lora_sft.py`). Tools are read in
 # `finetune_kit.data.messages.tools_of`, calls in `finetune_kit.data.messages.tool_calls_of`, and special tokens in
-# somebody's text are found by `finetune_kit.data.chat.special_tokens` and hidden by
+# somebody's text are found by `finetune_kit.data.token_ids.special_tokens` and hidden by
 # `finetune_kit.data.special.hide`.
 #
 # ## Exercise

@@ -15,23 +15,21 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from finetune_kit.data.adapt import adapt
 from finetune_kit.data.causal import cuts_of, prefixes_of
 from finetune_kit.data.records import THOUGHTS, Message, PromptCompletion, Text
 from finetune_kit.data.rendering import render, silent
-from finetune_kit.data.special import found_in, hide, ids_of_hidden, ids_of_text, show, why_not
+from finetune_kit.data.special import hide, ids_of_hidden, ids_of_text, show
 from finetune_kit.data.template import Dialect, Note, added_tokens, bos_prefix, dialect_of, last_added
+from finetune_kit.data.token_ids import Asking, hides, ids_of, together
 from finetune_kit.errors import DataError, SecurityError
 from finetune_kit.settings.schema import DataConfig
 
 IGNORED = -100  # a label that no loss counts
-Result = TypeVar("Result")
-# work on a row, which asks for the token ids of some texts, once: so those of many rows are made in one call
-Asking = Generator[list[str], list[list[int]], Result]
 
 
 @dataclass(slots=True)
@@ -55,71 +53,6 @@ class Turn:
     end_id: int
     joins: bool
     message: Message
-
-
-def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of rendered text; nothing is added, since the template writes its own BOS."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def ids_of_all(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """`ids_of` each text, in one call."""
-    if not texts:
-        return []
-    lean = {"return_attention_mask": False, "return_token_type_ids": False} if getattr(tokenizer, "is_fast", 0) else {}
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, **lean)["input_ids"]
-    return found
-
-
-def together(rows: Iterable[Asking[Result]], tokenizer: Any) -> Iterator[Result]:
-    """What comes of each row, in order. An error of a row is raised when its turn comes."""
-    begun: list[tuple[Asking[Result], list[str]]] = []
-    failed: Exception | None = None
-    for row in rows:
-        try:
-            begun.append((row, next(row)))
-        except Exception as error:
-            failed = error
-            break
-    made = iter(ids_of_all(tokenizer, [text for _, texts in begun for text in texts]))
-    for row, texts in begun:
-        try:
-            row.send([next(made) for _ in texts])
-        except StopIteration as done:
-            yield done.value
-        else:
-            raise AssertionError("a row asks for token ids once")
-    if failed is not None:
-        raise failed
-
-
-def text_ids(tokenizer: Any, text: str, in_text: str = "text") -> list[int]:
-    """Token ids of somebody's text, no special token among them unless `in_text` (data.special_tokens_in_text) is
-    "keep". Raises DataError where it is "refuse", or the tokenizer cannot, and the text has one."""
-    return ids_of_text(tokenizer, text) if _hides(tokenizer, text, in_text, "prompt") else ids_of(tokenizer, text)
-
-
-def special_tokens(tokenizer: Any, value: Any, in_text: str) -> tuple[list[str], str]:
-    """(the special tokens in a row's texts, why it cannot be taken for them or "")."""
-    found = found_in(tokenizer, value)
-    if not found or in_text == "keep":
-        return found, ""
-    if in_text == "refuse":
-        return found, "special tokens in its text"
-    reason = why_not(tokenizer, value)
-    return found, f"special tokens in its text, which cannot be written as text: {reason}" if reason else ""
-
-
-def _hides(tokenizer: Any, value: Any, in_text: str, where: str) -> bool:
-    if in_text == "keep":
-        return False
-    found, reason = special_tokens(tokenizer, value, in_text)
-    if reason:
-        raise DataError(f"{where}: {reason} ({', '.join(found)}).", SPECIAL_FIX)
-    return bool(found) and in_text == "text"
-
-
-SPECIAL_FIX = "Remove them; data.special_tokens_in_text=keep makes turns of them."
 
 
 def render_prompt(
@@ -147,12 +80,12 @@ def asking_prompt(
     """`render_prompt`, as one of the rows of `together`."""
     if not tokenizer.chat_template or (messages and messages[0].get("plain")):
         text = "\n\n".join(message["content"] for message in messages)
-        if _hides(tokenizer, text, in_text, "prompt"):
+        if hides(tokenizer, text, in_text, "prompt"):
             yield []
             return bos_prefix(tokenizer) + ids_of_text(tokenizer, text)
         (ids,) = yield [text]
         return bos_prefix(tokenizer) + ids
-    hidden = _hides(tokenizer, [messages, tools], in_text, "prompt")
+    hidden = hides(tokenizer, [messages, tools], in_text, "prompt")
     if hidden:
         messages, tools = hide(tokenizer, messages), hide(tokenizer, tools)
     dialect = dialect_of(tokenizer, kwargs, bool(tools))
@@ -216,7 +149,7 @@ def asking_samples(
         yield []
         return samples
     kwargs, messages, tools = config.chat_template_kwargs, record.messages, record.tools
-    hidden = _hides(tokenizer, [messages, tools], in_text, record.where)
+    hidden = hides(tokenizer, [messages, tools], in_text, record.where)
     if hidden:
         messages, tools = hide(tokenizer, messages), hide(tokenizer, tools)
     dialect = dialect_of(tokenizer, kwargs, bool(tools))
@@ -481,8 +414,8 @@ def _plain_sample(record: PromptCompletion, tokenizer: Any, in_text: str, note: 
         raise DataError("The tokenizer has no end token: an answer would never end.", "Set tokenizer.eos_token.")
     if prompt and not prompt[-1].isspace() and not completion[0].isspace():
         note("Prompts and completions are joined as they are, with no white space between them.")
-    hides = _hides(tokenizer, [prompt, completion, prompt + completion], in_text, record.where)
-    encode = ids_of_text if hides else ids_of
+    hidden = hides(tokenizer, [prompt, completion, prompt + completion], in_text, record.where)
+    encode = ids_of_text if hidden else ids_of
     head = bos_prefix(tokenizer) + encode(tokenizer, prompt)
     whole = bos_prefix(tokenizer) + encode(tokenizer, prompt + completion)
     ids = whole if whole[: len(head)] == head else head + encode(tokenizer, completion)
@@ -495,7 +428,7 @@ def _text_samples(record: Text, tokenizer: Any, max_length: int, in_text: str) -
     A block begins with the last token of the one before, which is context there and no label: so every token of the
     text is predicted once, but for the first where the tokenizer begins no text with a token of its own.
     """
-    if _hides(tokenizer, record.text, in_text, record.where):
+    if hides(tokenizer, record.text, in_text, record.where):
         yield []
         said = ids_of_text(tokenizer, record.text)
     else:
@@ -549,7 +482,7 @@ def after_calls(
     are results, (the ids of the whole conversation, False). Raises DataError where the template refuses it.
     """
     whole = render_prompt(tokenizer, [*before, answer, *results], tools, kwargs, in_text)
-    hidden = _hides(tokenizer, [before, answer, tools], in_text, "a tool call")
+    hidden = hides(tokenizer, [before, answer, tools], in_text, "a tool call")
     if hidden:
         before, answer, tools = hide(tokenizer, before), hide(tokenizer, answer), hide(tokenizer, tools)
     turn = written_turn(tokenizer, before, answer, tools, kwargs)

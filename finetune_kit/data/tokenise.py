@@ -8,17 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
 
-from finetune_kit.data.chat import (
-    IGNORED,
-    Asking,
-    Sample,
-    asking_prompt,
-    asking_samples,
-    special_tokens,
-    together,
-    truncate,
-    untrainable,
-)
+from finetune_kit.data.chat import IGNORED, Sample, asking_prompt, asking_samples, truncate, untrainable
 from finetune_kit.data.ledger import Ledger, content_key
 from finetune_kit.data.records import (
     LabelledCompletion,
@@ -30,6 +20,7 @@ from finetune_kit.data.records import (
     prompt_of,
 )
 from finetune_kit.data.special import plain_marks
+from finetune_kit.data.token_ids import Asking, special_tokens, together
 from finetune_kit.errors import DataError
 from finetune_kit.settings.schema import DataConfig
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_kit.data.chat import text_ids
 from finetune_kit.data.sources import read_rows, shown
 from finetune_kit.data.template import bos_prefix
+from finetune_kit.data.token_ids import text_ids
 from finetune_kit.errors import DataError
 from finetune_kit.evaluation.intervals import SHARE, entry
 from finetune_kit.evaluation.loss import IGNORED, Row, row_losses

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from finetune_kit import distributed
-from finetune_kit.data.chat import text_ids
 from finetune_kit.data.template import bos_prefix
+from finetune_kit.data.token_ids import text_ids
 from finetune_kit.generation.generate import Completion, generate
 from finetune_kit.system.terminal import console, escaped, moved
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune_kit.data.chat import end_token_ids, render_prompt, text_ids
+from finetune_kit.data.chat import end_token_ids, render_prompt
 from finetune_kit.data.records import prompt_of
+from finetune_kit.data.token_ids import text_ids
 from finetune_kit.errors import DataError, ResourceError, SettingsError
 from finetune_kit.models.adapter_config import NAME, read_adapter_config
 from finetune_kit.models.adapters import REWARD_HEADS, is_adapter

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune_kit.data.chat import ids_of
 from finetune_kit.data.load import Data
 from finetune_kit.data.tasks import PREFIX
+from finetune_kit.data.token_ids import ids_of
 from finetune_kit.errors import DataError, FinetuneKitError, NumericsError, SettingsError
 from finetune_kit.models.tokenizer import load_tokenizer
 from finetune_kit.rewards.function import bind, import_function, numbers_of, raised, read_from_turns

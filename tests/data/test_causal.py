@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from finetune_kit.data import chat
+from finetune_kit.data import chat, token_ids
 from finetune_kit.data.causal import Cuts, cuts_of, prefixes_of
 from finetune_kit.data.load import load_data
 from finetune_kit.data.rendering import render
@@ -77,11 +77,11 @@ def test_the_ids_of_a_prefix_that_ends_in_a_special_token_are_read_off_the_ids_o
     assert cuts is not None
     texts = prefixes.of(TURNS)
     assert texts is not None
-    whole = chat.ids_of(tokenizer, texts[5])
+    whole = token_ids.ids_of(tokenizer, texts[5])
     for stop in (2, 4):
         prompt, both = texts[stop] + prefixes.opening, texts[stop + 1].rstrip("\n")
-        assert cuts.before_answer(prompt, whole) == chat.ids_of(tokenizer, prompt)
-        assert cuts.with_answer(both, whole) == chat.ids_of(tokenizer, both)
+        assert cuts.before_answer(prompt, whole) == token_ids.ids_of(tokenizer, prompt)
+        assert cuts.with_answer(both, whole) == token_ids.ids_of(tokenizer, both)
 
 
 @pytest.mark.parametrize("other", ["<|im_start|>assistant", "|><|im", "start", ">x"])
@@ -104,7 +104,9 @@ def test_rows_have_the_same_ids_and_labels_one_by_one_and_together(
     config = DataConfig(path=write_jsonl(tmp_path / "rows.jsonl", rows), max_length=60, max_lost=1)
     calls = []
     tokenizer = bpe_tokenizer()
-    monkeypatch.setattr(chat, "ids_of_all", lambda t, texts: calls.append(texts) or [chat.ids_of(t, x) for x in texts])
+    monkeypatch.setattr(
+        token_ids, "ids_of_all", lambda t, texts: calls.append(texts) or [token_ids.ids_of(t, x) for x in texts]
+    )
     fast = load_data(config, "prompt_completion", tokenizer)
     assert len(calls) == 2  # of the training rows, and of the held-out ones
     booked = fast.ledger.splits.values()

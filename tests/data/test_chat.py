@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_kit.data.adapt import adapt
-from finetune_kit.data.chat import end_token_ids, render_prompt, samples_of, text_ids, truncate, untrainable
+from finetune_kit.data.chat import end_token_ids, render_prompt, samples_of, truncate, untrainable
 from finetune_kit.data.records import PromptCompletion, Text
 from finetune_kit.data.template import dialect_of
+from finetune_kit.data.token_ids import text_ids
 from finetune_kit.errors import DataError
 from finetune_kit.settings.schema import DataConfig
 from tests.fixtures_data import CHATML, assistant, bpe_tokenizer, conversation, made, spelled, user

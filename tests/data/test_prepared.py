@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune_kit.data import chat, load, prepared
+from finetune_kit.data import load, prepared, token_ids
 from finetune_kit.data.load import Data, load_data
 from finetune_kit.data.preview import preview_json
 from finetune_kit.data.records import Prompt
@@ -55,8 +55,10 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many texts became tokens in each call of a tokenizer."""
     calls: list[int] = []
-    real = chat.ids_of_all
-    monkeypatch.setattr(chat, "ids_of_all", lambda tokenizer, texts: calls.append(len(texts)) or real(tokenizer, texts))
+    real = token_ids.ids_of_all
+    monkeypatch.setattr(
+        token_ids, "ids_of_all", lambda tokenizer, texts: calls.append(len(texts)) or real(tokenizer, texts)
+    )
     return calls
 
 

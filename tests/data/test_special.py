@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from finetune_kit.data.chat import render_prompt, text_ids
+from finetune_kit.data.chat import render_prompt
 from finetune_kit.data.load import load_data
 from finetune_kit.data.preview import preview_json
 from finetune_kit.data.records import PromptCompletion, Text
 from finetune_kit.data.special import found_in, hide, ids_of_hidden, ids_of_text, why_not
+from finetune_kit.data.token_ids import text_ids
 from finetune_kit.errors import DataError
 from finetune_kit.settings.schema import DataConfig
 from tests.data.test_chat import CALL, SHIPPED, TOOL, shipped

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from finetune_kit import recipe as recipes
-from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt
+from finetune_kit.data.chat import end_token_ids, render_prompt
 from finetune_kit.data.load import load_data
 from finetune_kit.data.records import Prompt
+from finetune_kit.data.token_ids import ids_of
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.evaluation.reward_gate import measure_rewards
 from finetune_kit.models.adapter_config import NAME

@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from finetune_kit.data.chat import end_token_ids, ids_of, render_prompt
+from finetune_kit.data.chat import end_token_ids, render_prompt
 from finetune_kit.data.records import Prompt
+from finetune_kit.data.token_ids import ids_of
 from finetune_kit.errors import DataError, NumericsError, SettingsError
 from finetune_kit.models.load import load_policy
 from finetune_kit.models.provenance import BASE_RECORD, base_record
